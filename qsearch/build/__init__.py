@@ -1,0 +1,1 @@
+"""Targets, the kernel cache, and linking kernels into a Relax executable."""

@@ -1,0 +1,1 @@
+"""Observers, the statistics record, and activation ranges derived from it."""

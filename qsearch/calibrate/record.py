@@ -1,0 +1,129 @@
+"""The statistics record: what one float pass leaves behind, enough for every calibration mode.
+
+On disk it is a NumPy archive of plain arrays and one JSON header, never pickle. Writing goes to a temporary
+file that is renamed, so that a reader sees the old record or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from qsearch.calibrate.histogram import BINS, Histogram, TensorStatistics
+from qsearch.errors import CalibrationError
+
+__all__ = ["StatisticsRecord", "load_record", "save_record"]
+
+_FORMAT = "qsearch-statistics"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsRecord:
+    """Statistics of every value of a model.
+
+    Attributes:
+        model_fingerprint: `Model.fingerprint` of the observed model.
+        images: Number of images observed.
+        tensors: Node name -> statistics, in graph order.
+    """
+
+    model_fingerprint: str
+    images: int
+    tensors: dict[str, TensorStatistics]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hexadecimal SHA-256 over everything recorded."""
+        digest = hashlib.sha256(json.dumps([self.model_fingerprint, self.images, list(self.tensors)]).encode())
+        for _, array in sorted(_arrays(self).items()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def save_record(record: StatisticsRecord, path: Path) -> None:
+    """Write a record; an existing file is replaced only once the new one is complete.
+
+    Raises:
+        CalibrationError: The file cannot be written.
+    """
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model_fingerprint": record.model_fingerprint,
+        "images": record.images,
+        "names": list(record.tensors),
+        "content_hash": record.content_hash,
+    }
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(header)), **_arrays(record))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot write the statistics record {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load_record(path: Path) -> StatisticsRecord:
+    """Read a record.
+
+    Raises:
+        CalibrationError: The file cannot be read, is not a record, is of another version, or is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(str(archive["header"]))
+            if header["format"] != _FORMAT:
+                raise ValueError("wrong format name")
+            if header["version"] != _VERSION:
+                raise CalibrationError(
+                    f"statistics record {path} has version {header['version']}, this qsearch reads version {_VERSION}; "
+                    "delete the file and the statistics are recorded again"
+                )
+            tensors = _tensors(header["names"], {key: archive[key] for key in archive.files})
+            record = StatisticsRecord(header["model_fingerprint"], header["images"], tensors)
+    except OSError as error:
+        raise CalibrationError(f"cannot read the statistics record {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise CalibrationError(
+            f"{path} is not a statistics record, or is damaged; delete it and the statistics are recorded again"
+        ) from error
+    if record.content_hash != header["content_hash"]:
+        raise CalibrationError(f"statistics record {path} is damaged; delete it and the statistics are recorded again")
+    return record
+
+
+def _arrays(record: StatisticsRecord) -> dict[str, np.ndarray]:
+    tensors = list(record.tensors.values())
+    return {
+        "exponents": np.array([tensor.histogram.exponent for tensor in tensors], np.int64),
+        "counts": np.array([tensor.histogram.counts for tensor in tensors], np.int64).reshape(-1, BINS),
+        "channels": np.array([len(tensor.channel_minimum) for tensor in tensors], np.int64),
+        "channel_minimum": np.concatenate([*(t.channel_minimum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
+        "channel_maximum": np.concatenate([*(t.channel_maximum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
+    }
+
+
+def _tensors(names: list[str], arrays: dict[str, np.ndarray]) -> dict[str, TensorStatistics]:
+    ends = np.cumsum(arrays["channels"])[:-1]
+    minima, maxima = np.split(arrays["channel_minimum"], ends), np.split(arrays["channel_maximum"], ends)
+    rows = zip(names, arrays["exponents"], arrays["counts"], minima, maxima, strict=True)
+    return {name: TensorStatistics(Histogram(int(exponent), counts), low, high) for name, exponent, counts, low, high in rows}

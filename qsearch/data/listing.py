@@ -1,0 +1,231 @@
+"""What a data source holds: the path, label and wanted part of every image, before any is decoded."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qsearch.data.decode import open_image
+from qsearch.errors import DataError
+
+__all__ = ["SPLITS", "Classes", "Labels", "Listing", "list_csv", "list_folders"]
+
+Classes = tuple[str, ...] | int | None
+"""Class names of a model, or how many it has, or None where nothing is known."""
+
+SPLITS = ("calibration", "search", "heldout")
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the user says about the images, in the order of the listing.
+
+    Attributes:
+        indices: Class index per image.
+        classes: Class names in the model's order.
+        splits: Part per image; None where the source has no split column.
+    """
+
+    indices: tuple[int, ...]
+    classes: tuple[str, ...]
+    splits: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of a source, in the order of their names.
+
+    Attributes:
+        name: Short name of the source.
+        names: One stable name per image, with forward slashes, relative to the source.
+        labels: Classes and parts.
+        versions: Size in bytes and time of change in nanoseconds per image.
+        open: Decodes image number i; raises DataError.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    labels: Labels
+    versions: tuple[tuple[int, int], ...]
+    open: Callable[[int], Image.Image]
+
+
+def list_folders(folder: Path, classes: Classes) -> Listing:
+    """List a directory with one folder per class.
+
+    Args:
+        folder: the directory.
+        classes: of the model; see `_label_indices` for how folder names become indices.
+
+    Returns:
+        The images, by folder and file name.
+
+    Raises:
+        DataError: the directory has fewer than two classes, an empty class, or a folder that is no class.
+    """
+    found = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        raise DataError(f"{folder} holds neither labels.csv nor class folders; expected one folder of images per class")
+    files: list[tuple[Path, str]] = []
+    for directory in found:
+        images = sorted(path for path in directory.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+        if not images:
+            raise DataError(f"{directory} holds no images; expected one folder of images per class, remove empty ones")
+        files += [(path, directory.name) for path in images]
+    labels, names = _label_indices([label for _, label in files], classes, [str(path.parent) for path, _ in files])
+    relative = tuple(f"{path.parent.name}/{path.name}" for path, _ in files)
+    return _listing(folder.resolve().name, [path for path, _ in files], relative, Labels(labels, names, None))
+
+
+def list_csv(table: Path, classes: Classes) -> Listing:
+    """List the images that a `labels.csv` names.
+
+    Args:
+        table: CSV file with the columns path, label and, optionally, split; others are ignored. Paths are relative to
+            the file's folder, or to that folder's parent.
+        classes: of the model.
+
+    Returns:
+        The images, by name.
+
+    Raises:
+        DataError: a column is missing, a value is not allowed, or an image is missing or named twice.
+    """
+    rows = sorted(_read_rows(table), key=lambda row: row["path"])
+    places = [f"{table} line {row['line']}" for row in rows]
+    paths = [_resolve(table, row["path"], place) for row, place in zip(rows, places, strict=True)]
+    _reject_duplicates(paths, rows, places)
+    splits = tuple(row["split"] for row in rows) if rows and "split" in rows[0] else None
+    for split, place in zip(splits or (), places, strict=False):
+        if split not in SPLITS:
+            raise DataError(f"{place}: split must be one of {', '.join(SPLITS)}; got {split!r}")
+    labels, names = _label_indices([row["label"] for row in rows], classes, places)
+    return _listing(table.parent.resolve().name, paths, tuple(row["path"] for row in rows), Labels(labels, names, splits))
+
+
+def _read_rows(table: Path) -> list[dict[str, str]]:
+    """Read the used columns, with the line number of each row."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = [column.strip() for column in reader.fieldnames or ()]
+            _check_columns(table, columns)
+            reader.fieldnames = columns
+            used = [column for column in ("path", "label", "split") if column in columns]
+            rows = [{name: (row[name] or "").strip() for name in used} | {"line": str(reader.line_num)} for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {table} as a CSV file in UTF-8 ({error})") from error
+    incomplete = next((row for row in rows if not row["path"] or not row["label"]), None)
+    if incomplete:
+        raise DataError(f"{table} line {incomplete['line']}: the path or the label is empty; fill it in or remove the row")
+    if not rows:
+        raise DataError(f"{table} lists no images; expected one row per image with the columns path and label")
+    return rows
+
+
+def _check_columns(table: Path, columns: list[str]) -> None:
+    """Require path and label; other columns may be there, unless one is a misspelt or repeated `split`."""
+    missing = [column for column in ("path", "label") if column not in columns]
+    if missing:
+        raise DataError(f"{table} lacks the column {missing[0]!r}; it has {', '.join(columns) or 'none'}")
+    repeated = [column for column in ("path", "label", "split") if columns.count(column) > 1]
+    if repeated:
+        raise DataError(f"{table} has the column {repeated[0]!r} twice; keep one")
+    lookalikes = difflib.get_close_matches("split", [column.lower() for column in columns], cutoff=0.75)
+    if "split" not in columns and lookalikes:
+        raise DataError(f"{table} has the unknown column {lookalikes[0]!r}; name it 'split', or rename it if it is not one")
+
+
+def _resolve(table: Path, name: str, place: str) -> Path:
+    for folder in (table.parent, table.parent.parent):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{place}: {name} exists neither in {table.parent} nor in its parent; correct the path or remove the row")
+
+
+def _reject_duplicates(paths: Sequence[Path], rows: Sequence[dict[str, str]], places: Sequence[str]) -> None:
+    """An image in two parts would leak from calibration or search into the verdict."""
+    seen: dict[Path, int] = {}
+    for index, path in enumerate(paths):
+        first = seen.setdefault(path.resolve(), index)
+        if first != index:
+            parts = sorted({rows[first].get("split", ""), rows[index].get("split", "")})
+            where = f", in the splits {' and '.join(parts)}" if len(parts) > 1 else ""
+            raise DataError(f"{places[index]}: {path} is already named on line {rows[first]['line']}{where}; keep one row")
+
+
+def _label_indices(
+    labels: Sequence[str], classes: Classes, places: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Map the labels of a source onto the model's classes.
+
+    The first rule that applies: the labels are the model's class names; they are integers, then they are class indices; the
+    model's names are unknown, then the sorted labels are the classes.
+
+    Args:
+        labels: as written, one per image.
+        classes: of the model.
+        places: where each label was read, for messages.
+
+    Returns:
+        Class index per image, and the class names in the model's order.
+    """
+    known = set(labels)
+    if len(known) < 2:
+        raise DataError(f"all images have the class {labels[0]!r} ({places[0]}); top-1 needs images of at least two classes")
+    if isinstance(classes, tuple) and known <= set(classes):
+        return _by_name(labels, classes, places), classes
+    if all(re.fullmatch(r"[+-]?[0-9]+", label) for label in known):
+        return _by_index(labels, classes, places)
+    if isinstance(classes, tuple):
+        stranger, place = next((label, place) for label, place in zip(labels, places, strict=True) if label not in classes)
+        close = difflib.get_close_matches(stranger, classes, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; use the model's class names or indices"
+        raise DataError(f"{place}: {stranger!r} is not one of the model's {len(classes)} classes{hint}")
+    names = tuple(sorted(known))
+    if classes is not None and len(names) != classes:
+        raise DataError(
+            f"the data has {len(names)} class names (first: {names[0]!r}, {places[0]}), the model has {classes} classes "
+            "without names; label the images by class index"
+        )
+    return _by_name(labels, names, places), names
+
+
+def _by_index(
+    labels: Sequence[str], classes: Classes, places: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Read class indices, checking their range."""
+    count = len(classes) if isinstance(classes, tuple) else classes
+    for label, place in zip(labels, places, strict=True):
+        if int(label) < 0 or (count is not None and int(label) >= count):
+            allowed = "0 or more" if count is None else f"0 to {count - 1}, the classes of the model"
+            raise DataError(f"{place}: label {label} is out of range; expected {allowed}")
+    indices = tuple(map(int, labels))
+    names = classes if isinstance(classes, tuple) else tuple(str(index) for index in range(count or max(indices) + 1))
+    return indices, names
+
+
+def _by_name(labels: Sequence[str], classes: tuple[str, ...], places: Sequence[str]) -> tuple[int, ...]:
+    """Look names up, refusing those that two classes share (ImageNet has such pairs)."""
+    counts = Counter(classes)
+    for label, place in zip(labels, places, strict=True):
+        if counts[label] > 1:
+            raise DataError(f"{place}: {counts[label]} of the model's classes are called {label!r}; label images by class index")
+    index = {name: position for position, name in enumerate(classes)}
+    return tuple(index[label] for label in labels)
+
+
+def _listing(name: str, paths: Sequence[Path], names: tuple[str, ...], labels: Labels) -> Listing:
+    """Add to names and labels what the file system knows."""
+    states = [path.stat() for path in paths]
+    versions = tuple((state.st_size, state.st_mtime_ns) for state in states)
+    return Listing(name, names, labels, versions, open=lambda index: open_image(paths[index]))

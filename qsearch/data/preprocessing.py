@@ -1,0 +1,142 @@
+"""From a decoded image to the tensor a model was trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qsearch.errors import DataError
+
+__all__ = ["Interpolation", "Preprocessing"]
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, centre crop and normalisation; part of the model, and recorded in every bundle.
+
+    Pillow does the work, with the rounding rules of torchvision's `Resize` and `CenterCrop`, so that an
+    exported model needs no torch to see the same numbers.
+
+    Attributes:
+        resize: Length of the short side after resizing, in pixels; None keeps the image's size.
+        interpolation: Filter of the resizing, with antialiasing.
+        crop: (height, width) of the centre crop, the model's input, in pixels.
+        mean: Subtracted after scaling to 0..1, one value per channel.
+        std: Divides the result, one value per channel.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+    resize: int | None
+    crop: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: Literal[1, 3] = 3
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        """Reject impossible values.
+
+        Raises:
+            DataError: a field is out of range or of the wrong length.
+        """
+        self._require("channels", self.channels in _MODES, "1 or 3")
+        self._require("interpolation", self.interpolation in _FILTERS, "'bicubic' or 'bilinear'")
+        self._require("crop", _is_tuple(self.crop, 2, _is_size), "two positive integers, height and width")
+        self._require("mean", _is_tuple(self.mean, self.channels, _is_finite), f"{self.channels} finite numbers")
+        positive = _is_tuple(self.std, self.channels, lambda value: _is_finite(value) and value > 0)
+        self._require("std", positive, f"{self.channels} positive numbers")
+        self._require("resize", self.resize is None or _is_size(self.resize), "a positive integer or null")
+
+    def _require(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise DataError(f"preprocessing: {field} must be {expected}, got {getattr(self, field)!r}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the tensor that `apply` returns."""
+        return (self.channels, *self.crop)
+
+    def apply(self, image: Image.Image) -> NDArray[np.float32]:
+        """Turn one image into the model's input.
+
+        Args:
+            image: any mode that Pillow converts to the wanted channels.
+
+        Returns:
+            float32 (C, H, W).
+
+        Raises:
+            DataError: the image is smaller than the crop.
+        """
+        # Conversion comes first: palette indices and 1-bit pixels cannot be interpolated.
+        image = self._cropped(self._resized(image.convert(_MODES[self.channels])))
+        pixels = np.asarray(image, np.float32).reshape(*self.crop, self.channels) / np.float32(255)
+        normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.resize is None:
+            return image
+        short, long = sorted(image.size)
+        longer = int(self.resize * long / short)
+        size = (self.resize, longer) if image.width <= image.height else (longer, self.resize)
+        return image if size == image.size else image.resize(size, _FILTERS[self.interpolation])
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        height, width = self.crop
+        if image.height < height or image.width < width:
+            raise DataError(
+                f"the image has {image.width}x{image.height} pixels{' after resizing' if self.resize else ''}, "
+                f"the crop needs {width}x{height}; set the preprocessing's resize to at least {max(self.crop)}"
+            )
+        top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
+        return image.crop((left, top, left + width, top + height))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary of JSON types, the same for equal values."""
+        floats = {"mean": [float(value) for value in self.mean], "std": [float(value) for value in self.std]}
+        return {**asdict(self), "crop": list(self.crop), **floats}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """Restore what `to_json` returned.
+
+        Args:
+            data: the dictionary; `channels` and `interpolation` may be left out.
+
+        Returns:
+            The preprocessing.
+
+        Raises:
+            DataError: a key is unknown or missing, or a value is impossible.
+        """
+        known = {field.name for field in fields(cls)}
+        required = known - {"channels", "interpolation"}
+        if not isinstance(data, Mapping) or not required <= set(data) <= known:
+            got = ", ".join(sorted(map(str, data))) if isinstance(data, Mapping) else repr(data)
+            raise DataError(f"preprocessing: expected the keys {', '.join(sorted(known))}; got {got}")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**cast(dict[str, Any], values))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_tuple(value: object, length: int, accepts: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == length and all(accepts(item) for item in value)

@@ -1,0 +1,1 @@
+"""Kernel descriptions and their generators."""

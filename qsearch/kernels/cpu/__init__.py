@@ -1,0 +1,28 @@
+"""Kernels for CPUs, written as TIR and compiled by LLVM."""
+
+from __future__ import annotations
+
+from qsearch.errors import BuildError
+from qsearch.kernels.cpu.conv2d import conv2d
+from qsearch.kernels.cpu.depthwise import depthwise
+from qsearch.kernels.cpu.isa import ISAS, Isa
+from qsearch.kernels.description import Kernel
+from qsearch.quantize.program import OpKey
+
+__all__ = ["ISAS", "RULES", "Isa", "describe_kernel"]
+
+# The first rule that applies wins.
+RULES = (depthwise, conv2d)
+
+
+def describe_kernel(key: OpKey, isa: Isa) -> Kernel:
+    """The kernel that carries out an operation on an instruction set.
+
+    Raises:
+        BuildError: No rule applies.
+    """
+    for rule in RULES:
+        kernel = rule(key, isa)
+        if kernel is not None:
+            return kernel
+    raise BuildError(f"no CPU kernel for {key.kind} with dtypes {key.dtypes}; this is a gap in qsearch's kernel set")

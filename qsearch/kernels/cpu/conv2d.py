@@ -1,0 +1,400 @@
+"""Dense and grouped convolution and linear layers: blocked direct convolution over register tiles.
+
+A tile of output pixels times vectors of output channels stays in registers while the kernel walks the
+contraction: kernel rows, then within a row the segments of adjacent input elements, then groups of
+`dot_group` elements. Padding is a copy of the image in scratch memory, filled with the zero point. The last
+vector of output channels overlaps its neighbour where the channel count is no multiple of the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
+from qsearch.kernels.cpu.isa import Isa
+from qsearch.kernels.cpu.padding import padded_copy, padded_image
+from qsearch.kernels.cpu.tile import Tile, choose_tile
+from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat, store
+from qsearch.kernels.description import Kernel
+from qsearch.quantize.program import OpKey
+
+__all__ = ["conv2d"]
+
+Expr = tvm.ir.Expr
+# An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
+BLOCK_ABOVE_BYTES = 512 * 1024
+BLOCK_BYTES = 128 * 1024
+# Weights are prefetched this many steps ahead where few tiles reuse them.
+PREFETCH_STEPS = 8
+PREFETCH_BELOW_PIXELS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every static number of one convolution kernel.
+
+    Attributes:
+        key: The operation: shapes ((N, H, W, C), [residual], (N, OH, OW, O)).
+        isa: Instruction set.
+    """
+
+    key: OpKey
+    isa: Isa
+
+    @property
+    def integer(self) -> bool:
+        """True for uint8 x int8 -> int32, False for float32."""
+        return self.key.precision == "int8"
+
+    @property
+    def group(self) -> int:
+        """Elements of one contraction step."""
+        return self.isa.dot_group if self.integer else 1
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of one convolution group."""
+        return self.key.shapes[0][3] // self.key.conv.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of one convolution group."""
+        return self.key.shapes[-1][3] // self.key.conv.groups
+
+    @cached_property
+    def segments(self) -> tuple[int, int, int]:
+        """(count, elements, distance) of the runs of adjacent input elements within a kernel row."""
+        conv, channels = self.key.conv, self.key.shapes[0][3]
+        if conv.groups == 1 and conv.dilation[1] == 1:
+            return 1, conv.kernel[1] * channels, 0
+        return conv.kernel[1], self.in_channels, conv.dilation[1] * channels
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """(kernel rows, segments, groups of a segment): the contraction."""
+        count, elements, _ = self.segments
+        return self.key.conv.kernel[0], count, -(-elements // self.group)
+
+    @property
+    def columns(self) -> int:
+        """Vectors of output channels per convolution group."""
+        return -(-self.out_channels // self.isa.lanes)
+
+    @property
+    def column_weights(self) -> int:
+        """Weight elements of one column over the whole contraction."""
+        return int(np.prod(self.steps)) * self.isa.lanes * self.group
+
+    @property
+    def copies(self) -> bool:
+        """True if the image is copied: for padding, or because groups read beyond a segment."""
+        return any(self.key.conv.padding) or self.segments[1] % self.group != 0
+
+    @property
+    def flat(self) -> bool:
+        """True if output pixels map one to one onto input pixels, over the whole batch."""
+        conv = self.key.conv
+        return not self.copies and conv.kernel == (1, 1) and conv.stride == (1, 1)
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the output pixels of one image, or (all pixels, 1) where flat."""
+        n, height, width, _ = self.key.shapes[-1]
+        return (n * height * width, 1) if self.flat else (height, width)
+
+    @cached_property
+    def strides(self) -> tuple[int, int]:
+        """Input elements between adjacent output rows and output columns."""
+        _, _, width, channels = self.key.shapes[0]
+        if self.flat:
+            return channels, 0
+        return self.key.conv.stride[0] * self.row, self.key.conv.stride[1] * channels
+
+    @cached_property
+    def row(self) -> int:
+        """Input elements of one image row, padded where copied."""
+        _, height, width, channels = self.key.shapes[0]
+        if not self.copies:
+            return width * channels
+        return padded_image((height, width, channels), self.key.conv.padding, self.key.dtypes[0]).row
+
+    @cached_property
+    def tile(self) -> Tile:
+        """The register tile."""
+        return choose_tile(*self.grid, self.columns, self.isa)
+
+    @cached_property
+    def block_rows(self) -> int:
+        """Output rows walked for all channels before the next rows."""
+        rows, cols = self.grid
+        row_bytes = max(1, abs(self.strides[0])) * (4 if self.key.dtypes[0] == "float32" else 1)
+        if rows * row_bytes <= BLOCK_ABOVE_BYTES:
+            return rows
+        return min(rows, max(1, BLOCK_BYTES // row_bytes // self.tile.rows) * self.tile.rows)
+
+    @property
+    def prefetches(self) -> bool:
+        """True if weights stream and are worth fetching ahead."""
+        return self.grid[0] * self.grid[1] < PREFETCH_BELOW_PIXELS
+
+
+def conv2d(key: OpKey, isa: Isa) -> Kernel | None:
+    """Describe the kernel of a convolution with float32 or int8 weights, or None for another operation.
+
+    Args:
+        key: kind 'conv2d'; shapes ((N, H, W, C), [(N, OH, OW, O) residual], (N, OH, OW, O)).
+        isa: Instruction set.
+    """
+    if key.kind != "conv2d" or key.precision not in ("fp32", "int8"):
+        return None
+    plan = Plan(key, isa)
+    image = key.shapes[0][1:]
+    workspace = padded_image(image, key.conv.padding, key.dtypes[0]).bytes if plan.copies else 0
+    variant = (isa.name, plan.tile, plan.block_rows)
+    return Kernel(key, variant, lambda symbol: _generate(plan, symbol), lambda c: _pack(plan, c), workspace)
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """The kernel's arguments."""
+
+    source: tirx.Buffer
+    residual: tirx.Buffer | None
+    weight: tirx.Buffer
+    bias: tirx.Buffer
+    multiplier: tirx.Buffer | None
+    arguments: Arguments
+    output: tirx.Buffer
+
+
+def _declare(plan: Plan) -> _Buffers:
+    key, lanes = plan.key, plan.isa.lanes
+    kinds = ("int8", "int32") if plan.integer else ("float32", "float32")
+    total = key.conv.groups * plan.columns
+    flat = [int(np.prod(shape)) for shape in key.shapes]
+    source = T.arg("source", T.Buffer((flat[0],), key.dtypes[0], align=64))
+    residual = T.arg("residual", T.Buffer((flat[1],), key.dtypes[1])) if key.residual else None
+    weight = T.arg("weight", T.Buffer((total * plan.column_weights,), kinds[0], align=64))
+    bias = T.arg("bias", T.Buffer((total * lanes,), kinds[1]))
+    multiplier = T.arg("multiplier", T.Buffer((total * lanes,), "float32")) if plan.integer else None
+    arguments = declare_arguments()
+    output = T.arg("output", T.Buffer((flat[-1],), key.dtypes[-1]))
+    return _Buffers(source, residual, weight, bias, multiplier, arguments, output)
+
+
+def _generate(plan: Plan, symbol: str) -> tirx.PrimFunc:
+    def body() -> None:
+        buffers = _declare(plan)
+        images, height, width, channels = plan.key.shapes[0]
+        out_size = int(np.prod(plan.key.shapes[-1][1:]))
+        if plan.flat or images == 1:
+            _one_image(plan, buffers, 0, 0)
+        else:
+            with T.serial(0, images) as n:
+                _one_image(plan, buffers, n * (height * width * channels), n * out_size)
+
+    return kernel(symbol, body)
+
+
+def _one_image(plan: Plan, buffers: _Buffers, source_base: Expr | int, output_base: Expr | int) -> None:
+    source = buffers.source
+    if plan.copies:
+        fill = tirx.const(0.0, "float32")
+        if plan.integer:
+            fill = tirx.Cast("uint8", buffers.arguments.integer("a_zero_point"))
+        source = padded_copy(source, source_base, plan.key.shapes[0][1:], plan.key.conv.padding, fill)
+        source_base = 0
+    walk = _Walk(plan, buffers, source, source_base, output_base)
+    groups = plan.key.conv.groups
+    if groups == 1:
+        walk.group(0)
+    else:
+        with T.serial(0, groups) as g:
+            walk.group(g)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The loops over one image's output."""
+
+    plan: Plan
+    buffers: _Buffers
+    source: tirx.Buffer
+    source_base: Expr | int
+    output_base: Expr | int
+
+    def group(self, g: Expr | int) -> None:
+        """All outputs of convolution group `g`."""
+        plan = self.plan
+        rows, cols = plan.grid
+
+        def chunk(column: Expr | int, columns: int, y0: Expr | int, count: int, last: bool) -> None:
+            tile = _TileWriter(self, g, column, columns, last)
+            _split(
+                y0, count, plan.tile.rows, lambda y, ty: _split(0, cols, plan.tile.cols, lambda x, tx: tile.write(y, x, ty, tx))
+            )
+
+        def block(y0: Expr | int, count: int) -> None:
+            nr = plan.tile.columns
+            whole, rest = divmod(plan.columns, nr)
+            with T.serial(0, whole) as i:
+                chunk(i * nr, nr, y0, count, last=rest == 0)
+            if rest:
+                chunk(whole * nr, rest, y0, count, last=True)
+
+        _split(0, rows, plan.block_rows, block)
+
+
+def _split(start: Expr | int, total: int, size: int, body: Callable[[Expr | int, int], None]) -> None:
+    """Call body(offset, length) over `total` from `start`: whole pieces in a loop, the remainder after it."""
+    whole, rest = divmod(total, size)
+    if whole == 1:
+        body(start, size)
+    elif whole:
+        with T.serial(0, whole) as i:
+            body(start + i * size, size)
+    if rest:
+        body(start + whole * size, rest)
+
+
+@dataclass(frozen=True)
+class _TileWriter:
+    """Writes the statements of register tiles over `columns` vectors of output channels from `column`."""
+
+    walk: _Walk
+    group: Expr | int
+    column: Expr | int
+    columns: int
+    last: bool
+
+    def write(self, y: Expr | int, x: Expr | int, ty: int, tx: int) -> None:
+        """Compute and store ty x tx output pixels from output position (y, x)."""
+        plan, lanes = self.walk.plan, self.walk.plan.isa.lanes
+        pixels = [(i, j) for i in range(ty) for j in range(tx)]
+        row_stride, col_stride = plan.strides
+        width, out_channels = (1 if plan.flat else plan.key.shapes[-1][2]), plan.key.shapes[-1][3]
+        kind = "int32" if plan.integer else "float32"
+        accumulators = T.alloc_buffer((len(pixels) * self.columns,), f"{kind}x{lanes}", scope="local", layout=None)
+        first = self.group * plan.columns + self.column
+        for p in range(len(pixels)):
+            for c in range(self.columns):
+                start = load(self.walk.buffers.bias, (first + c) * lanes, lanes)
+                T.buffer_store(accumulators, start, [p * self.columns + c])
+        origin = self.walk.source_base + y * row_stride + x * col_stride + self.group * plan.in_channels
+        offsets = [i * row_stride + j * col_stride for i, j in pixels]
+        self._contract(accumulators, origin, offsets, first)
+        base = self.walk.output_base + (y * width + x) * out_channels + self.group * plan.out_channels
+        for p, (i, j) in enumerate(pixels):
+            for c in range(self.columns):
+                value = tirx.BufferLoad(accumulators, [p * self.columns + c])
+                self._store(value, base + (i * width + j) * out_channels, first + c, c)
+
+    def _contract(self, accumulators: tirx.Buffer, origin: Expr, offsets: list[int], first: Expr | int) -> None:
+        """Add every contraction step to the accumulators."""
+        plan = self.walk.plan
+        rows, count, groups = plan.steps
+        step_weights = self.columns * plan.isa.lanes * plan.group
+        weight_base = first * plan.column_weights
+
+        def step(row: Expr | int, segment: Expr | int, i: Expr | int) -> None:
+            weights = weight_base + ((row * count + segment) * groups + i) * step_weights
+            at = origin + row * (plan.key.conv.dilation[0] * plan.row) + segment * plan.segments[2] + i * plan.group
+            self._step(accumulators, at, offsets, weights, step_weights)
+
+        _nest((rows, count, groups), step)
+
+    def _step(self, accumulators: tirx.Buffer, at: Expr, offsets: list[int], weights: Expr, step_weights: int) -> None:
+        plan, width = self.walk.plan, self.walk.plan.isa.lanes * self.walk.plan.group
+        columns = [load(self.walk.buffers.weight, weights + c * width, width) for c in range(self.columns)]
+        if plan.prefetches:
+            for c in range(self.columns):
+                _prefetch(self.walk.buffers.weight, weights + PREFETCH_STEPS * step_weights + c * width)
+        for p, offset in enumerate(offsets):
+            activation = load(self.walk.source, at + offset, plan.group)
+            if plan.integer and plan.group > 1:
+                activation = tirx.reinterpret("int32", activation)
+            for c, weight in enumerate(columns):
+                index = p * self.columns + c
+                current = tirx.BufferLoad(accumulators, [index])
+                if plan.integer:
+                    value = plan.isa.dot(current, activation, weight)
+                else:
+                    value = plan.isa.multiply_add(f"float32x{plan.isa.lanes}", current, splat(activation, plan.isa.lanes), weight)
+                T.buffer_store(accumulators, value, [index])
+
+    def _store(self, value: Expr, base: Expr, column: Expr | int, c: int) -> None:
+        """Requantize one vector of accumulators and store it at its channels."""
+        plan, buffers = self.walk.plan, self.walk.buffers
+        lanes, channels = plan.isa.lanes, plan.out_channels
+        kept = min(lanes, channels)
+        offset = (self.column + c) * lanes
+        if self.last and c == self.columns - 1 and channels % lanes and channels > lanes:
+            offset = tirx.min(offset, channels - lanes) if isinstance(offset, Expr) else channels - lanes
+        index = base + offset
+        if plan.integer:
+            multiplier = load(buffers.multiplier, column * lanes, lanes)
+            value = rounded_product(cast(value, "float32", lanes), multiplier, lanes)
+        value = narrow(value, lanes, kept)
+        if buffers.residual is not None:
+            residual = load(buffers.residual, index, kept)
+            value = value + dequantized(residual, plan.key.dtypes[1], kept, buffers.arguments, "b")
+        if not plan.integer and plan.key.dtypes[-1] == "uint8":
+            value = rounded_product(value, splat(buffers.arguments.float("multiplier"), kept), kept)
+        finish(plan.isa, buffers.output, index, value, kept, buffers.arguments, plan.key.clipped)
+
+
+def _nest(extents: tuple[int, ...], body: Callable[..., None], *indices: Expr | int) -> None:
+    """Nested serial loops; extents of one make no loop."""
+    if len(indices) == len(extents):
+        body(*indices)
+    elif extents[len(indices)] == 1:
+        _nest(extents, body, *indices, 0)
+    else:
+        with T.serial(0, extents[len(indices)]) as i:
+            _nest(extents, body, *indices, i)
+
+
+def _prefetch(buffer: tirx.Buffer, index: Expr) -> None:
+    """Fetch a weight line for reading into every cache level; addresses beyond the end are harmless."""
+    address = T.address_of(tirx.BufferLoad(buffer, [index]))
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(i, "int32") for i in (0, 3, 1))))
+
+
+def _pack(plan: Plan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Lay weights out in the order the kernel reads them: group, chunk of columns, step, column, lane, element."""
+    lanes, groups = plan.isa.lanes, plan.key.conv.groups
+    channel = np.arange(plan.columns * lanes).reshape(plan.columns, lanes)
+    if plan.out_channels >= lanes:
+        channel[-1] = np.arange(plan.out_channels - lanes, plan.out_channels)
+    used = channel < plan.out_channels
+    channel = np.where(used, channel, 0)
+    weight = _pack_weight(plan, constants["weight"], channel, used)
+    rows = [weight]
+    for name in ("bias", "multiplier") if plan.integer else ("bias",):
+        per_group = constants[name].reshape(groups, plan.out_channels)
+        rows.append(np.where(used, per_group[:, channel], 0).astype(per_group.dtype).ravel())
+    return (*rows, constants["integers"], constants["floats"])
+
+
+def _pack_weight(plan: Plan, weight: np.ndarray, channel: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """(O, kh, kw, I/groups) -> flat, zero where a column or a contraction group is incomplete."""
+    groups, (rows, count, steps) = plan.key.conv.groups, plan.steps
+    elements = plan.segments[1]
+    dense = weight.reshape(groups, plan.out_channels, rows, count, elements)
+    padded = np.zeros((*dense.shape[:-1], steps * plan.group), weight.dtype)
+    padded[..., :elements] = dense
+    columns = padded[:, channel] * used[None, :, :, None, None, None].astype(weight.dtype)
+    columns = columns.reshape(groups, plan.columns, plan.isa.lanes, rows * count * steps, plan.group)
+    chunks = []
+    for g in range(groups):
+        for first in range(0, plan.columns, plan.tile.columns):
+            chunk = columns[g, first : first + plan.tile.columns]
+            chunks.append(chunk.transpose(2, 0, 1, 3).ravel())
+    return np.concatenate(chunks)

@@ -1,0 +1,74 @@
+"""What happens to an accumulated value before it is stored; shared by every kernel that computes in float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qsearch.kernels.cpu.isa import Isa
+from qsearch.kernels.cpu.vectors import cast, load, rounded_product, splat, store
+from qsearch.quantize.program import FLOATS, INTEGERS
+
+__all__ = ["Arguments", "declare_arguments", "dequantized", "finish"]
+
+Expr = tvm.ir.Expr
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The scalar arguments of a kernel: int32 and float32 vectors laid out as `INTEGERS` and `FLOATS`."""
+
+    integers: tirx.Buffer
+    floats: tirx.Buffer
+
+    def integer(self, name: str) -> Expr:
+        """An int32 scalar by name."""
+        return load(self.integers, INTEGERS.index(name))
+
+    def float(self, name: str) -> Expr:
+        """A float32 scalar by name."""
+        return load(self.floats, FLOATS.index(name))
+
+
+def declare_arguments() -> Arguments:
+    """Declare the two scalar argument vectors; call it in argument order."""
+    integers = T.arg("integers", T.Buffer((len(INTEGERS),), "int32"))
+    return Arguments(integers, T.arg("floats", T.Buffer((len(FLOATS),), "float32")))
+
+
+def dequantized(value: Expr, dtype: str, lanes: int, arguments: Arguments, which: str) -> Expr:
+    """f32(f32(value - zero_point) * multiplier), or f32(value * multiplier) for float values.
+
+    Args:
+        value: uint8 or float32 x lanes.
+        dtype: 'uint8' or 'float32'.
+        lanes: Number of lanes.
+        arguments: The kernel's scalars.
+        which: 'a' or 'b': whose zero point and multiplier.
+    """
+    if dtype == "uint8":
+        centred = cast(value, "int32", lanes) - splat(arguments.integer(f"{which}_zero_point"), lanes)
+        value = cast(centred, "float32", lanes)
+    return rounded_product(value, splat(arguments.float(f"{which}_multiplier"), lanes), lanes)
+
+
+def finish(isa: Isa, buffer: tirx.Buffer, index: Expr, value: Expr, lanes: int, arguments: Arguments, clipped: bool) -> None:
+    """Clip, round and store a float32 value.
+
+    For a uint8 buffer: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives
+    the same integers because its bounds are integers, and keeps the conversion to int32 from overflowing.
+    For a float32 buffer: clip(value, low, high) where `clipped`, else value.
+    """
+    if buffer.dtype == "uint8":
+        zero_point = arguments.integer("zero_point")
+        bounds = (tirx.Cast("float32", arguments.integer(name) - zero_point) for name in ("qmin", "qmax"))
+        low, high = (splat(bound, lanes) for bound in bounds)
+        whole = isa.round_to_int(tirx.min(tirx.max(value, low), high), lanes)
+        value = cast(whole + splat(zero_point, lanes), "uint8", lanes)
+    elif clipped:
+        low, high = (splat(arguments.float(name), lanes) for name in ("low", "high"))
+        value = tirx.min(tirx.max(value, low), high)
+    store(buffer, index, value, lanes)

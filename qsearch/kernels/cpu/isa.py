@@ -1,0 +1,82 @@
+"""Instruction sets, and the few operations whose instructions differ between them.
+
+Kernels are written over vectors of `Isa.lanes` 32-bit values. An instruction set says how wide a vector is,
+how many products one integer dot step sums, and which registers a tile may fill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+
+__all__ = ["AVX512_VNNI", "ISAS", "PORTABLE", "Isa"]
+
+
+@dataclass(frozen=True)
+class Isa:
+    """What kernel generators know of an instruction set.
+
+    Attributes:
+        name: Name used in kernel identities and target descriptions.
+        lanes: 32-bit lanes of a vector.
+        registers: Vector registers a tile may occupy.
+        dot_group: Adjacent uint8 x int8 products that one dot step adds into a 32-bit lane.
+        features: LLVM feature names the generated code needs.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    dot_group: int
+    features: tuple[str, ...] = ()
+
+    def dot(self, accumulator: tvm.ir.Expr, activations: tvm.ir.Expr, weights: tvm.ir.Expr) -> tvm.ir.Expr:
+        """Add `dot_group` products to every int32 lane.
+
+        Args:
+            accumulator: int32 x lanes.
+            activations: int32 scalar holding `dot_group` uint8 values (VNNI), or one uint8 scalar.
+            weights: int8 x (lanes * dot_group).
+
+        Returns:
+            int32 x lanes.
+        """
+        spread = tirx.Broadcast(activations, self.lanes)
+        if self.dot_group == 4:
+            operand = tirx.reinterpret("int8x64", spread)
+            return _llvm("llvm.x86.avx512.vpdpbusd.512", "int32x16", accumulator, operand, weights)
+        kind = f"int32x{self.lanes}"
+        return accumulator + tirx.Cast(kind, spread) * tirx.Cast(kind, weights)
+
+    def multiply_add(self, kind: str, accumulator: tvm.ir.Expr, a: tvm.ir.Expr, b: tvm.ir.Expr) -> tvm.ir.Expr:
+        """`accumulator + a * b` lane by lane, of dtype `kind`: float32 rounds once; int32 operands fit 16 bits."""
+        if kind.startswith("float32"):
+            return _llvm("llvm.fma", kind, a, b, accumulator)
+        if self.dot_group == 4 and kind == "int32x16":
+            # Both operands fit 16 bits and a's upper half is zero, so the pairwise product sum is a * b.
+            pair_a, pair_b = (tirx.reinterpret("int16x32", x) for x in (a, b))
+            return _llvm("llvm.x86.avx512.vpdpwssd.512", kind, accumulator, pair_a, pair_b)
+        return accumulator + a * b
+
+    def round_to_int(self, value: tvm.ir.Expr, lanes: int) -> tvm.ir.Expr:
+        """Round float32 x lanes half to even; |value| < 2**31."""
+        if self.lanes == 16 and lanes == 16:
+            # vcvtps2dq under the default rounding mode (4 = current direction): one instruction, not two.
+            unused = tirx.Broadcast(tirx.const(0, "int32"), 16)
+            arguments = (value, unused, tirx.const(-1, "int16"), tirx.const(4, "int32"))
+            return _llvm("llvm.x86.avx512.mask.cvtps2dq.512", "int32x16", *arguments)
+        kind = f"x{lanes}" if lanes > 1 else ""
+        return tirx.Cast(f"int32{kind}", _llvm("llvm.rint", f"float32{kind}", value))
+
+
+AVX512_VNNI = Isa("avx512vnni", 16, 32, 4, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"))
+PORTABLE = Isa("portable", 8, 16, 1)
+
+# The first whose features the target has is used; the last needs none.
+ISAS = (AVX512_VNNI, PORTABLE)
+
+
+def _llvm(name: str, dtype: str, *arguments: tvm.ir.Expr) -> tvm.ir.Expr:
+    return tirx.call_llvm_pure_intrin(dtype, name, *arguments)

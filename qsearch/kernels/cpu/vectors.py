@@ -1,0 +1,106 @@
+"""The vector vocabulary that kernel generators share: loads, stores, loops, exact products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+__all__ = [
+    "cast",
+    "constant",
+    "for_blocks",
+    "for_vectors",
+    "kernel",
+    "load",
+    "narrow",
+    "rounded_product",
+    "splat",
+    "store",
+    "vector_type",
+]
+
+Expr = tvm.ir.Expr
+
+
+def kernel(symbol: str, body: Callable[[], None]) -> tirx.PrimFunc:
+    """Write a PrimFunc: `body` declares its arguments with `T.arg` and emits its statements."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(symbol)
+            T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
+            body()
+    return builder.get()
+
+
+def constant(value: float, dtype: str, lanes: int = 1) -> Expr:
+    """A scalar constant, or a vector of equal constants."""
+    scalar = tirx.const(value, dtype)
+    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+
+
+def load(buffer: tirx.Buffer, index: Expr | int, lanes: int = 1) -> Expr:
+    """`lanes` adjacent elements from `index`."""
+    return tirx.BufferLoad(buffer, [tirx.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def store(buffer: tirx.Buffer, index: Expr | int, value: Expr, lanes: int = 1) -> None:
+    """Write `lanes` adjacent elements from `index`."""
+    T.buffer_store(buffer, value, [tirx.Ramp(index, 1, lanes) if lanes > 1 else index])
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def vector_type(dtype: str, lanes: int) -> str:
+    """The dtype of a vector."""
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def cast(value: Expr, dtype: str, lanes: int) -> Expr:
+    """Convert every lane."""
+    return tirx.Cast(vector_type(dtype, lanes), value)
+
+
+def narrow(value: Expr, lanes: int, kept: int) -> Expr:
+    """The first `kept` lanes."""
+    if kept == lanes:
+        return value
+    return tirx.Shuffle([value], [tirx.const(i, "int32") for i in range(kept)])
+
+
+def for_vectors(size: int, lanes: int, body: Callable[[Expr | int, int], None]) -> None:
+    """Call `body(offset, lanes)` over `size` elements, the remainder in one narrower vector."""
+    whole = size // lanes
+    if whole:
+        with T.serial(0, whole) as i:
+            body(i * lanes, lanes)
+    if size % lanes:
+        body(whole * lanes, size % lanes)
+
+
+def for_blocks(size: int, lanes: int, body: Callable[[Expr | int, int], None]) -> None:
+    """Like `for_vectors`, but the last block overlaps its neighbour instead of being narrower.
+
+    Only for bodies that may compute an element twice.
+    """
+    if size < lanes:
+        body(0, size)
+        return
+    whole = -(-size // lanes)
+    with T.serial(0, whole) as i:
+        body(tirx.min(i * lanes, size - lanes) if size % lanes else i * lanes, lanes)
+
+
+def rounded_product(a: Expr, b: Expr, lanes: int) -> Expr:
+    """a * b over float32 lanes, rounded to float32 before anything is added to it.
+
+    LLVM's back end is allowed to contract a product and a sum into one fused operation; the fence forbids it,
+    because the reference rounds twice.
+    """
+    return tirx.call_llvm_pure_intrin(vector_type("float32", lanes), "llvm.arithmetic.fence", a * b)

@@ -1,0 +1,88 @@
+"""What is known of one compiled module after it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+__all__ = ["Accuracy", "Latency", "Measurement", "Memory"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one inference.
+
+    Attributes:
+        median_ms: Median over the repeats, milliseconds.
+        spread_ms: Half the interquartile range over the repeats, milliseconds.
+        repeats: Number of repeats; each is the mean of `number` inferences.
+        number: Inferences per repeat.
+        threads: Threads the module ran on.
+    """
+
+    median_ms: float
+    spread_ms: float
+    repeats: int
+    number: int
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a module needs to run.
+
+    Attributes:
+        weight_bytes: Constants of the module.
+        activation_bytes: Storage planned for intermediate values, input and output included.
+        workspace_bytes: Largest scratch buffer a kernel allocates.
+    """
+
+    weight_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Sum of the three."""
+        return self.weight_bytes + self.activation_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of a module against float on the same images.
+
+    Attributes:
+        top1: Percent of images whose best class is right.
+        top5: Percent of images whose label is among the best five.
+        top1_loss_pp: Float top-1 minus this module's, percentage points.
+        top1_loss_ci_pp: 95 % interval of the loss, paired image by image.
+        images: Number of images.
+        output_sha256: Digest of every output byte, in image order.
+    """
+
+    top1: float
+    top5: float
+    top1_loss_pp: float
+    top1_loss_ci_pp: tuple[float, float]
+    images: int
+    output_sha256: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One trial's result.
+
+    Attributes:
+        latency: Time.
+        memory: Bytes.
+        accuracy: On the search images.
+        seconds: Wall time of the steps: lower, build, latency, accuracy.
+    """
+
+    latency: Latency
+    memory: Memory
+    accuracy: Accuracy
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        """Plain types, for user attributes and reports."""
+        return asdict(self) | {"peak_bytes": self.memory.peak_bytes}

@@ -1,0 +1,199 @@
+"""The layer graph: what qsearch knows of a model, immutable, in topological order.
+
+Shapes are logical: (N, C, H, W) for images, (N, F) for features, as in torch. Memory layout is decided by
+lowering. Parameters travel beside the graph in `Parameters`, keyed by node name, so that the graph itself is
+small, comparable and hashable by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ACTIVATIONS", "Conv", "ForeignOp", "Graph", "Model", "Node", "Parameters", "Pool"]
+
+# Pointwise functions with a lowering of their own; the first three only clip.
+ACTIVATIONS = ("relu", "relu6", "clip", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Geometry of a convolution; linear layers use kernel (1, 1).
+
+    Attributes:
+        kernel: (kh, kw).
+        stride: (sh, sw).
+        padding: (top, left, bottom, right), zeros.
+        dilation: (dh, dw).
+        groups: Number of groups; equal to the input channels for depthwise.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Geometry of a pooling window.
+
+    Attributes:
+        kernel: (kh, kw).
+        stride: (sh, sw).
+        padding: (top, left, bottom, right).
+        count_include_pad: Average pooling counts padded zeros as values.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    count_include_pad: bool = True
+
+
+@dataclass(frozen=True)
+class ForeignOp:
+    """An operator without a lowering of its own; it runs in float through TVM's legalisation.
+
+    Attributes:
+        target: Name of the ATen overload, for example 'aten.layer_norm.default'.
+        call: The call's arguments with tensors replaced by ("tensor", i) (i-th input of the node) or
+            ("parameter", name); a JSON-like structure, kept as text so that the node stays hashable.
+    """
+
+    target: str
+    call: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Attributes:
+        name: Unique; the user's own module name for layers ('features.3.conv.0'), else 'parent.op'.
+        op: 'input', 'conv2d', 'linear', 'add', 'mul', 'concat', 'max_pool2d', 'avg_pool2d', 'activation',
+            'flatten' or 'foreign'.
+        inputs: Names of the nodes whose values it reads.
+        shape: Logical shape of its value.
+        conv: Geometry, for conv2d and linear.
+        pool: Geometry, for pooling.
+        activation: Function name, for activation; for conv2d, linear and add a fused clip applied last.
+        clip: (low, high) of a fused or plain clip; None where unbounded on both sides.
+        residual: For conv2d and linear: the last entry of `inputs` is added before the fused clip.
+        foreign: What to call, for foreign.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    conv: Conv | None = None
+    pool: Pool | None = None
+    activation: str | None = None
+    clip: tuple[float, float] | None = None
+    residual: bool = False
+    foreign: ForeignOp | None = None
+
+    @property
+    def is_layer(self) -> bool:
+        """True for nodes whose precision is a choice."""
+        return self.op in ("conv2d", "linear")
+
+    @property
+    def is_depthwise(self) -> bool:
+        """True for convolutions with one input channel per group."""
+        return self.conv is not None and self.conv.groups > 1 and self.conv.groups == self.shape[1]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights beside the graph.
+
+    Attributes:
+        weight: Layer name -> float32 (O, I/groups, kh, kw); linear layers have kh = kw = 1.
+        bias: Layer name -> float32 (O,), zeros where the model has none.
+        norm: Layer name -> (mean, std), float32 (O,) each: the batch-norm statistics the layer's output had in
+            training, where one was folded in; data-free ranges are derived from them.
+        constants: Name -> array, for foreign operators.
+    """
+
+    weight: dict[str, np.ndarray] = field(default_factory=dict)
+    bias: dict[str, np.ndarray] = field(default_factory=dict)
+    norm: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in topological order; the first is the single input, `output` names the result."""
+
+    nodes: tuple[Node, ...]
+    output: str
+
+    @cached_property
+    def by_name(self) -> dict[str, Node]:
+        """Node name -> node."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[Node, ...]]:
+        """Node name -> the nodes that read its value, in order."""
+        readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                readers[name].append(node)
+        return {name: tuple(nodes) for name, nodes in readers.items()}
+
+    @property
+    def input(self) -> Node:
+        """The input node."""
+        return self.nodes[0]
+
+    @cached_property
+    def layers(self) -> tuple[Node, ...]:
+        """The quantizable nodes, in order."""
+        return tuple(node for node in self.nodes if node.is_layer)
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """Names of the convolutions, in order."""
+        return tuple(node.name for node in self.layers if node.op == "conv2d")
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """Names of the linear layers, in order."""
+        return tuple(node.name for node in self.layers if node.op == "linear")
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """Names of the nodes that run in float through TVM's own legalisation."""
+        return tuple(node.name for node in self.nodes if node.op == "foreign")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready for quantization: the graph and, beside it, its parameters."""
+
+    name: str
+    graph: Graph
+    parameters: Parameters
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over the graph and every parameter."""
+        digest = hashlib.sha256(json.dumps(asdict(self.graph), sort_keys=True, default=_plain).encode())
+        for table in (self.parameters.weight, self.parameters.bias, self.parameters.constants):
+            for name in sorted(table):
+                digest.update(name.encode())
+                digest.update(np.ascontiguousarray(table[name]).tobytes())
+        return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else list(value)

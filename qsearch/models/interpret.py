@@ -1,0 +1,210 @@
+"""Run the layer graph in float with torch, one value at a time.
+
+This is the float model as qsearch understands it: what calibration observes, what sensitivity compares with,
+and what an import is checked against. Values are channels-last in memory, which torch convolves fastest on
+CPUs; logical shapes stay (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsearch.errors import UnsupportedModelError
+from qsearch.models.graph import Graph, Model, Node, Parameters, Pool
+
+__all__ = ["interpret"]
+
+_POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+
+@torch.no_grad()
+def interpret(model: Model, images: Tensor, on_value: Callable[[Node, Tensor], None] | None = None) -> Tensor:
+    """Run the model in float.
+
+    A value is freed after its last consumer, so that peak memory is that of the widest cut through the graph.
+
+    Args:
+        model: The model; the batch of its graph need not be that of `images`, but must divide it.
+        images: float32 (N, C, H, W), preprocessed.
+        on_value: Called with every node, in order, and its value, the input included.
+
+    Returns:
+        The value of the graph's output, float32.
+
+    Raises:
+        UnsupportedModelError: A node's operation or a foreign operator is unknown.
+    """
+    graph = model.graph
+    last_use = {name: node.name for node in graph.nodes for name in node.inputs}
+    values: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "input":
+            value = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+        elif node.op == "foreign":
+            value = _foreign(node, [values[name] for name in node.inputs], graph, model.parameters, len(images))
+        else:
+            value = _value(node, [values[name] for name in node.inputs], model.parameters)
+        if on_value is not None:
+            on_value(node, value)
+        values[node.name] = value
+        for name in {*node.inputs, node.name}:
+            if last_use.get(name, node.name) == node.name and name != graph.output:
+                del values[name]
+    return values[graph.output]
+
+
+def _value(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    try:
+        compute = _OPERATIONS[node.op]
+    except KeyError:
+        known = ", ".join(["input", *_OPERATIONS, "foreign"])
+        raise UnsupportedModelError(f"node {node.name!r} has the unknown operation {node.op!r}; known are {known}") from None
+    value = compute(node, inputs, parameters)
+    if node.residual:
+        value = value + inputs[-1]
+    # An activation applies its own clip; everywhere else a clip is fused and comes last.
+    return value if node.op == "activation" else _clipped(value, node.clip)
+
+
+def _clipped(value: Tensor, clip: tuple[float, float] | None) -> Tensor:
+    return value if clip is None else value.clamp(*clip)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # torch warns about arrays it could write to by accident, such as memory-mapped weights.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _conv2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    conv = node.conv
+    assert conv is not None
+    x, padding = _padded(inputs[0], conv.padding, 0.0)
+    weight, bias = _tensor(parameters.weight[node.name]), _tensor(parameters.bias[node.name])
+    return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _linear(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    weight = _tensor(parameters.weight[node.name]).flatten(1)
+    return F.linear(inputs[0], weight, _tensor(parameters.bias[node.name]))
+
+
+def _padded(x: Tensor, padding: tuple[int, int, int, int], fill: float) -> tuple[Tensor, tuple[int, int]]:
+    """Pad explicitly where torch's symmetric argument cannot say it; returns what is left for that argument."""
+    top, left, bottom, right = padding
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=fill), (0, 0)
+
+
+def _max_pool2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    pool = node.pool
+    assert pool is not None
+    x, padding = _padded(inputs[0], pool.padding, -torch.inf)
+    return F.max_pool2d(x, pool.kernel, pool.stride, padding)
+
+
+def _avg_pool2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    pool = node.pool
+    assert pool is not None
+    x, padding = _padded(inputs[0], pool.padding, 0.0)
+    if x is inputs[0] or pool.count_include_pad:
+        return F.avg_pool2d(x, pool.kernel, pool.stride, padding, count_include_pad=pool.count_include_pad)
+    return F.avg_pool2d(x, pool.kernel, pool.stride) / _share_inside(inputs[0], pool)
+
+
+def _share_inside(x: Tensor, pool: Pool) -> Tensor:
+    """The share of every window that lies on the image, float32 (1, 1, H_out, W_out)."""
+    inside, _ = _padded(torch.ones(1, 1, *x.shape[2:]), pool.padding, 0.0)
+    return F.avg_pool2d(inside, pool.kernel, pool.stride)
+
+
+def _activation(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    if node.activation in _POINTWISE:
+        return _POINTWISE[node.activation](inputs[0])
+    if node.activation == "clip":
+        return _clipped(inputs[0], node.clip)
+    known = ", ".join(["clip", *_POINTWISE])
+    raise UnsupportedModelError(f"node {node.name!r} has the unknown activation {node.activation!r}; known are {known}")
+
+
+_OPERATIONS: dict[str, Callable[[Node, list[Tensor], Parameters], Tensor]] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "add": lambda node, inputs, parameters: inputs[0] + inputs[1],
+    "mul": lambda node, inputs, parameters: inputs[0] * inputs[1],
+    "concat": lambda node, inputs, parameters: torch.cat(inputs, dim=1),
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "activation": _activation,
+    "flatten": lambda node, inputs, parameters: inputs[0].flatten(1),
+}
+
+
+def _foreign(node: Node, inputs: list[Tensor], graph: Graph, parameters: Parameters, batch: int) -> Tensor:
+    """Call an ATen operator, once per batch of the graph's own size.
+
+    Its arguments may hold the batch the model was exported with (a view's shape), and its input may hold the
+    batch within a larger axis 0 (windows of an image). Splitting and joining along axis 0 undo each other,
+    so this stays right across any chain of such operators.
+    """
+    assert node.foreign is not None
+    operator = _overload(node.name, node.foreign.target)
+    call = json.loads(node.foreign.call)
+    parts = max(1, batch // graph.input.shape[0])
+    if batch != parts * graph.input.shape[0]:
+        raise UnsupportedModelError(
+            f"node {node.name!r} ({node.foreign.target}) needs batches that are a multiple of {graph.input.shape[0]}, got {batch}"
+        )
+    split = []
+    for name, value in zip(node.inputs, inputs, strict=True):
+        length = graph.by_name[name].shape[0] if value.dim() else 0
+        # Views need logical order; a value without a batch (made from parameters alone) is passed whole.
+        whole = value.dim() == 0 or value.shape[0] != length * parts
+        split.append([value] * parts if whole else [part.contiguous() for part in value.split(length)])
+    results = []
+    for part in range(parts):
+        operands = [values[part] for values in split]
+        result = operator(*_bound(call["args"], operands, parameters), **_bound(call["kwargs"], operands, parameters))
+        results.append(result[0] if isinstance(result, (tuple, list)) else result)
+    return results[0] if parts == 1 or results[0].dim() == 0 or not inputs else torch.cat(results)
+
+
+def _overload(name: str, target: str) -> Callable[..., Any]:
+    found: Any = torch.ops
+    try:
+        for part in target.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        raise UnsupportedModelError(f"node {name!r} calls {target!r}, which this version of torch does not have") from None
+    return found
+
+
+def _bound(spec: Any, operands: list[Tensor], parameters: Parameters) -> Any:
+    """Put tensors, parameters and dtypes in the places that the call's JSON form holds for them."""
+    if isinstance(spec, list):
+        return [_bound(item, operands, parameters) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if spec.keys() == {"tensor"}:
+        return operands[spec["tensor"]]
+    if spec.keys() == {"parameter"}:
+        return _tensor(parameters.constants[spec["parameter"]])
+    if spec.keys() == {"dtype"}:
+        return getattr(torch, spec["dtype"])
+    return {key: _bound(item, operands, parameters) for key, item in spec.items()}

@@ -1,0 +1,1 @@
+"""Affine arithmetic, weight preparation, the NumPy reference, and lowering to an integer program."""

@@ -1,0 +1,144 @@
+"""The integer program: a model under one configuration, every operation with its exact arithmetic.
+
+Lowering writes it, the NumPy reference executes it, kernels implement it operation by operation. Values are
+held channels-last: an image value of logical shape (N, C, H, W) lies in memory as (N, H, W, C); feature
+values (N, F) lie as they are. A value is 'uint8' or 'float32'.
+
+Arithmetic (one definition for every target; f32(.) rounds to float32, rint rounds half to even):
+
+    quantize     q = clip(rint(f32(x * inv_scale)) + zero_point, 0, 255)
+    dequantize   x = f32(f32(q - zero_point) * scale)
+    conv, int8   acc = bias + sum (a * w) over int32, padded positions hold a = input zero point
+                 v   = f32(f32(acc) * multiplier[o])
+                 v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with a residual, r uint8
+                 v   = f32(v + f32(r * r_multiplier))                              with a residual, r float32
+                 q   = clip(rint(v) + zero_point, qmin, qmax)                      uint8 output
+                 x   = clip(v, low, high)                                          float32 output
+    conv, fp32   x   = clip(sum + bias + residual, low, high); uint8 output: quantize x. Not bit exact
+                 between targets: only integer layers are.
+    add          v = f32(f32(f32(a - a_zp) * a_m) + f32(f32(b - b_zp) * b_m)); then as conv's output
+    mul          v = f32(f32((a - a_zp) * (b - b_zp)) * m); then as conv's output
+    avg_pool     v = f32(f32(sum(a) - n * a_zp) * m)
+    concat       v = f32(f32(a - a_zp) * a_m), per input; the input is copied where scale and zero point agree
+    lookup       q = table[a]
+    max_pool     q = max(a)
+
+rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multipliers so that |v| < 2**30.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qsearch.models.graph import Conv, ForeignOp, Pool
+
+__all__ = ["FLOATS", "INTEGERS", "Op", "OpKey", "Program", "Value"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the program.
+
+    Attributes:
+        name: Unique within the program.
+        shape: Physical shape: (N, H, W, C) for images (the program's input excepted: (N, C, H, W)), else logical.
+        dtype: 'uint8' or 'float32'.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return self.size * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class OpKey:
+    """What a kernel must know when it is generated; two operations with equal keys share one kernel.
+
+    Attributes:
+        kind: 'to_channels_last', 'to_channels_first', 'quantize', 'dequantize', 'conv2d', 'add', 'mul',
+            'avg_pool2d', 'max_pool2d', 'concat', 'lookup', 'activation' or 'foreign'.
+        shapes: Physical shapes of the inputs, then of the output.
+        dtypes: Dtypes of the inputs, then of the output.
+        precision: Precision name of a conv2d.
+        conv: Geometry of a conv2d.
+        pool: Geometry of a pool.
+        residual: conv2d adds its second input.
+        clipped: A float32 output is clipped to (low, high).
+        function: Name of a float activation.
+        copies: concat: per input, True if its bytes are copied unchanged.
+        foreign: What a foreign operation calls.
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    precision: str | None = None
+    conv: Conv | None = None
+    pool: Pool | None = None
+    residual: bool = False
+    clipped: bool = False
+    function: str | None = None
+    copies: tuple[bool, ...] = ()
+    foreign: ForeignOp | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the program.
+
+    Attributes:
+        name: Name of the graph node it carries out, with a suffix for conversions.
+        key: Its kernel's identity.
+        inputs: Names of the values it reads.
+        output: The value it writes.
+        constants: Arguments that differ between configurations, never part of the key. By kind:
+            conv2d: weight int8 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
+            multiplier float32 (O,) (int8 only); and for all kinds, where they apply:
+            integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
+            floats float32 (5,): scalar multipliers, see `FLOATS`;
+            table uint8 (256,) for lookup; multipliers float32 (n,) and zero_points int32 (n,) for concat;
+            foreign: the parameters it names.
+    """
+
+    name: str
+    key: OpKey
+    inputs: tuple[str, ...]
+    output: Value
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+# Positions within the argument vectors `integers` and `floats` that every quantized kernel takes.
+INTEGERS = ("a_zero_point", "b_zero_point", "zero_point", "qmin", "qmax")
+FLOATS = ("a_multiplier", "b_multiplier", "multiplier", "low", "high")
+
+
+@dataclass(frozen=True)
+class Program:
+    """Operations in order.
+
+    Attributes:
+        input: The model's input, float32 (N, C, H, W).
+        ops: In execution order.
+        output: The model's output, float32.
+    """
+
+    input: Value
+    ops: tuple[Op, ...]
+    output: Value
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of every constant the module carries."""
+        return sum(array.nbytes for op in self.ops for array in op.constants.values())

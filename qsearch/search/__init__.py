@@ -1,0 +1,1 @@
+"""Search space, samplers, study and Pareto front."""

@@ -1,0 +1,218 @@
+"""A search space bound to a model's layers: the parameters a sampler sees and the configurations they mean."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+import optuna
+
+from qsearch.config import Calibration, QuantConfig
+from qsearch.errors import SpaceError
+from qsearch.models.graph import Graph, Node
+from qsearch.search.space import LayerType, SearchSpace
+
+__all__ = ["CALIBRATION", "GRANULARITY", "PERCENTILE_TAIL", "WEIGHT_SCALE", "BoundSpace", "Choices", "LogRange", "bind_space"]
+
+CALIBRATION = "calibration"
+# The share of values beyond the percentile, in percent: 100 - p. Ranges react to its logarithm.
+PERCENTILE_TAIL = "percentile_tail"
+GRANULARITY = "granularity"
+WEIGHT_SCALE = "weight_scale"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A parameter with a few values; one that has a single value is never suggested."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """A positive real parameter sampled on a log scale, kept to two digits so that equal means equal."""
+
+    name: str
+    low: float
+    high: float
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Every value of two significant digits within the range."""
+        decades = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
+        grid = (_two_digits(digits * 10.0 ** (decade - 1)) for decade in decades for digits in range(10, 100))
+        ends = (_two_digits(self.low), _two_digits(self.high))
+        return tuple(sorted({*ends, *(value for value in grid if self.low <= value <= self.high)}))
+
+
+Parameter = Choices | LogRange
+
+
+@dataclass(frozen=True)
+class BoundSpace:
+    """A search space over the layers of one model.
+
+    Attributes:
+        space: The space.
+        graph: The model's layers.
+        layers: Per layer, in graph order, the precisions it may take; the parameter is named after the layer.
+        settings: Calibration mode, percentile tail, granularity and weight scale.
+    """
+
+    space: SearchSpace
+    graph: Graph
+    layers: tuple[Choices, ...]
+    settings: tuple[Parameter, ...]
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Those with more than one value, in the order in which they are suggested."""
+        return tuple(one for one in (*self.settings, *self.layers) if len(one.values) > 1)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of combinations; an upper bound on the number of distinct configurations."""
+        return math.prod(len(one.values) for one in self.parameters)
+
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """Optuna's description of every parameter.
+
+        Joint samplers learn only from parameters that every trial has, so all of them always take part, the
+        percentile too where another mode is chosen.
+        """
+        return {one.name: _distribution(one) for one in self.parameters}
+
+    def config(self, values: Mapping[str, Any]) -> QuantConfig:
+        """The configuration that parameter values mean, in canonical form.
+
+        Two sets of values that compile to the same module give equal configurations: what has no effect (the
+        percentile of another mode, the calibration of a module without an int8 layer) takes its default.
+
+        Args:
+            values: Parameter name -> value; parameters with a single value may be left out.
+        """
+        value = {one.name: values.get(one.name, one.values[0]) for one in (*self.settings, *self.layers)}
+        precision = {layer.name: value[layer.name] for layer in self.layers}
+        if set(precision.values()) <= {"fp32"}:
+            return QuantConfig(default_precision="fp32", precision=precision)
+        mode = value[CALIBRATION]
+        chosen: dict[str, Any] = {"mode": mode}
+        if mode == "percentile":
+            chosen["percentile"] = round(100.0 - _two_digits(value[PERCENTILE_TAIL]), 9)
+        if mode == "global_scale":
+            chosen["global_scale"] = self.space.calibration.global_scale
+        return QuantConfig(
+            calibration=Calibration(**chosen),
+            granularity=value[GRANULARITY],
+            weight_scale=value[WEIGHT_SCALE],
+            default_precision="fp32",
+            precision=precision,
+        )
+
+    def all_values(self) -> Iterator[dict[str, Any]]:
+        """Every combination of parameter values; only for small spaces."""
+        names = [one.name for one in self.parameters]
+        for combination in itertools.product(*(one.values for one in self.parameters)):
+            yield dict(zip(names, combination, strict=True))
+
+
+def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
+    """Work out what a space allows for each layer of a model.
+
+    Args:
+        space: The search space.
+        graph: The model's layers.
+
+    Returns:
+        The bound space.
+
+    Raises:
+        SpaceError: A name, glob or index matches no layer, two globs contradict each other on a layer, or the
+            model has no layer to search.
+    """
+    if not graph.layers:
+        raise SpaceError("the model has no convolution and no linear layer, so there is nothing to search")
+    _check_names(space, graph)
+    kept = _skipped(space, graph)
+    layers = tuple(Choices(node.name, ("fp32",) if node.name in kept else _allowed(space, node)) for node in graph.layers)
+    low, high = space.calibration.percentile
+    settings: list[Parameter] = [Choices(CALIBRATION, space.calibration.modes)]
+    if "percentile" in space.calibration.modes:
+        settings.append(LogRange(PERCENTILE_TAIL, round(100.0 - high, 9), round(100.0 - low, 9)))
+    settings += [Choices(GRANULARITY, space.granularities), Choices(WEIGHT_SCALE, space.weight_scales)]
+    if all(layer.values == ("fp32",) for layer in layers):
+        settings = [Choices(one.name, (str(one.values[0]),)) for one in settings]
+    return BoundSpace(space, graph, layers, tuple(settings))
+
+
+def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+    if isinstance(parameter, LogRange):
+        return optuna.distributions.FloatDistribution(parameter.low, parameter.high, log=True)
+    return optuna.distributions.CategoricalDistribution(parameter.values)
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def _layer_type(node: Node) -> LayerType:
+    if node.op == "linear":
+        return "dense"
+    return "depthwise" if node.is_depthwise else "conv"
+
+
+def _allowed(space: SearchSpace, node: Node) -> tuple[str, ...]:
+    choices = space.precisions
+    if node.name in choices.layers:
+        return choices.layers[node.name]
+    globs = {glob: allowed for glob, allowed in choices.layers.items() if fnmatchcase(node.name, glob)}
+    if len(set(globs.values())) > 1:
+        last = list(globs)[-1]
+        raise space.error(
+            ("precisions", "layers", last),
+            f"layer {node.name!r} is matched by {' and '.join(map(repr, globs))}, which allow different precisions; "
+            f"add an entry for {node.name!r} itself",
+        )
+    if globs:
+        return next(iter(globs.values()))
+    return choices.types.get(_layer_type(node), choices.default)
+
+
+def _skipped(space: SearchSpace, graph: Graph) -> set[str]:
+    kept: set[str] = set()
+    for index, pattern in enumerate(space.skip):
+        kept |= set(_matches(space, graph, pattern, ("skip", index)))
+    by_index = (("skip_conv_layers", space.skip_conv_layers, graph.convolutions), ("skip_dense_layers", space.skip_dense_layers, graph.dense))
+    for field, choice, names in by_index:
+        if isinstance(choice, bool):
+            kept |= set(names) if choice else set()
+            continue
+        for place, index in enumerate(choice):
+            if not 0 <= index < len(names):
+                bounds = f"0 to {len(names) - 1}" if names else "leave the key out"
+                raise space.error((field, place), f"{field} has index {index}, but the model has {len(names)} such layers ({bounds})")
+            kept.add(names[index])
+    return kept
+
+
+def _check_names(space: SearchSpace, graph: Graph) -> None:
+    for pattern in space.precisions.layers:
+        _matches(space, graph, pattern, ("precisions", "layers", pattern))
+    for reserved in (CALIBRATION, PERCENTILE_TAIL, GRANULARITY, WEIGHT_SCALE):
+        if reserved in graph.by_name and graph.by_name[reserved].is_layer:
+            raise SpaceError(f"the model has a layer called {reserved!r}, the name of a search parameter; rename that module")
+
+
+def _matches(space: SearchSpace, graph: Graph, pattern: str, location: tuple[str | int, ...]) -> list[str]:
+    names = [node.name for node in graph.layers]
+    matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+    if not matched:
+        some = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
+        raise space.error(location, f"{location[0]}: {pattern!r} matches no layer of the model; layers are: {some}")
+    return matched

@@ -1,0 +1,79 @@
+"""What a search needs to know of the thing it searches: settings in, measurements out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Accuracy, Latency, Measurement
+from qsearch.models.graph import Graph
+
+__all__ = ["CACHE", "Evaluator", "Progress", "Settings"]
+
+CACHE = Path("studies/cache")
+
+# Called with a clause such as 'measuring the float module' whenever a slow step begins.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is searched, and on what.
+
+    Attributes:
+        model: 'demo', 'efficientnet_lite0', 'torchvision:NAME', 'package.module:factory' or a .pt2 file.
+        weights: A local checkpoint; None for the model's own.
+        data: A directory of labelled images; None for the model's own.
+        target: TVM target to compile for.
+        convert_channels: Accept images whose channel count is not the model's and convert them.
+        preprocessing: A file that overrides the model's preprocessing.
+        seed: Of every random choice: the split of the images, the sampler.
+        cache_dir: Where kernels and statistics are kept between runs.
+    """
+
+    model: str = "demo"
+    weights: Path | None = None
+    data: Path | None = None
+    target: str = "llvm"
+    convert_channels: bool = False
+    preprocessing: Path | None = None
+    seed: int = 0
+    cache_dir: Path = CACHE
+
+
+class Evaluator(Protocol):
+    """A model, its images and a target, ready to measure configurations.
+
+    Attributes:
+        graph: The layer graph.
+        identity: Fingerprints of model, data and target, by these names.
+        baseline: The module with every layer in fp32.
+        seconds: Time spent on getting ready: float_pass and others.
+    """
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def identity(self) -> dict[str, str]: ...
+
+    @property
+    def baseline(self) -> Measurement: ...
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+    def evaluate(self, config: QuantConfig) -> Measurement:
+        """Lower, compile, link and measure one configuration on the search images.
+
+        Raises:
+            TrialError: This configuration cannot be built or measured; others may.
+        """
+        ...
+
+    def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
+        ...

@@ -1,0 +1,170 @@
+"""Where studies are kept: SQLite files or any SQLAlchemy database, with failures told in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import sqlalchemy.exc
+from sqlalchemy.engine import URL, make_url
+
+from qsearch.errors import StudyError, UsageError
+
+__all__ = ["STUDIES", "artifact_folder", "checked_name", "database_file", "driver_lock", "open_storage", "storage_errors", "storage_url"]
+
+STUDIES = Path("studies")
+BUSY_TIMEOUT_S = 60
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+def checked_name(study: str) -> str:
+    """The study's name, known to be safe as part of a file name.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not _NAME.fullmatch(study):
+        raise UsageError(f"a study's name is made of letters, digits, '.', '_' and '-' (at most 100), got {study!r}")
+    return study
+
+
+def storage_url(study: str, storage: str | None) -> str:
+    """The SQLAlchemy URL of a study; by default a SQLite file of its own under studies/."""
+    return storage or f"sqlite:///{STUDIES / checked_name(study)}.db"
+
+
+def database_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for every other database.
+
+    Raises:
+        UsageError: Not a database URL, or one that keeps nothing.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise UsageError(f"storage {url!r} keeps nothing; give a file: sqlite:///studies/NAME.db")
+    return Path(parsed.database)
+
+
+def artifact_folder(study: str, url: str) -> Path:
+    """Where the study's artifacts lie: beside its SQLite file, or under studies/."""
+    file = database_file(url)
+    return (file.parent if file else STUDIES) / f"{study}.artifacts"
+
+
+def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
+    """Open the database of a study.
+
+    Args:
+        url: SQLAlchemy URL.
+        create: Make the database if it is not there; else a missing one is an error.
+
+    Returns:
+        The storage. SQLite is put into write-ahead mode, which lets the dashboard read while a search writes,
+        and waits a minute for a busy database.
+
+    Raises:
+        StudyError: The database cannot be opened.
+        UsageError: Not a database URL.
+    """
+    file = database_file(url)
+    with storage_errors(url):
+        if file is None:
+            return optuna.storages.RDBStorage(url, skip_compatibility_check=False)
+        if not create and not file.is_file():
+            raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _use_write_ahead_log(file)
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn a failure of the database into one StudyError that says what to do."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise StudyError(f"storage {_shown(url)} needs the Python package {error.name!r}; install it") from error
+    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as error:
+        raise StudyError(f"cannot use storage {_shown(url)}: {_reason(error)}") from error
+
+
+@contextmanager
+def driver_lock(study: str, url: str) -> Iterator[None]:
+    """Hold the right to drive a study; the kernel gives it back however the process ends.
+
+    Two drivers would take each other's running trials for dead ones.
+
+    Raises:
+        StudyError: Another process drives the study.
+    """
+    file = database_file(url)
+    path = file.with_name(f"{file.name}.{study}.lock") if file else STUDIES / f"{study}.lock"
+    with storage_errors(url):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Opened without truncation: the text in it names the process that holds the lock.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "r+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = handle.read().strip() or "unknown"
+            raise StudyError(
+                f"study {study!r} is being searched by process {owner}; wait for it, end it, or use another --study name"
+            ) from error
+        with storage_errors(url):
+            handle.truncate(0)
+            handle.write(f"{os.getpid()}\n")
+            handle.flush()
+        yield
+
+
+def _parse(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise UsageError(f"storage {url!r} is not a database URL; expected for example sqlite:///studies/NAME.db") from error
+
+
+def _shown(url: str) -> str:
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _use_write_ahead_log(file: Path) -> None:
+    connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+    finally:
+        connection.close()
+
+
+def _studies_there_are(folder: Path) -> str:
+    names = sorted(path.stem for path in folder.glob("*.db"))
+    return f"studies in {folder}/: {', '.join(names)}" if names else "run a search first"
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in the user's terms, and the way out."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(getattr(cause, "orig", None) or cause)
+    code = cause.errno if isinstance(cause, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT) or "is full" in text:
+        return "the disk is full; free some space and run the same command again, every finished trial is kept"
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM) or "readonly" in text or "unable to open" in text:
+        return "it cannot be written; check its permissions, or give another --storage"
+    if "locked" in text:
+        return f"another program has kept it locked for {BUSY_TIMEOUT_S} s; close that program and run the same command again"
+    if "not a database" in text or "malformed" in text:
+        return "it is not a SQLite database or it is damaged; give another --storage or restore a copy"
+    first_line = text.strip().splitlines()[0] if text.strip() else type(cause).__name__
+    return f"{first_line}; every finished trial is kept, run the same command again"

@@ -1,0 +1,206 @@
+"""Studies: made, continued only by the search that made them, and cleaned of what a killed process left behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from qsearch.errors import StudyError, StudyMismatchError
+from qsearch.search.storage import checked_name, driver_lock, open_storage, storage_errors, storage_url
+
+__all__ = [
+    "OBJECTIVES",
+    "OBJECTIVE_VERSION",
+    "Identity",
+    "StudyHandle",
+    "finished",
+    "load_study",
+    "reap_trials",
+    "requeue",
+    "study_to_search",
+]
+
+OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
+# Raised whenever the same module would be given other numbers than before.
+OBJECTIVE_VERSION = "1"
+MOST_ATTEMPTS = 3
+_IDENTITY = "identity"
+
+optuna.logging.set_verbosity(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must stay the same for two runs to belong to one study.
+
+    Attributes:
+        parts: Name of a part (model, data, target, space, objective) -> fingerprint.
+        labels: Name of a part -> how the user wrote it, for messages.
+    """
+
+    parts: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """Plain types, for user attributes."""
+        return {"parts": dict(self.parts), "labels": dict(self.labels)}
+
+    def shown(self, part: str) -> str:
+        """A part as a person would recognise it."""
+        value = self.parts.get(part, "nothing")
+        short = value[:12] if len(value) >= 32 else value
+        return f"{self.labels[part]!r} ({short})" if part in self.labels else repr(short)
+
+
+@dataclass(frozen=True)
+class StudyHandle:
+    """An open study.
+
+    Attributes:
+        study: Optuna's study.
+        url: SQLAlchemy URL of its database.
+    """
+
+    study: optuna.Study
+    url: str
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.study.study_name
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn failures of the database inside the block into a StudyError."""
+        with storage_errors(self.url):
+            yield
+
+
+@contextmanager
+def study_to_search(name: str, identity: Identity, storage: str | None = None) -> Iterator[StudyHandle]:
+    """Create a study or continue it, as its only driver.
+
+    Args:
+        name: The study's name.
+        identity: Of the search that wants it.
+        storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
+
+    Yields:
+        The study, without running trials.
+
+    Raises:
+        StudyMismatchError: It was made by another search.
+        StudyError: It cannot be opened, or another process drives it.
+    """
+    url = storage_url(checked_name(name), storage)
+    with driver_lock(name, url):
+        opened = open_storage(url, create=True)
+        with storage_errors(url):
+            study = _create_or_load(name, opened)
+            _check_identity(study, identity)
+            reap_trials(study)
+        yield StudyHandle(study, url)
+
+
+def load_study(name: str, storage: str | None = None) -> StudyHandle:
+    """Open an existing study to read it.
+
+    Args:
+        name: The study's name.
+        storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
+
+    Raises:
+        StudyError: There is no such study, or it cannot be read.
+    """
+    url = storage_url(checked_name(name), storage)
+    opened = open_storage(url, create=False)
+    with storage_errors(url):
+        names = optuna.get_all_study_names(opened)
+        if name not in names:
+            raise StudyError(f"{url} has no study {name!r}; it has: {', '.join(names) or 'none'}")
+        study = optuna.load_study(study_name=name, storage=opened)
+        if len(study.directions) != len(OBJECTIVES):
+            raise StudyError(_foreign(name))
+    return StudyHandle(study, url)
+
+
+def finished(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:
+    """The study's trials in one state, by number; shared with the storage, not to be changed."""
+    return study.get_trials(deepcopy=False, states=(state,))
+
+
+def requeue(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Enqueue the parameters of a trial that did not end by its own doing.
+
+    A configuration that takes the process down each time would keep a study from ever going on, so it is given
+    up after a few attempts.
+
+    Returns:
+        Whether it was enqueued.
+    """
+    attempt = int(trial.user_attrs.get("attempt", 1)) + 1
+    # A trial killed while it was being proposed has only its first parameters; a planned one knows the others.
+    values: dict[str, Any] = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    if attempt > MOST_ATTEMPTS or not values:
+        return False
+    kept = {key: trial.user_attrs[key] for key in ("anchor",) if key in trial.user_attrs}
+    study.enqueue_trial(values, user_attrs={**kept, "retry_of": trial.number, "attempt": attempt})
+    return True
+
+
+def reap_trials(study: optuna.Study) -> int:
+    """Fail the trials that a killed process left running, and enqueue their configurations again.
+
+    Returns:
+        Number of such trials.
+    """
+    left = finished(study, TrialState.RUNNING)
+    for trial in left:
+        # Enqueued before it is failed: a second kill in between gives a duplicate, which is recognised, not a loss.
+        again = requeue(study, trial)
+        storage, trial_id = study._storage, trial._trial_id
+        reason = "the process was killed" + ("" if again else f"; given up after {trial.user_attrs.get('attempt', 1)} attempts")
+        storage.set_trial_user_attr(trial_id, "error", reason)
+        study.tell(trial.number, state=TrialState.FAIL)
+    return len(left)
+
+
+def _create_or_load(name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
+    study = optuna.create_study(
+        study_name=name, storage=storage, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
+    )
+    if [direction.name for direction in study.directions] != ["MINIMIZE"] * len(OBJECTIVES):
+        raise StudyError(_foreign(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(OBJECTIVES))
+    return study
+
+
+def _foreign(name: str) -> str:
+    return f"study {name!r} was not made by qsearch (its objectives are not {', '.join(OBJECTIVES)}); use another --study name"
+
+
+def _check_identity(study: optuna.Study, identity: Identity) -> None:
+    kept = study.user_attrs.get(_IDENTITY)
+    if kept is None:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(_foreign(study.study_name))
+        study.set_user_attr(_IDENTITY, identity.to_json())
+        return
+    before = Identity(**kept)
+    names = [*before.parts, *(part for part in identity.parts if part not in before.parts)]
+    other = [part for part in names if before.parts.get(part) != identity.parts.get(part)]
+    if other:
+        clauses = "; ".join(f"{part} was {before.shown(part)}, is {identity.shown(part)}" for part in other)
+        raise StudyMismatchError(
+            f"study {study.study_name!r} was made by another search: {clauses}. "
+            "Measurements of the two cannot be compared: give another --study name, or go back to what it was"
+        )
