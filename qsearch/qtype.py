@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FP32", "INT8", "PRECISIONS", "IntRange", "Precision"]
+__all__ = ["FP32", "INT8", "PRECISIONS", "UINT8", "IntRange", "Precision"]
 
 
 @dataclass(frozen=True)
 class IntRange:
-    """An integer storage type and the part of it that is used.
+    """A storage type and, for integers, the part of it that is used.
 
     Attributes:
-        dtype: NumPy name of the storage type.
+        dtype: NumPy name of the storage type; 'float32' has no range.
         qmin: Smallest integer used.
         qmax: Largest integer used.
     """
@@ -32,22 +32,25 @@ class Precision:
 
     Attributes:
         name: The name used in configurations and search spaces.
-        activation: Integer range of its input activations, None for float32.
-        weight: Integer range of its weights, None for float32.
+        activation: Range of its input activations.
+        weight: Range of its weights.
     """
 
     name: str
-    activation: IntRange | None
-    weight: IntRange | None
+    activation: IntRange
+    weight: IntRange
 
     @property
     def is_integer(self) -> bool:
         """True if the layer accumulates integers."""
-        return self.activation is not None
+        return self.activation.dtype != "float32"
 
 
-FP32 = Precision("fp32", None, None)
+FLOAT32 = IntRange("float32", 0, 0)
+UINT8 = IntRange("uint8", 0, 255)
+
+FP32 = Precision("fp32", FLOAT32, FLOAT32)
 # Weights stay within +-127 so that every scale is symmetric and -128 never occurs.
-INT8 = Precision("int8", IntRange("uint8", 0, 255), IntRange("int8", -127, 127))
+INT8 = Precision("int8", UINT8, IntRange("int8", -127, 127))
 
 PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, INT8)}

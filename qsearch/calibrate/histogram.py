@@ -1,8 +1,8 @@
 """What is remembered of a tensor: a histogram that grows with its range, and exact extremes.
 
-Bins are a power of two wide and aligned at zero, so that binning a float32 is exact, zero is an edge, and
-doubling the width merges pairs of bins exactly: the histogram of many batches is the histogram of their union,
-whatever their order.
+Bins are a power of two wide and aligned at zero, so that zero is an edge, binning a float32 is exact (a
+negative value that underflows when divided by the width counts as zero), and doubling the width merges pairs
+of bins exactly: the histogram of many batches is the histogram of their union, whatever their order.
 """
 
 from __future__ import annotations

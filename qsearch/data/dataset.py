@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qsearch.data.decode import convert_channels
-from qsearch.data.listing import Classes, Labels, Listing, list_csv, list_folders
+from qsearch.data.labels import Classes, Labels
+from qsearch.data.listing import Listing, list_csv, list_folders
 from qsearch.data.preprocessing import Preprocessing
 from qsearch.data.split import Split, divide, divide_by_count
 from qsearch.errors import DataError

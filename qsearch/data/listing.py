@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import csv
 import difflib
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from qsearch.data.decode import open_image
+from qsearch.data.labels import Classes, Labels, map_labels
 from qsearch.errors import DataError
 
-__all__ = ["SPLITS", "Classes", "Labels", "Listing", "list_csv", "list_folders"]
-
-Classes = tuple[str, ...] | int | None
-"""Class names of a model, or how many it has, or None where nothing is known."""
+__all__ = ["SPLITS", "Listing", "list_csv", "list_folders"]
 
 SPLITS = ("calibration", "search", "heldout")
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the user says about the images, in the order of the listing.
-
-    Attributes:
-        indices: Class index per image.
-        classes: Class names in the model's order.
-        splits: Part per image; None where the source has no split column.
-    """
-
-    indices: tuple[int, ...]
-    classes: tuple[str, ...]
-    splits: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,7 @@ def list_folders(folder: Path, classes: Classes) -> Listing:
 
     Args:
         folder: the directory.
-        classes: of the model; see `_label_indices` for how folder names become indices.
+        classes: of the model; see `map_labels` for how folder names become indices.
 
     Returns:
         The images, by folder and file name.
@@ -81,7 +61,7 @@ def list_folders(folder: Path, classes: Classes) -> Listing:
         if not images:
             raise DataError(f"{directory} holds no images; expected one folder of images per class, remove empty ones")
         files += [(path, directory.name) for path in images]
-    labels, names = _label_indices([label for _, label in files], classes, [str(path.parent) for path, _ in files])
+    labels, names = map_labels([label for _, label in files], classes, [str(path.parent) for path, _ in files])
     relative = tuple(f"{path.parent.name}/{path.name}" for path, _ in files)
     return _listing(folder.resolve().name, [path for path, _ in files], relative, Labels(labels, names, None))
 
@@ -108,7 +88,7 @@ def list_csv(table: Path, classes: Classes) -> Listing:
     for split, place in zip(splits or (), places, strict=False):
         if split not in SPLITS:
             raise DataError(f"{place}: split must be one of {', '.join(SPLITS)}; got {split!r}")
-    labels, names = _label_indices([row["label"] for row in rows], classes, places)
+    labels, names = map_labels([row["label"] for row in rows], classes, places)
     return _listing(table.parent.resolve().name, paths, tuple(row["path"] for row in rows), Labels(labels, names, splits))
 
 
@@ -161,67 +141,6 @@ def _reject_duplicates(paths: Sequence[Path], rows: Sequence[dict[str, str]], pl
             parts = sorted({rows[first].get("split", ""), rows[index].get("split", "")})
             where = f", in the splits {' and '.join(parts)}" if len(parts) > 1 else ""
             raise DataError(f"{places[index]}: {path} is already named on line {rows[first]['line']}{where}; keep one row")
-
-
-def _label_indices(
-    labels: Sequence[str], classes: Classes, places: Sequence[str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Map the labels of a source onto the model's classes.
-
-    The first rule that applies: the labels are the model's class names; they are integers, then they are class indices; the
-    model's names are unknown, then the sorted labels are the classes.
-
-    Args:
-        labels: as written, one per image.
-        classes: of the model.
-        places: where each label was read, for messages.
-
-    Returns:
-        Class index per image, and the class names in the model's order.
-    """
-    known = set(labels)
-    if len(known) < 2:
-        raise DataError(f"all images have the class {labels[0]!r} ({places[0]}); top-1 needs images of at least two classes")
-    if isinstance(classes, tuple) and known <= set(classes):
-        return _by_name(labels, classes, places), classes
-    if all(re.fullmatch(r"[+-]?[0-9]+", label) for label in known):
-        return _by_index(labels, classes, places)
-    if isinstance(classes, tuple):
-        stranger, place = next((label, place) for label, place in zip(labels, places, strict=True) if label not in classes)
-        close = difflib.get_close_matches(stranger, classes, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; use the model's class names or indices"
-        raise DataError(f"{place}: {stranger!r} is not one of the model's {len(classes)} classes{hint}")
-    names = tuple(sorted(known))
-    if classes is not None and len(names) != classes:
-        raise DataError(
-            f"the data has {len(names)} class names (first: {names[0]!r}, {places[0]}), the model has {classes} classes "
-            "without names; label the images by class index"
-        )
-    return _by_name(labels, names, places), names
-
-
-def _by_index(
-    labels: Sequence[str], classes: Classes, places: Sequence[str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Read class indices, checking their range."""
-    count = len(classes) if isinstance(classes, tuple) else classes
-    for label, place in zip(labels, places, strict=True):
-        if int(label) < 0 or (count is not None and int(label) >= count):
-            allowed = "0 or more" if count is None else f"0 to {count - 1}, the classes of the model"
-            raise DataError(f"{place}: label {label} is out of range; expected {allowed}")
-    indices = tuple(map(int, labels))
-    names = classes if isinstance(classes, tuple) else tuple(str(index) for index in range(count or max(indices) + 1))
-    return indices, names
-
-
-def _by_name(labels: Sequence[str], classes: tuple[str, ...], places: Sequence[str]) -> tuple[int, ...]:
-    """Look names up, refusing those that two classes share (ImageNet has such pairs)."""
-    counts = Counter(classes)
-    for label, place in zip(labels, places, strict=True):
-        if counts[label] > 1:
-            raise DataError(f"{place}: {counts[label]} of the model's classes are called {label!r}; label images by class index")
-    index = {name: position for position, name in enumerate(classes)}
-    return tuple(index[label] for label in labels)
 
 
 def _listing(name: str, paths: Sequence[Path], names: tuple[str, ...], labels: Labels) -> Listing:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qsearch.data.preprocessing import Preprocessing
 from qsearch.errors import UnsupportedModelError
@@ -38,6 +39,27 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
+class HalvingConv2d(nn.Conv2d):
+    """Stride-2 convolution with TensorFlow's "same" padding for even sizes: one pixel less at the top and left."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, groups: int = 1) -> None:
+        """Build the convolution without bias.
+
+        Args:
+            inputs: input channels.
+            outputs: output channels.
+            kernel: odd side of the kernel, in pixels.
+            groups: channel groups.
+        """
+        super().__init__(inputs, outputs, kernel, 2, groups=groups, bias=False)
+        before = (kernel - 2) // 2
+        self.margins = (before, before + 1, before, before + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map float32 (N, inputs, H, W), H and W even, to float32 (N, outputs, H / 2, W / 2)."""
+        return super().forward(F.pad(x, self.margins))
+
+
 class MBConv(nn.Module):
     """Expand 1x1, filter depthwise, project 1x1, add the input if shapes agree."""
 
@@ -58,7 +80,11 @@ class MBConv(nn.Module):
         if self.expands:
             self.expand_conv = nn.Conv2d(inputs, hidden, 1, bias=False)
             self.bn0 = _norm(hidden)
-        self.depthwise_conv = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden, bias=False)
+        self.depthwise_conv = (
+            HalvingConv2d(hidden, hidden, kernel, groups=hidden)
+            if stride == 2
+            else nn.Conv2d(hidden, hidden, kernel, 1, kernel // 2, groups=hidden, bias=False)
+        )
         self.bn1 = _norm(hidden)
         self.project_conv = nn.Conv2d(hidden, outputs, 1, bias=False)
         self.bn2 = _norm(outputs)
@@ -82,7 +108,7 @@ class EfficientNetLite0(nn.Module):
             num_classes: width of the last layer.
         """
         super().__init__()
-        self.conv_stem = nn.Conv2d(3, _STEM_CHANNELS, 3, 2, 1, bias=False)
+        self.conv_stem = HalvingConv2d(3, _STEM_CHANNELS, 3)
         self.bn0 = _norm(_STEM_CHANNELS)
         blocks: list[nn.Module] = []
         channels = _STEM_CHANNELS

@@ -63,12 +63,31 @@ class ForeignOp:
 
     Attributes:
         target: Name of the ATen overload, for example 'aten.layer_norm.default'.
-        call: The call's arguments with tensors replaced by ("tensor", i) (i-th input of the node) or
-            ("parameter", name); a JSON-like structure, kept as text so that the node stays hashable.
+        call: JSON text {"args": [...], "kwargs": {...}, "output": i}, where {"tensor": i} stands for the i-th
+            input of the node, {"parameter": name} for a constant, {"dtype": name} for a dtype; "output" selects
+            an element where the operator returns a tuple.
     """
 
     target: str
     call: str
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the constants it reads, sorted."""
+        found: set[str] = set()
+
+        def visit(value: Any) -> None:
+            if isinstance(value, dict):
+                if "parameter" in value:
+                    found.add(value["parameter"])
+                for item in value.values():
+                    visit(item)
+            elif isinstance(value, list):
+                for item in value:
+                    visit(item)
+
+        visit(json.loads(self.call))
+        return tuple(sorted(found))
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,9 @@ def _foreign(node: Node, inputs: list[Tensor], graph: Graph, parameters: Paramet
     results = []
     for part in range(parts):
         operands = [values[part] for values in split]
-        result = operator(*_bound(call["args"], operands, parameters), **_bound(call["kwargs"], operands, parameters))
+        args = [_bound(item, operands, parameters) for item in call["args"]]
+        kwargs = {key: _bound(item, operands, parameters) for key, item in call["kwargs"].items()}
+        result = operator(*args, **kwargs)
         results.append(result[0] if isinstance(result, (tuple, list)) else result)
     return results[0] if parts == 1 or results[0].dim() == 0 or not inputs else torch.cat(results)
 
@@ -207,4 +209,4 @@ def _bound(spec: Any, operands: list[Tensor], parameters: Parameters) -> Any:
         return _tensor(parameters.constants[spec["parameter"]])
     if spec.keys() == {"dtype"}:
         return getattr(torch, spec["dtype"])
-    return {key: _bound(item, operands, parameters) for key, item in spec.items()}
+    raise UnsupportedModelError(f"the call of a foreign operator holds {spec}, expected a tensor, a parameter or a dtype")

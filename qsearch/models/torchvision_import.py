@@ -1,8 +1,8 @@
 """Import torchvision beside a PyTorch that it was not linked against.
 
-PyPI's torchvision is linked against PyPI's CUDA build of torch. Beside torch+cpu its extension library cannot be loaded, and the
-import then stops because the extension's operators (non-maximum suppression) have no schema. Nothing here calls these
-operators, so declaring the schemas is enough for the models, transforms and data sets, which are pure Python.
+PyPI's torchvision is linked against PyPI's CUDA build of torch. Beside torch+cpu its extension library cannot be
+loaded, and the import then stops because the extension's operators (non-maximum suppression) have no schema. Nothing
+here calls these operators, so declaring the schemas is enough for the models and transforms, which are pure Python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from qsearch.errors import UnsupportedModelError
 
-__all__ = ["import_torchvision"]
+__all__ = ["imagenet_classes", "import_torchvision"]
 
 # The operators that torchvision registers shape functions for while it is imported.
 _SCHEMAS = {
@@ -47,6 +47,13 @@ def import_torchvision() -> ModuleType:
         raise UnsupportedModelError(
             f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install the release that belongs to it"
         ) from error
+
+
+def imagenet_classes() -> tuple[str, ...] | None:
+    """Return ImageNet's 1,000 class names in the customary order; None where torchvision, which has them, is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    return tuple(import_torchvision().models.ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def _extension_loads(folder: Path) -> bool:

@@ -137,8 +137,3 @@ class Program:
     input: Value
     ops: tuple[Op, ...]
     output: Value
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of every constant the module carries."""
-        return sum(array.nbytes for op in self.ops for array in op.constants.values())

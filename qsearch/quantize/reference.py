@@ -41,7 +41,8 @@ def run_op(op: Op, inputs: list[Array], foreign: Foreign | None = None) -> Array
         if foreign is None:
             raise ValueError(f"{op.name} is foreign and no function to compute it was given")
         return foreign(op, inputs)
-    result = _KINDS[op.key.kind](op, inputs)
+    shaped = [value.reshape(shape) for value, shape in zip(inputs, op.key.shapes, strict=False)]
+    result = _KINDS[op.key.kind](op, shaped)
     return result.reshape(op.output.shape).astype(op.output.dtype, copy=False)
 
 
@@ -86,7 +87,7 @@ def _conv2d(op: Op, inputs: list[Array]) -> Array:
 
 def _convolve(x: Array, weight: Array, op: Op, fill: int) -> Array:
     """(N, H, W, C) * (O, kh, kw, C/groups) -> float64 (N, OH, OW, O)."""
-    conv, (n, out_h, out_w, out_channels) = op.key.conv, op.output.shape
+    conv, (n, out_h, out_w, out_channels) = op.key.conv, op.key.shapes[-1]
     top, left, bottom, right = conv.padding
     padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill).astype(np.float64)
     grouped = padded.reshape(*padded.shape[:3], conv.groups, -1)
@@ -156,8 +157,10 @@ def _avg_pool2d(op: Op, inputs: list[Array]) -> Array:
     counted = np.ones_like(inputs[0]) if not pool.count_include_pad else None
     total = _windows(inputs[0], pool, op.output.shape, 0.0).sum(0)
     if counted is None:
-        return _finish(op, total * np.float32(1 / (pool.kernel[0] * pool.kernel[1])))
-    return _finish(op, total / _windows(counted, pool, op.output.shape, 0.0).sum(0))
+        mean = total * np.float32(1 / (pool.kernel[0] * pool.kernel[1]))
+    else:
+        mean = total / _windows(counted, pool, op.output.shape, 0.0).sum(0)
+    return _finish(op, mean * _float(op, "multiplier"))
 
 
 def _concat(op: Op, inputs: list[Array]) -> Array:

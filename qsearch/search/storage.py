@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy.exc
@@ -22,6 +23,19 @@ __all__ = ["STUDIES", "artifact_folder", "checked_name", "database_file", "drive
 STUDIES = Path("studies")
 BUSY_TIMEOUT_S = 60
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+class _Connection(sqlite3.Connection):
+    """A SQLite connection that neither blocks readers nor waits for the disk at every parameter.
+
+    A trial of 50 layers is some 60 transactions. Without a flush after each they take a third of the time; a
+    killed process loses nothing by it, a power cut at most the last trials.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=NORMAL")
 
 
 def checked_name(study: str) -> str:
@@ -82,8 +96,8 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        _use_write_ahead_log(file)
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
+        connect = {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
 
 
 @contextmanager
@@ -136,14 +150,6 @@ def _parse(url: str) -> URL:
 
 def _shown(url: str) -> str:
     return make_url(url).render_as_string(hide_password=True)
-
-
-def _use_write_ahead_log(file: Path) -> None:
-    connection = sqlite3.connect(file, timeout=BUSY_TIMEOUT_S)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
 
 
 def _studies_there_are(folder: Path) -> str:

@@ -5,14 +5,27 @@ from __future__ import annotations
 from qsearch.errors import BuildError
 from qsearch.kernels.cpu.conv2d import conv2d
 from qsearch.kernels.cpu.depthwise import depthwise
+from qsearch.kernels.cpu.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.cpu.isa import ISAS, Isa
+from qsearch.kernels.cpu.layout import concat, to_channels_first, to_channels_last
+from qsearch.kernels.cpu.pool import pool2d
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["ISAS", "RULES", "Isa", "describe_kernel"]
 
 # The first rule that applies wins.
-RULES = (depthwise, conv2d)
+RULES = (
+    depthwise,
+    conv2d,
+    elementwise,
+    multiply_broadcast,
+    lookup,
+    pool2d,
+    concat,
+    to_channels_last,
+    to_channels_first,
+)
 
 
 def describe_kernel(key: OpKey, isa: Isa) -> Kernel:

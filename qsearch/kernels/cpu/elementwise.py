@@ -1,0 +1,139 @@
+"""Kernels that visit every element once: conversions, addition, multiplication, activations, lookup tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
+from qsearch.kernels.cpu.isa import Isa
+from qsearch.kernels.cpu.vectors import cast, constant, for_vectors, kernel, load, rounded_product, splat, store
+from qsearch.kernels.description import Kernel
+from qsearch.quantize.program import OpKey
+
+__all__ = ["elementwise", "lookup", "multiply_broadcast"]
+
+Expr = tvm.ir.Expr
+
+
+def elementwise(key: OpKey, isa: Isa) -> Kernel | None:
+    """Describe quantize, dequantize, add, mul of equal shapes, or a float activation; None for another operation."""
+    if key.kind not in ("quantize", "dequantize", "add", "mul", "activation") or len(set(key.shapes)) > 1:
+        return None
+    return Kernel(key, (isa.name,), lambda symbol: _generate(key, isa, symbol), _scalars)
+
+
+def _scalars(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    return constants["integers"], constants["floats"]
+
+
+def _generate(key: OpKey, isa: Isa, symbol: str) -> tirx.PrimFunc:
+    size = int(np.prod(key.shapes[0]))
+
+    def body() -> None:
+        sources = [T.arg(f"source{i}", T.Buffer((size,), dtype)) for i, dtype in enumerate(key.dtypes[:-1])]
+        arguments = declare_arguments()
+        output = T.arg("output", T.Buffer((size,), key.dtypes[-1]))
+
+        def vector(index: Expr | int, lanes: int) -> None:
+            values = [load(source, index, lanes) for source in sources]
+            finish(isa, output, index, _value(key, values, lanes, arguments), lanes, arguments, key.clipped)
+
+        for_vectors(size, isa.lanes, vector)
+
+    return kernel(symbol, body)
+
+
+def _value(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> Expr:
+    """The operation on one vector, as float32 before clipping and rounding."""
+    if key.kind == "quantize":
+        return rounded_product(values[0], splat(arguments.float("multiplier"), lanes), lanes)
+    if key.kind == "dequantize":
+        return dequantized(values[0], key.dtypes[0], lanes, arguments, "a")
+    if key.kind == "add":
+        a, b = (dequantized(v, key.dtypes[i], lanes, arguments, "ab"[i]) for i, v in enumerate(values))
+        return a + b
+    if key.kind == "mul":
+        return _product(key, values, lanes, arguments)
+    return _activation(key.function or "", values[0], lanes)
+
+
+def _product(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> Expr:
+    """(a - a_zero_point) * (b - b_zero_point) in int32, or a * b in float32, times the multiplier."""
+    if key.dtypes[0] == "uint8":
+        zero_points = (splat(arguments.integer(f"{which}_zero_point"), lanes) for which in "ab")
+        a, b = (cast(v, "int32", lanes) - z for v, z in zip(values, zero_points, strict=True))
+        product = cast(a * b, "float32", lanes)
+    else:
+        product = rounded_product(values[0], values[1], lanes)
+    return rounded_product(product, splat(arguments.float("multiplier"), lanes), lanes)
+
+
+def _activation(function: str, x: Expr, lanes: int) -> Expr:
+    """A pointwise function of float32; 'clip' is left to the epilogue."""
+
+    def number(value: float) -> Expr:
+        return constant(value, "float32", lanes)
+
+    def sigmoid(v: Expr) -> Expr:
+        return number(1.0) / (number(1.0) + tirx.exp(number(0.0) - v))
+
+    if function == "clip":
+        return x
+    if function in ("hardswish", "hardsigmoid"):
+        gate = tirx.min(tirx.max(x + number(3.0), number(0.0)), number(6.0)) * number(1 / 6)
+        return gate * x if function == "hardswish" else gate
+    if function == "gelu":
+        return x * number(0.5) * (number(1.0) + tirx.erf(x * number(2**-0.5)))
+    if function == "tanh":
+        return tirx.tanh(x)
+    return x * sigmoid(x) if function == "silu" else sigmoid(x)
+
+
+def lookup(key: OpKey, isa: Isa) -> Kernel | None:
+    """Describe a 256-entry table lookup, q = table[a]; None for another operation."""
+    if key.kind != "lookup":
+        return None
+    size = int(np.prod(key.shapes[0]))
+
+    def generate(symbol: str) -> tirx.PrimFunc:
+        def body() -> None:
+            source = T.arg("source", T.Buffer((size,), "uint8"))
+            table = T.arg("table", T.Buffer((256,), "uint8"))
+            output = T.arg("output", T.Buffer((size,), "uint8"))
+            with T.serial(0, size) as i:
+                store(output, i, load(table, cast(load(source, i), "int32", 1)))
+
+        return kernel(symbol, body)
+
+    return Kernel(key, ("scalar",), generate, lambda constants: (constants["table"],))
+
+
+def multiply_broadcast(key: OpKey, isa: Isa) -> Kernel | None:
+    """Describe mul of (N, H, W, C) by (N, 1, 1, C), the gate of a squeeze-excite block; None for others."""
+    if key.kind != "mul" or len(key.shapes[0]) != 4 or key.shapes[0] != key.shapes[-1]:
+        return None
+    n, height, width, channels = key.shapes[0]
+    if key.shapes[1] != (n, 1, 1, channels):
+        return None
+
+    def generate(symbol: str) -> tirx.PrimFunc:
+        def body() -> None:
+            source = T.arg("source", T.Buffer((n * height * width * channels,), key.dtypes[0]))
+            gate = T.arg("gate", T.Buffer((n * channels,), key.dtypes[1]))
+            arguments = declare_arguments()
+            output = T.arg("output", T.Buffer((n * height * width * channels,), key.dtypes[-1]))
+            with T.serial(0, n) as image, T.serial(0, height * width) as pixel:
+                base = (image * (height * width) + pixel) * channels
+
+                def vector(index: Expr | int, lanes: int) -> None:
+                    values = [load(source, base + index, lanes), load(gate, image * channels + index, lanes)]
+                    finish(isa, output, base + index, _product(key, values, lanes, arguments), lanes, arguments, key.clipped)
+
+                for_vectors(channels, isa.lanes, vector)
+
+        return kernel(symbol, body)
+
+    return Kernel(key, (isa.name,), generate, _scalars)

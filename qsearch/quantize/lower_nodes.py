@@ -1,0 +1,232 @@
+"""One function per graph operation: from a node and the forms of its values to an operation of the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.errors import QuantizeError
+from qsearch.models.graph import Model, Node
+from qsearch.qtype import INT8
+from qsearch.quantize.affine import Affine, dequantize, quantize
+from qsearch.quantize.assign import Assignment
+from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
+from qsearch.quantize.reference import activation
+from qsearch.quantize.weights import QuantizedWeight, WeightStore, quantize_weight
+
+__all__ = ["NODE_LOWERINGS", "Context", "scalars"]
+
+# A bias beyond this would leave an int32 accumulator no room; its channel's weight scale is raised instead.
+MAX_BIAS = 2**29
+MAX_ACCUMULATOR = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """What lowering a node may need to know.
+
+    Attributes:
+        model: The model.
+        config: The configuration.
+        precision: Layer name -> precision name.
+        assignment: Forms of every value.
+        affines: Node name -> scale and zero point, for values that exist as uint8.
+        weights: Prepared weights.
+    """
+
+    model: Model
+    config: QuantConfig
+    precision: dict[str, str]
+    assignment: Assignment
+    affines: dict[str, Affine]
+    weights: WeightStore
+
+
+def scalars(**values: float) -> dict[str, np.ndarray]:
+    """The two scalar argument vectors of a kernel; what is not given keeps a neutral default."""
+    defaults: dict[str, float] = {"qmin": 0, "qmax": 255, "a_multiplier": 1, "b_multiplier": 1, "multiplier": 1}
+    defaults |= {"low": -np.inf, "high": np.inf} | values
+    integers = np.array([defaults.get(name, 0) for name in INTEGERS], np.int32)
+    with np.errstate(over="ignore"):
+        return {"integers": integers, "floats": np.array([defaults.get(name, 0) for name in FLOATS], np.float32)}
+
+
+def _output_scalars(context: Context, node: Node, output: Value) -> dict[str, float]:
+    """Zero point and clip bounds of a uint8 output, or the real clip of a float32 one."""
+    if output.dtype == "uint8":
+        affine = context.affines[node.name]
+        qmin, qmax = affine.clip_bounds(node.clip)
+        return {"zero_point": affine.zero_point, "qmin": qmin, "qmax": qmax}
+    return {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
+
+
+def _operand(context: Context, node: Node, index: int, value: Value, which: str, unit: float) -> dict[str, float]:
+    """Zero point and multiplier that bring an operand into the output's unit."""
+    if value.dtype == "uint8":
+        affine = context.affines[node.inputs[index]]
+        return {f"{which}_zero_point": affine.zero_point, f"{which}_multiplier": np.float64(affine.scale) / unit}
+    return {f"{which}_multiplier": 1 / unit}
+
+
+def _unit(context: Context, node: Node, output: Value) -> float:
+    """Real size of one step of the output: its scale, or one for float32."""
+    return float(context.affines[node.name].scale) if output.dtype == "uint8" else 1.0
+
+
+def _clipped(node: Node, output: Value) -> bool:
+    return node.clip is not None and output.dtype == "float32"
+
+
+def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    shapes = [value.shape for value in (*inputs, output)]
+    if node.op == "linear":
+        shapes = [(int(np.prod(shape[:-1])), 1, 1, shape[-1]) for shape in shapes]
+    precision = context.precision[node.name]
+    dtypes = tuple(value.dtype for value in (*inputs, output))
+    key = OpKey(
+        "conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output)
+    )
+    values = _output_scalars(context, node, output)
+    unit = _unit(context, node, output)
+    if precision == "fp32":
+        if node.residual:
+            values |= _operand(context, node, 1, inputs[1], "b", 1.0)
+        constants = {
+            "weight": context.weights.floats(node.name, context.model.parameters.weight[node.name]),
+            "bias": context.model.parameters.bias[node.name],
+        }
+        constants |= scalars(multiplier=1 / unit, **values)
+    else:
+        if node.residual:
+            values |= _operand(context, node, 1, inputs[1], "b", unit)
+        affine = context.affines[node.inputs[0]]
+        constants = _integer_layer(context, node, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
+    return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
+
+
+def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) -> dict[str, np.ndarray]:
+    """Weight, bias and multiplier of an int8 layer.
+
+    The input's zero point is folded into the bias: sum (a - z) w = sum a w - z sum w.
+    """
+    name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
+    prepared = _prepared_weight(context, name, affine, bias)
+    scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
+    values = prepared.values.reshape(len(bias), -1)
+    corrected = np.rint(bias / scale) - affine.zero_point * values.sum(1, dtype=np.int64)
+    reach = np.abs(values).sum(1, dtype=np.int64) * 255 + np.abs(corrected)
+    if reach.max() > MAX_ACCUMULATOR:
+        raise QuantizeError(
+            f"layer {name!r} can overflow its int32 accumulator (reach {int(reach.max())}): keep it in fp32 with --skip or `skip`"
+        )
+    multiplier = (scale / unit).astype(np.float32)
+    return {"weight": prepared.values, "bias": corrected.astype(np.int32), "multiplier": multiplier}
+
+
+def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
+    """Integer weights; a channel whose weights are tiny beside its bias gets a scale that its bias fits."""
+    weight = context.model.parameters.weight[name]
+    prepared = context.weights.quantized(name, weight, context.config.granularity, context.config.weight_scale)
+    least = np.abs(bias) / (np.float64(affine.scale) * MAX_BIAS)
+    if (prepared.scale >= least).all():
+        return prepared
+    return quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), INT8.weight)
+
+
+def _add(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    unit = _unit(context, node, output)
+    values = _output_scalars(context, node, output)
+    for i, which in enumerate("ab"):
+        values |= _operand(context, node, i, inputs[i], which, unit)
+    return _plain(node, "add", inputs, output, scalars(**values))
+
+
+def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    values = _output_scalars(context, node, output)
+    multiplier = 1 / _unit(context, node, output)
+    for i, which in enumerate("ab"):
+        if inputs[i].dtype == "uint8":
+            affine = context.affines[node.inputs[i]]
+            values[f"{which}_zero_point"] = affine.zero_point
+            multiplier *= float(affine.scale)
+    return _plain(node, "mul", inputs, output, scalars(multiplier=multiplier, **values))
+
+
+def _avg_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    values = _output_scalars(context, node, output)
+    assert node.pool is not None
+    multiplier = 1 / _unit(context, node, output)
+    if inputs[0].dtype == "uint8":
+        affine = context.affines[node.inputs[0]]
+        values["a_zero_point"] = affine.zero_point
+        multiplier *= float(affine.scale) / float(np.prod(node.pool.kernel))
+    return _plain(node, "avg_pool2d", inputs, output, scalars(multiplier=multiplier, **values))
+
+
+def _max_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    return _plain(node, "max_pool2d", inputs, output, scalars())
+
+
+def _activation(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    if output.dtype == "float32":
+        values = {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
+        return _plain(node, "activation", inputs, output, scalars(**values))
+    real = dequantize(np.arange(256, dtype=np.uint8), context.affines[node.inputs[0]])
+    if node.activation == "clip":
+        assert node.clip is not None
+        result = np.clip(real, *node.clip)
+    else:
+        result = activation(node.activation or "", real)
+    table = quantize(result, context.affines[node.name])
+    return _plain(node, "lookup", inputs, output, {"table": table})
+
+
+def _concat(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    count = len(inputs)
+    constants = {"multipliers": np.ones(count, np.float32), "zero_points": np.zeros(count, np.int32)}
+    copies = [True] * count
+    values: dict[str, float] = {}
+    if output.dtype == "uint8":
+        target = context.affines[node.name]
+        values = {"zero_point": target.zero_point}
+        for i, name in enumerate(node.inputs):
+            affine = context.affines[name]
+            copies[i] = affine == target
+            constants["multipliers"][i] = np.float64(affine.scale) / np.float64(target.scale)
+            constants["zero_points"][i] = affine.zero_point
+    return _plain(node, "concat", inputs, output, constants | scalars(**values), copies=tuple(copies))
+
+
+def _foreign(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
+    assert node.foreign is not None
+    names = node.foreign.parameters
+    return _plain(node, "foreign", inputs, output, {name: context.model.parameters.constants[name] for name in names})
+
+
+def _plain(
+    node: Node, kind: str, inputs: list[Value], output: Value, constants: dict[str, np.ndarray], copies: tuple[bool, ...] = ()
+) -> Op:
+    """An operation whose key follows from its values."""
+    shapes = tuple(value.shape for value in (*inputs, output))
+    dtypes = tuple(value.dtype for value in (*inputs, output))
+    function = node.activation if kind == "activation" else None
+    key = OpKey(
+        kind, shapes, dtypes, pool=node.pool, clipped=_clipped(node, output), function=function, copies=copies, foreign=node.foreign
+    )
+    return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
+
+
+NODE_LOWERINGS: dict[str, Callable[[Context, Node, list[Value], Value], Op]] = {
+    "conv2d": _layer,
+    "linear": _layer,
+    "add": _add,
+    "mul": _mul,
+    "avg_pool2d": _avg_pool2d,
+    "max_pool2d": _max_pool2d,
+    "activation": _activation,
+    "concat": _concat,
+    "foreign": _foreign,
+}
