@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qsearch.data import Dataset, Preprocessing, decode, load_dataset
+from qsearch.data import Dataset, Part, Preprocessing, decode, load_dataset
 from qsearch.errors import DataError
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "nips2017"
 RGB = Preprocessing(resize=16, crop=(12, 12), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 GREY = Preprocessing(resize=None, crop=(8, 8), mean=(0.0,), std=(1.0,), channels=1)
-PARTS = ("calibration", "search", "heldout")
+PARTS: tuple[Part, ...] = ("calibration", "search", "heldout")
 
 
 def write_image(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 16), seed: int = 0) -> Path:
@@ -228,9 +228,7 @@ def test_carved_parts_share_one_file(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     half = data.images("search_half", cache)
     np.testing.assert_array_equal(half, np.concatenate([data.images("search", cache), data.images("calibration", cache)]))
-    np.testing.assert_array_equal(
-        data.labels("search_half"), np.concatenate([data.labels("search"), data.labels("calibration")])
-    )
+    np.testing.assert_array_equal(data.labels("search_half"), np.concatenate([data.labels("search"), data.labels("calibration")]))
     assert len(list(cache.glob("*.npy"))) == 1
 
 
@@ -365,7 +363,7 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 
 def test_empty_and_one_class_directories(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds neither labels.csv nor class folders"):
+    with pytest.raises(DataError, match=r"holds neither labels.csv nor class folders"):
         load_dataset(tmp_path, RGB)
     for number in range(20):
         write_image(tmp_path / "cat" / f"{number}.png")
@@ -382,9 +380,9 @@ def test_unreadable_image_is_named(folders: Path, tmp_path: Path, damage: str) -
     content = victim.read_bytes()
     victim.write_bytes({"truncated": content[: len(content) // 2], "text": b"not an image", "empty": b""}[damage])
     data = load_dataset(folders, RGB)
-    part = next(part for part in PARTS if "dog/07.png" in data.paths(part))  # type: ignore[arg-type]
+    part = next(part for part in PARTS if "dog/07.png" in data.paths(part))
     with pytest.raises(DataError, match=r"dog/07.png is not a readable image"):
-        data.images(part, tmp_path / "cache")  # type: ignore[arg-type]
+        data.images(part, tmp_path / "cache")
 
 
 def test_grey_image_for_a_colour_model_is_named(folders: Path, tmp_path: Path) -> None:
@@ -428,7 +426,7 @@ def test_bad_tables(tmp_path: Path, rows: list[dict[str, str]], message: str) ->
 
 def test_table_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00path")
-    with pytest.raises(DataError, match="cannot read .*labels.csv as a CSV file"):
+    with pytest.raises(DataError, match=r"cannot read .*labels.csv as a CSV file"):
         load_dataset(tmp_path, RGB)
     (tmp_path / "labels.csv").write_text("path,label\n")
     with pytest.raises(DataError, match="lists no images"):
@@ -452,4 +450,3 @@ def test_parts_that_would_be_empty(tmp_path: Path) -> None:
 def test_demo_images_do_not_fit_other_models() -> None:
     with pytest.raises(DataError, match="have 10 classes, the model has 1000"):
         load_dataset("demo", RGB, 1000)
-

@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]
 DEMO_CALIBRATION_IMAGES = 500
 DEMO_SEARCH_IMAGES = 3500
 DECODING_THREADS = 2
+DECODING_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,20 @@ class Dataset:
             return np.load(final, mmap_mode="r")
         except OSError as error:
             raise DataError(
-                f"cannot keep the decoded images in {cache} ({error.strerror or error}); free space there or choose another folder"
+                f"cannot keep the decoded images in {cache} ({error.strerror or error}); free space or choose another folder"
             ) from error
 
     def _rows(self, indices: tuple[int, ...], progress: Progress | None) -> Iterable[NDArray[np.float32]]:
         """Decode in threads (Pillow releases the interpreter lock) and yield in order, float32 (C, H, W) each."""
-        workers = Parallel(n_jobs=DECODING_THREADS, prefer="threads", return_as="generator")
-        for done, row in enumerate(workers(delayed(self._row)(index) for index in indices), start=1):
-            yield row
-            if progress:
-                progress(done, len(indices))
+        done = 0
+        with Parallel(n_jobs=DECODING_THREADS, prefer="threads") as workers:
+            # In bounded chunks, or decoding would run ahead of writing and fill the memory.
+            for start in range(0, len(indices), DECODING_CHUNK):
+                for row in workers(delayed(self._row)(index) for index in indices[start : start + DECODING_CHUNK]):
+                    yield row
+                    done += 1
+                    if progress:
+                        progress(done, len(indices))
 
     def _row(self, index: int) -> NDArray[np.float32]:
         name = self.listing.names[index]
@@ -193,7 +198,9 @@ def _list_demo(classes: Classes) -> Listing:
 
     count = len(classes) if isinstance(classes, tuple) else classes
     if count not in (None, len(CLASSES)):
-        raise DataError(f"the built-in images have {len(CLASSES)} classes, the model has {count}; pass the model's images with --data")
+        raise DataError(
+            f"the built-in images have {len(CLASSES)} classes, the model has {count}; pass the model's images with --data"
+        )
     images, labels = load_images()
     return Listing(
         name="demo",

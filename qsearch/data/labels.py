@@ -31,9 +31,7 @@ class Labels:
     splits: tuple[str, ...] | None
 
 
-def map_labels(
-    labels: Sequence[str], classes: Classes, places: Sequence[str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def map_labels(labels: Sequence[str], classes: Classes, places: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Map the labels of a source onto the model's classes.
 
     The first rule that applies: the labels are the model's class names; they are integers, then they are class indices;
@@ -81,9 +79,7 @@ def _are_synsets(labels: set[str], classes: Classes) -> bool:
     return len(labels) == count and all(re.fullmatch(r"n[0-9]{8}", label) for label in labels)
 
 
-def _by_index(
-    labels: Sequence[str], classes: Classes, places: Sequence[str]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _by_index(labels: Sequence[str], classes: Classes, places: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Read class indices, checking their range."""
     count = len(classes) if isinstance(classes, tuple) else classes
     for label, place in zip(labels, places, strict=True):

@@ -17,14 +17,17 @@ __all__ = ["Kernel"]
 class Kernel:
     """One kernel.
 
-    It is called with its inputs, then its packed constants, then its output: flat buffers all.
+    It is called with its inputs, its packed weight where it has one, its packed constants, then its output:
+    flat buffers all.
 
     Attributes:
         key: The operation it carries out.
         variant: What distinguishes this kernel from others for the same key: instruction set, tile, order.
         generate: Symbol name -> PrimFunc.
-        pack: Constants of an operation -> constant arguments in call order, flat arrays.
+        pack: Constants of an operation other than its weight -> constant arguments in call order, flat arrays.
         workspace_bytes: Scratch memory it allocates while running.
+        pack_weight: Weight of an operation -> flat array in the order the kernel reads it; depends on the
+            variant only, so that packed weights can be kept.
     """
 
     key: OpKey
@@ -32,3 +35,4 @@ class Kernel:
     generate: Callable[[str], Any]
     pack: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]
     workspace_bytes: int = 0
+    pack_weight: Callable[[np.ndarray], np.ndarray] | None = None

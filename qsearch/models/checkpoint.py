@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from qsearch.errors import UnsupportedModelError
 
-__all__ = ["hash_tensors", "load_weights", "read_state", "reject_non_finite"]
+__all__ = ["first_line", "hash_tensors", "load_weights", "read_state", "reject_non_finite"]
 
 _MOST_NAMES = 3
 
@@ -39,9 +38,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnsupportedModelError(
-            f"{path} holds more than tensors and is not loaded, since that could run its code; save only `model.state_dict()`"
+            f"{path} is damaged or holds more than tensors; it was not loaded, since that could run code from it; "
+            "save only `model.state_dict()`"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # Damaged files raise whatever the bytes happen to provoke in torch's reader.
         raise UnsupportedModelError(f"{path} is not a readable weights file ({first_line(error)})") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

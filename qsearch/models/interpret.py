@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsearch.errors import UnsupportedModelError
-from qsearch.models.graph import Graph, Model, Node, Parameters, Pool
+from qsearch.models.graph import ForeignOp, Graph, Model, Node, Parameters, Pool
 
-__all__ = ["interpret"]
+__all__ = ["call_foreign", "interpret"]
 
 _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -164,8 +164,7 @@ def _foreign(node: Node, inputs: list[Tensor], graph: Graph, parameters: Paramet
     so this stays right across any chain of such operators.
     """
     assert node.foreign is not None
-    operator = _overload(node.name, node.foreign.target)
-    call = json.loads(node.foreign.call)
+    constants = {name: _tensor(parameters.constants[name]) for name in node.foreign.parameters}
     parts = max(1, batch // graph.input.shape[0])
     if batch != parts * graph.input.shape[0]:
         raise UnsupportedModelError(
@@ -180,24 +179,39 @@ def _foreign(node: Node, inputs: list[Tensor], graph: Graph, parameters: Paramet
     results = []
     for part in range(parts):
         operands = [values[part] for values in split]
-        args = [_bound(item, operands, parameters) for item in call["args"]]
-        kwargs = {key: _bound(item, operands, parameters) for key, item in call["kwargs"].items()}
-        result = operator(*args, **kwargs)
-        results.append(result[0] if isinstance(result, (tuple, list)) else result)
+        results.append(call_foreign(node.foreign, operands, constants))
     return results[0] if parts == 1 or results[0].dim() == 0 or not inputs else torch.cat(results)
 
 
-def _overload(name: str, target: str) -> Callable[..., Any]:
+def call_foreign(foreign: ForeignOp, operands: list[Tensor], parameters: dict[str, Tensor]) -> Tensor:
+    """Make one ATen call.
+
+    Args:
+        foreign: The operator and its arguments.
+        operands: Values of the node's inputs, logical shapes.
+        parameters: The constants it names.
+
+    Raises:
+        UnsupportedModelError: This version of torch does not have the operator.
+    """
+    call = json.loads(foreign.call)
+    args = [_bound(item, operands, parameters) for item in call["args"]]
+    kwargs = {key: _bound(item, operands, parameters) for key, item in call["kwargs"].items()}
+    result = _overload(foreign.target)(*args, **kwargs)
+    return result[call.get("output", 0)] if isinstance(result, (tuple, list)) else result
+
+
+def _overload(target: str) -> Callable[..., Any]:
     found: Any = torch.ops
     try:
         for part in target.split("."):
             found = getattr(found, part)
     except AttributeError:
-        raise UnsupportedModelError(f"node {name!r} calls {target!r}, which this version of torch does not have") from None
+        raise UnsupportedModelError(f"the model calls {target!r}, which this version of torch does not have") from None
     return found
 
 
-def _bound(spec: Any, operands: list[Tensor], parameters: Parameters) -> Any:
+def _bound(spec: Any, operands: list[Tensor], parameters: dict[str, Tensor]) -> Any:
     """Put tensors, parameters and dtypes in the places that the call's JSON form holds for them."""
     if isinstance(spec, list):
         return [_bound(item, operands, parameters) for item in spec]
@@ -206,7 +220,7 @@ def _bound(spec: Any, operands: list[Tensor], parameters: Parameters) -> Any:
     if spec.keys() == {"tensor"}:
         return operands[spec["tensor"]]
     if spec.keys() == {"parameter"}:
-        return _tensor(parameters.constants[spec["parameter"]])
+        return parameters[spec["parameter"]]
     if spec.keys() == {"dtype"}:
         return getattr(torch, spec["dtype"])
     raise UnsupportedModelError(f"the call of a foreign operator holds {spec}, expected a tensor, a parameter or a dtype")

@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 
 from qsearch.data import Preprocessing
 from qsearch.errors import DataError, UnsupportedModelError
-from qsearch.models.checkpoint import first_line, hash_tensors, load_weights, read_state, reject_non_finite
 from qsearch.models import efficientnet_lite
+from qsearch.models.checkpoint import first_line, hash_tensors, load_weights, read_state, reject_non_finite
 from qsearch.models.exported_program import load_exported_program
 from qsearch.models.torchvision_import import imagenet_classes, import_torchvision
 

@@ -19,6 +19,8 @@ from qsearch.search.anchors import weight_count
 
 __all__ = ["LayerBar", "byte_text", "draw_precisions", "layer_bars"]
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 # Okabe and Ito's palette: told apart with every kind of colour vision. Narrow types are warm, wide ones cold.
 COLOURS = {"fp32": "#0072B2", "int16": "#56B4E9", "int8": "#E69F00", "int4": "#D55E00"}
 OTHER_COLOUR = "#CC79A7"
@@ -109,7 +111,7 @@ def _legend(bars: Sequence[LayerBar]) -> list[tuple[str, str]]:
     return entries
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, legend: list[tuple[str, str]], font: ImageFont.FreeTypeFont) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, legend: list[tuple[str, str]], font: Font) -> None:
     left, top = LEFT, MARGIN + 24
     for precision, entry in legend:
         draw.rectangle((left, top + 1, left + 12, top + 13), fill=COLOURS.get(precision, OTHER_COLOUR))
@@ -117,7 +119,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, legend: list[tuple[str, str]], font:
         left += 36 + math.ceil(font.getlength(entry))
 
 
-def _draw_scale(draw: ImageDraw.ImageDraw, low: int, high: int, edge: tuple[int, ImageFont.FreeTypeFont]) -> None:
+def _draw_scale(draw: ImageDraw.ImageDraw, low: int, high: int, edge: tuple[int, Font]) -> None:
     right, font = edge
     for decade in range(low, high + 1):
         y = _height(10**decade, (low, high))

@@ -188,7 +188,10 @@ def _skipped(space: SearchSpace, graph: Graph) -> set[str]:
     kept: set[str] = set()
     for index, pattern in enumerate(space.skip):
         kept |= set(_matches(space, graph, pattern, ("skip", index)))
-    by_index = (("skip_conv_layers", space.skip_conv_layers, graph.convolutions), ("skip_dense_layers", space.skip_dense_layers, graph.dense))
+    by_index = (
+        ("skip_conv_layers", space.skip_conv_layers, graph.convolutions),
+        ("skip_dense_layers", space.skip_dense_layers, graph.dense),
+    )
     for field, choice, names in by_index:
         if isinstance(choice, bool):
             kept |= set(names) if choice else set()
@@ -196,7 +199,9 @@ def _skipped(space: SearchSpace, graph: Graph) -> set[str]:
         for place, index in enumerate(choice):
             if not 0 <= index < len(names):
                 bounds = f"0 to {len(names) - 1}" if names else "leave the key out"
-                raise space.error((field, place), f"{field} has index {index}, but the model has {len(names)} such layers ({bounds})")
+                raise space.error(
+                    (field, place), f"{field} has index {index}, but the model has {len(names)} such layers ({bounds})"
+                )
             kept.add(names[index])
     return kept
 

@@ -116,7 +116,7 @@ class _Loop:
     def run(self) -> Outcome:
         start = time.monotonic()
         study = self.handle.study
-        with self.handle.writing():
+        with self.handle.guard():
             enqueue_anchors(study, self.problem.space)
             before = finished(study)
             trials = len(study.get_trials(deepcopy=False))
@@ -134,7 +134,7 @@ class _Loop:
     def _step_aside(self, rng: np.random.Generator) -> bool:
         """Enqueue a new configuration near the last proposal; False if the space holds none."""
         study = self.handle.study
-        with self.handle.writing():
+        with self.handle.guard():
             if finished(study, TrialState.WAITING):
                 return True
             last = study.get_trials(deepcopy=False)[-1]
@@ -146,7 +146,7 @@ class _Loop:
     def _one_trial(self) -> None:
         trial: optuna.Trial | None = None
         try:
-            with self.handle.writing():
+            with self.handle.guard():
                 trial = self.handle.study.ask(self.problem.space.distributions())
             self._measure(trial, self.problem.space.config(trial.params))
         except BaseException as error:
@@ -156,7 +156,7 @@ class _Loop:
 
     def _measure(self, trial: optuna.Trial, config: QuantConfig) -> None:
         study, digest = self.handle.study, config.content_hash()
-        with self.handle.writing():
+        with self.handle.guard():
             trial.set_user_attr("config_hash", digest)
             if digest in self.known:
                 trial.set_user_attr("duplicate_of", self.known[digest])
@@ -170,7 +170,7 @@ class _Loop:
         except TrialError as error:
             self._fail(trial, digest, error)
             return
-        with self.handle.writing():
+        with self.handle.guard():
             for name, value in _attributes(config, measurement).items():
                 trial.set_user_attr(name, value)
             if self.problem.annotate is not None:
@@ -181,13 +181,15 @@ class _Loop:
         self._finish(trial, digest)
 
     def _fail(self, trial: optuna.Trial, digest: str, error: TrialError) -> None:
-        with self.handle.writing():
+        with self.handle.guard():
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             self.handle.study.tell(trial, state=TrialState.FAIL)
         self.failures += 1
         self._finish(trial, digest)
         if self.failures >= MOST_FAILURES_IN_A_ROW:
-            raise StudyError(f"{self.failures} trials in a row failed, so the search has stopped; the last one: {error}") from error
+            raise StudyError(
+                f"{self.failures} trials in a row failed, so the search has stopped; the last one: {error}"
+            ) from error
 
     def _finish(self, trial: optuna.Trial, digest: str) -> None:
         self.known[digest] = trial.number
@@ -198,7 +200,7 @@ class _Loop:
         """Fail a trial that something else than its configuration ended, and enqueue it again."""
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         try:
-            with self.handle.writing():
+            with self.handle.guard():
                 frozen = None if trial is None else self._frozen(trial.number)
                 if trial is None or frozen is None or frozen.state.is_finished():
                     return

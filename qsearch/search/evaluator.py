@@ -45,26 +45,27 @@ class Settings:
 
 
 class Evaluator(Protocol):
-    """A model, its images and a target, ready to measure configurations.
-
-    Attributes:
-        graph: The layer graph.
-        identity: Fingerprints of model, data and target, by these names.
-        baseline: The module with every layer in fp32.
-        seconds: Time spent on getting ready: float_pass and others.
-    """
+    """A model, its images and a target, ready to measure configurations."""
 
     @property
-    def graph(self) -> Graph: ...
+    def graph(self) -> Graph:
+        """The layer graph."""
+        ...
 
     @property
-    def identity(self) -> dict[str, str]: ...
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of model, data and target, by these names."""
+        ...
 
     @property
-    def baseline(self) -> Measurement: ...
+    def baseline(self) -> Measurement:
+        """The module with every layer in fp32."""
+        ...
 
     @property
-    def seconds(self) -> dict[str, float]: ...
+    def seconds(self) -> dict[str, float]:
+        """Time spent on getting ready: float_pass and others."""
+        ...
 
     def evaluate(self, config: QuantConfig) -> Measurement:
         """Lower, compile, link and measure one configuration on the search images.

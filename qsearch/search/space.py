@@ -74,9 +74,7 @@ class CalibrationChoices(_Section):
     """
 
     modes: Annotated[tuple[CalibrationMode, ...], _in_order_of(CalibrationMode)] = ("max", "percentile", "kl_divergence", "mse")
-    percentile: tuple[
-        Annotated[float, Field(gt=50.0, lt=100.0)], Annotated[float, Field(gt=50.0, le=99.9999)]
-    ] = (99.0, 99.999)
+    percentile: tuple[Annotated[float, Field(gt=50.0, lt=100.0)], Annotated[float, Field(gt=50.0, le=99.9999)]] = (99.0, 99.999)
     global_scale: Annotated[float, Field(gt=0.0, le=1e6)] = 8.0
 
     @model_validator(mode="after")

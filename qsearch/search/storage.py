@@ -18,7 +18,17 @@ from sqlalchemy.engine import URL, make_url
 
 from qsearch.errors import StudyError, UsageError
 
-__all__ = ["STUDIES", "artifact_folder", "checked_name", "database_file", "driver_lock", "open_storage", "storage_errors", "storage_url"]
+__all__ = [
+    "STUDIES",
+    "artifact_folder",
+    "checked_name",
+    "database_file",
+    "driver_lock",
+    "open_storage",
+    "shown_url",
+    "storage_errors",
+    "storage_url",
+]
 
 STUDIES = Path("studies")
 BUSY_TIMEOUT_S = 60
@@ -106,9 +116,9 @@ def storage_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise StudyError(f"storage {_shown(url)} needs the Python package {error.name!r}; install it") from error
+        raise StudyError(f"storage {shown_url(url)} needs the Python package {error.name!r}; install it") from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as error:
-        raise StudyError(f"cannot use storage {_shown(url)}: {_reason(error)}") from error
+        raise StudyError(f"cannot use storage {shown_url(url)}: {_reason(error)}") from error
 
 
 @contextmanager
@@ -148,7 +158,8 @@ def _parse(url: str) -> URL:
         raise UsageError(f"storage {url!r} is not a database URL; expected for example sqlite:///studies/NAME.db") from error
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
+    """The URL without its password."""
     return make_url(url).render_as_string(hide_password=True)
 
 

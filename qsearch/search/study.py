@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError, StudyMismatchError
-from qsearch.search.storage import checked_name, driver_lock, open_storage, storage_errors, storage_url
+from qsearch.search.storage import checked_name, driver_lock, open_storage, shown_url, storage_errors, storage_url
 
 __all__ = [
     "OBJECTIVES",
@@ -76,9 +76,19 @@ class StudyHandle:
         """The study's name."""
         return self.study.study_name
 
+    @property
+    def storage(self) -> optuna.storages.BaseStorage:
+        """The storage under it."""
+        return self.study._storage
+
+    @property
+    def shown_url(self) -> str:
+        """The URL of its database, without a password."""
+        return shown_url(self.url)
+
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn failures of the database inside the block into a StudyError."""
+    def guard(self) -> Iterator[None]:
+        """Turn a failure of the database inside the block into a StudyError."""
         with storage_errors(self.url):
             yield
 
@@ -173,9 +183,7 @@ def reap_trials(study: optuna.Study) -> int:
 
 
 def _create_or_load(name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
-    )
+    study = optuna.create_study(study_name=name, storage=storage, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True)
     if [direction.name for direction in study.directions] != ["MINIMIZE"] * len(OBJECTIVES):
         raise StudyError(_foreign(name))
     with warnings.catch_warnings():

@@ -60,7 +60,9 @@ def read_yaml(path: Path) -> YamlSource:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
     except OSError as error:
-        raise SpaceError(f"cannot read search space {path}: {error.strerror}; give --space a file or the name of a preset") from error
+        raise SpaceError(
+            f"cannot read search space {path}: {error.strerror}; give --space a file or the name of a preset"
+        ) from error
     except UnicodeDecodeError as error:
         raise SpaceError(f"{path} is not a text file in UTF-8; a search space is a YAML file") from error
     except (yaml.YAMLError, RecursionError) as error:

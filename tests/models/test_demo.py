@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from qsearch.errors import DataError
@@ -16,6 +18,15 @@ from qsearch.models.demo import train
 from qsearch.models.demo.images import read_idx
 
 PACKAGE_DATA = Path(demo.__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Keep torch's threads from waiting for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_images_and_labels() -> None:
@@ -43,8 +54,6 @@ def test_float_accuracy() -> None:
 
 
 def test_training_and_deployment_see_the_same_numbers() -> None:
-    from PIL import Image
-
     images, _ = demo.load_images()
     np.testing.assert_allclose(
         demo.PREPROCESSING.apply(Image.fromarray(images[0])), train.normalise(images[:1])[0].numpy(), atol=1e-5
@@ -78,7 +87,7 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
 
 def test_damaged_image_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    with pytest.raises(DataError, match="cannot read .*t10k-labels"):
+    with pytest.raises(DataError, match=r"cannot read .*t10k-labels"):
         read_idx(path)
     for content in (b"no gzip", gzip.compress(b"\0\0\x08\x01\0\0\0\x05abc"), gzip.compress(b"\0")):
         path.write_bytes(content)

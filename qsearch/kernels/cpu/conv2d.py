@@ -158,7 +158,9 @@ def conv2d(key: OpKey, isa: Isa) -> Kernel | None:
     image = key.shapes[0][1:]
     workspace = padded_image(image, key.conv.padding, key.dtypes[0]).bytes if plan.copies else 0
     variant = (isa.name, plan.tile, plan.block_rows)
-    return Kernel(key, variant, lambda symbol: _generate(plan, symbol), lambda c: _pack(plan, c), workspace)
+    return Kernel(
+        key, variant, lambda s: _generate(plan, s), lambda c: _pack(plan, c), workspace, lambda w: _pack_weight(plan, w)
+    )
 
 
 @dataclass(frozen=True)
@@ -368,23 +370,36 @@ def _prefetch(buffer: tirx.Buffer, index: Expr) -> None:
 
 
 def _pack(plan: Plan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Lay weights out in the order the kernel reads them: group, chunk of columns, step, column, lane, element."""
-    lanes, groups = plan.isa.lanes, plan.key.conv.groups
-    channel = np.arange(plan.columns * lanes).reshape(plan.columns, lanes)
-    if plan.out_channels >= lanes:
-        channel[-1] = np.arange(plan.out_channels - lanes, plan.out_channels)
-    used = channel < plan.out_channels
-    channel = np.where(used, channel, 0)
-    weight = _pack_weight(plan, constants["weight"], channel, used)
-    rows = [weight]
+    """Bias and multiplier by group, column and lane; then the scalars."""
+    channel, used = _channels(plan)
+    rows = []
     for name in ("bias", "multiplier") if plan.integer else ("bias",):
-        per_group = constants[name].reshape(groups, plan.out_channels)
+        per_group = constants[name].reshape(plan.key.conv.groups, plan.out_channels)
         rows.append(np.where(used, per_group[:, channel], 0).astype(per_group.dtype).ravel())
     return (*rows, constants["integers"], constants["floats"])
 
 
-def _pack_weight(plan: Plan, weight: np.ndarray, channel: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """(O, kh, kw, I/groups) -> flat, zero where a column or a contraction group is incomplete."""
+def _channels(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, lanes): the output channel of every lane, and whether the lane is used at all."""
+    lanes = plan.isa.lanes
+    channel = np.arange(plan.columns * lanes).reshape(plan.columns, lanes)
+    if plan.out_channels >= lanes:
+        channel[-1] = np.arange(plan.out_channels - lanes, plan.out_channels)
+    used = channel < plan.out_channels
+    return np.where(used, channel, 0), used
+
+
+def _pack_weight(plan: Plan, weight: np.ndarray) -> np.ndarray:
+    """Lay weights out in the order the kernel reads them: group, chunk of columns, step, column, lane, element.
+
+    Args:
+        plan: The kernel.
+        weight: int8 or float32 (O, kh, kw, I/groups).
+
+    Returns:
+        Flat array, zero where a column or a contraction group is incomplete.
+    """
+    channel, used = _channels(plan)
     groups, (rows, count, steps) = plan.key.conv.groups, plan.steps
     elements = plan.segments[1]
     dense = weight.reshape(groups, plan.out_channels, rows, count, elements)

@@ -41,7 +41,8 @@ def depthwise(key: OpKey, isa: Isa) -> Kernel | None:
     workspace = 0
     if any(key.conv.padding):
         workspace = padded_image(key.shapes[0][1:], key.conv.padding, key.dtypes[0]).bytes
-    return Kernel(key, (isa.name, columns), lambda s: _generate(key, isa, columns, s), lambda c: _pack(key, c), workspace)
+    variant = (isa.name, columns)
+    return Kernel(key, variant, lambda s: _generate(key, isa, columns, s), lambda c: _pack(key, c), workspace, _pack_weight)
 
 
 def _tile_columns(width: int, isa: Isa) -> int:
@@ -51,10 +52,13 @@ def _tile_columns(width: int, isa: Isa) -> int:
 
 
 def _pack(key: OpKey, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Weights as (kh, kw, C); the rest as it is."""
-    weight = np.ascontiguousarray(constants["weight"][..., 0].transpose(1, 2, 0)).ravel()
     names = ("bias", "multiplier") if key.precision == "int8" else ("bias",)
-    return (weight, *(constants[name] for name in names), constants["integers"], constants["floats"])
+    return (*(constants[name] for name in names), constants["integers"], constants["floats"])
+
+
+def _pack_weight(weight: np.ndarray) -> np.ndarray:
+    """(C, kh, kw, 1) -> flat (kh, kw, C)."""
+    return np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)).ravel()
 
 
 def _generate(key: OpKey, isa: Isa, columns: int, symbol: str) -> tirx.PrimFunc:

@@ -31,7 +31,7 @@ MEAN, STD = 0.2860, 0.3530
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters, chosen on the 5,000 validation images.
+    """Hyperparameters; choices between them are made on the validation images, never on the test images.
 
     Attributes:
         epochs: passes over the 55,000 training images.
@@ -125,8 +125,7 @@ def accuracy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     """
     network.eval()
     right = sum(
-        int((network(part).argmax(1) == truth).sum())
-        for part, truth in zip(images.split(500), labels.split(500), strict=True)
+        int((network(part).argmax(1) == truth).sum()) for part, truth in zip(images.split(500), labels.split(500), strict=True)
     )
     return 100.0 * right / len(images)
 

@@ -1,0 +1,154 @@
+"""The kernel cache: every kernel is compiled once and kept on disk by content.
+
+A kernel's symbol is a digest of everything that determines its code: the operation, the variant, the target,
+the generator's own source and the TVM version. Its object file is what search loads and what export links, so
+that the code that was measured is the code that is shipped. Scales and zero points are arguments, never part
+of the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qsearch.build.target import Target
+from qsearch.errors import BuildError
+from qsearch.kernels.description import Kernel
+
+__all__ = ["CompiledKernel", "KernelCache", "kernel_symbol", "link_shared"]
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel on disk.
+
+    Attributes:
+        symbol: Its name in the object file and in the Relax module.
+        object_path: Relocatable object file, for linking.
+        library: The loaded runtime module that holds it.
+    """
+
+    symbol: str
+    object_path: Path
+    library: Any
+
+
+def kernel_symbol(kernel: Kernel, target: Target) -> str:
+    """The content-derived name of a kernel."""
+    import tvm
+
+    content = repr((kernel.key, kernel.variant, target.mcpu, target.threads, tvm.__version__, _generator_digest()))
+    return "qs_" + hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+@cache
+def _generator_digest() -> str:
+    """Digest of the source that writes kernels: an edited generator never meets a stale kernel."""
+    root = Path(__file__).parent.parent
+    files = sorted((root / "kernels").rglob("*.py")) + [root / "quantize" / "program.py", Path(__file__).parent / "foreign.py"]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class KernelCache:
+    """Kernels of one target, on disk and loaded.
+
+    Args:
+        directory: Where kernels are kept; created if absent. Processes may share it.
+        target: What to compile for.
+    """
+
+    def __init__(self, directory: Path, target: Target) -> None:
+        self.directory, self.target = directory, target
+        self._loaded: dict[str, CompiledKernel] = {}
+        self._libraries: dict[str, Any] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BuildError(f"cannot create the kernel cache {directory}: {error.strerror}; pass another --cache") from error
+
+    def get(self, kernels: Iterable[tuple[str, Kernel]]) -> dict[str, CompiledKernel]:
+        """Compile what is missing, load what is not loaded.
+
+        Args:
+            kernels: (symbol, kernel) pairs; symbols may repeat.
+
+        Returns:
+            Symbol -> compiled kernel.
+
+        Raises:
+            BuildError: A kernel does not compile, or the cache cannot be written.
+        """
+        wanted = dict(kernels)
+        missing = {symbol: kernel for symbol, kernel in wanted.items() if symbol not in self._loaded and not self._load(symbol)}
+        if missing:
+            self._compile(missing)
+        return {symbol: self._loaded[symbol] for symbol in wanted}
+
+    def _load(self, symbol: str) -> bool:
+        """Load a kernel from disk; a batch library carries the kernels that were compiled together."""
+        import tvm
+
+        pointer = self.directory / f"{symbol}.lib"
+        try:
+            library_path = self.directory / pointer.read_text(encoding="ascii").strip()
+        except OSError:
+            return False
+        if not library_path.exists() or not (self.directory / f"{symbol}.o").exists():
+            return False
+        if library_path.name not in self._libraries:
+            self._libraries[library_path.name] = tvm.runtime.load_module(str(library_path))
+        library = self._libraries[library_path.name]
+        self._loaded[symbol] = CompiledKernel(symbol, self.directory / f"{symbol}.o", library)
+        return True
+
+    def _compile(self, kernels: dict[str, Kernel]) -> None:
+        """Compile each kernel to an object, link the batch into one library, then publish it by renaming."""
+        import tvm
+
+        target = self.target.tvm()
+        try:
+            with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
+                scratch = Path(scratch_name)
+                for symbol, kernel in kernels.items():
+                    module = tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target)
+                    module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
+                self._publish(scratch, list(kernels))
+        except OSError as error:
+            raise BuildError(f"cannot write the kernel cache {self.directory}: {error.strerror}; free some space") from error
+        for symbol in kernels:
+            if not self._load(symbol):
+                raise BuildError(f"kernel {symbol} vanished from the cache {self.directory} while it was being written")
+
+    def _publish(self, scratch: Path, symbols: list[str]) -> None:
+        name = "lib_" + hashlib.sha256(" ".join(sorted(symbols)).encode()).hexdigest()[:24] + ".so"
+        link_shared(scratch / name, [scratch / f"{symbol}.o" for symbol in symbols])
+        for symbol in symbols:
+            (scratch / f"{symbol}.lib").write_text(name, encoding="ascii")
+        # Pointers go last: whoever finds one finds everything it points to.
+        for file in (name, *(f"{symbol}.o" for symbol in symbols), *(f"{symbol}.lib" for symbol in symbols)):
+            os.replace(scratch / file, self.directory / file)
+
+
+def link_shared(output: Path, objects: list[Path]) -> None:
+    """Link object files into a shared library.
+
+    Raises:
+        BuildError: No C++ compiler is installed, or linking fails.
+    """
+    from tvm.support import cc
+
+    if not cc.get_cc():
+        raise BuildError("no C++ compiler found to link kernels with: install g++ or clang, or set CXX")
+    try:
+        cc.create_shared(str(output), [str(path) for path in objects])
+    except RuntimeError as error:
+        raise BuildError(f"linking {output.name} failed: {str(error).strip().splitlines()[-1]}") from error

@@ -1,0 +1,221 @@
+"""Link a program's kernels into a Relax executable.
+
+The Relax function only calls kernels by symbol, in order; Relax plans the memory of the values between them.
+Building it takes tens of milliseconds, because no kernel is compiled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsearch.build.cache import CompiledKernel, KernelCache, kernel_symbol
+from qsearch.build.foreign import legalize
+from qsearch.errors import BuildError
+from qsearch.kernels.cpu import describe_kernel
+from qsearch.kernels.description import Kernel
+from qsearch.quantize.program import Op, OpKey, Program
+
+__all__ = ["CompiledModule", "Linker"]
+
+
+@dataclass(frozen=True)
+class CompiledModule:
+    """A program, compiled.
+
+    Attributes:
+        program: What it computes.
+        executable: The Relax executable, its kernels imported.
+        source: The Relax module it was built from, for memory accounting.
+        kernels: The kernels it calls.
+        weight_bytes: Bytes of its packed constants.
+        workspace_bytes: Largest scratch buffer of a kernel.
+    """
+
+    program: Program
+    executable: Any
+    source: Any
+    kernels: tuple[CompiledKernel, ...]
+    weight_bytes: int
+    workspace_bytes: int
+
+    @property
+    def objects(self) -> list[Path]:
+        """Object files of its kernels."""
+        return [kernel.object_path for kernel in self.kernels]
+
+    def open(self) -> Any:
+        """A virtual machine of its own, on the CPU."""
+        import tvm
+        from tvm import relax
+
+        return relax.VirtualMachine(self.executable.mod, tvm.cpu())
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A Relax constant and its size."""
+
+    expression: Any
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One kernel call: arguments are names of values or constants, with the shapes the kernel declares."""
+
+    kernel: Kernel
+    symbol: str
+    arguments: tuple[str | _Constant, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    output: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Linker:
+    """Builds programs for one target; keeps packed weights between trials.
+
+    Args:
+        cache: Where kernels come from.
+    """
+
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache, self.target = cache, cache.target
+        self._described: dict[OpKey, tuple[str, Kernel]] = {}
+        # The source array is kept beside the packed one, so that its id stays its own.
+        self._packed: dict[tuple[tuple, int], tuple[np.ndarray, _Constant]] = {}
+
+    def build(self, program: Program, linked: bool = True) -> CompiledModule:
+        """Compile a program.
+
+        Args:
+            program: The program.
+            linked: Import the loaded kernels; without them the executable can be exported with their objects.
+
+        Raises:
+            BuildError: A kernel or the module does not compile.
+        """
+        import tvm
+        from tvm import relax
+
+        calls = [call for op in program.ops for call in self._calls(op)]
+        compiled = self.cache.get((call.symbol, call.kernel) for call in calls)
+        writer = _ModuleWriter(program)
+        module = writer.write(calls)
+        if linked:
+            libraries = {id(kernel.library): kernel.library for kernel in compiled.values()}
+            module = module.with_attr("external_mods", list(libraries.values()))
+        try:
+            executable = relax.build(module, target=self.target.tvm())
+        except tvm.error.TVMError as error:
+            raise BuildError(f"TVM cannot build the module: {str(error).strip().splitlines()[-1]}") from error
+        workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
+        return CompiledModule(program, executable, module, tuple(compiled.values()), writer.constant_bytes, workspace)
+
+    def _describe(self, key: OpKey) -> tuple[str, Kernel]:
+        if key not in self._described:
+            kernel = describe_kernel(key, self.target.isa)
+            self._described[key] = kernel_symbol(kernel, self.target), kernel
+        return self._described[key]
+
+    def _calls(self, op: Op) -> Iterator[_Call]:
+        if op.key.kind == "foreign":
+            yield from self._foreign_calls(op)
+            return
+        symbol, kernel = self._describe(op.key)
+        constants = [_constant(array) for array in kernel.pack(op.constants)]
+        if kernel.pack_weight is not None:
+            constants.insert(0, self._packed_weight(kernel, op.constants["weight"]))
+        shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
+        yield _Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
+
+    def _packed_weight(self, kernel: Kernel, weight: np.ndarray) -> _Constant:
+        assert kernel.pack_weight is not None
+        key = (kernel.variant, id(weight))
+        if key not in self._packed:
+            self._packed[key] = weight, _constant(kernel.pack_weight(weight))
+        return self._packed[key][1]
+
+    def _foreign_calls(self, op: Op) -> Iterator[_Call]:
+        parameters = tuple((name, array.shape, array.dtype.name) for name, array in sorted(op.constants.items()))
+        steps = legalize(op.key, parameters)
+        names: dict[str, Any] = {f"input{i}": name for i, name in enumerate(op.inputs)}
+        shapes = {f"input{i}": shape for i, shape in enumerate(op.key.shapes[:-1])}
+        for name, array in (op.constants | steps.constants).items():
+            names[name] = _constant(array)
+        for step in steps.calls:
+            names[step.output] = op.output.name if step.output == steps.output else f"{op.output.name}.{step.output}"
+            shapes[step.output] = step.shape
+            kernel = Kernel(op.key, ("foreign", step.text), step.generate, lambda constants: ())
+            arguments = tuple(names[name] for name in step.inputs)
+            given = tuple(shapes.get(name, ()) for name in step.inputs)
+            yield _Call(kernel, kernel_symbol(kernel, self.target), arguments, given, names[step.output], step.shape, step.dtype)
+
+
+def _constant(array: np.ndarray) -> _Constant:
+    """A Relax constant that holds a copy of an array."""
+    import tvm
+    from tvm import relax
+
+    return _Constant(relax.const(tvm.runtime.tensor(np.ascontiguousarray(array))), array.nbytes)
+
+
+class _ModuleWriter:
+    """Writes the Relax function that calls the kernels."""
+
+    def __init__(self, program: Program) -> None:
+        from tvm import relax
+
+        self.program, self.builder = program, relax.BlockBuilder()
+        self.values: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {program.input.name: program.input.shape}
+        self.constants: dict[int, _Constant] = {}
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of the distinct constants that the calls read."""
+        return sum(constant.bytes for constant in self.constants.values())
+
+    def write(self, calls: list[_Call]) -> Any:
+        """A module with one function, main: float32 (N, C, H, W) -> float32 (N, classes)."""
+        from tvm import relax
+
+        given = relax.Var("image", relax.TensorType(self.program.input.shape, "float32"))
+        self.values[self.program.input.name] = given
+        with self.builder.function("main", [given]):
+            with self.builder.dataflow():
+                for call in calls:
+                    self._emit(call)
+                result = self.values[self.program.output.name]
+                shape = relax.ShapeExpr(self.program.output.shape)
+                result = self.builder.emit_output(relax.op.memory.view(result, shape))
+            self.builder.emit_func_output(result)
+        return self.builder.get()
+
+    def _emit(self, call: _Call) -> None:
+        from tvm import relax
+
+        arguments = []
+        for i, argument in enumerate(call.arguments):
+            if isinstance(argument, str):
+                arguments.append(self._shaped(argument, call.shapes[i]))
+            else:
+                self.constants[id(argument)] = argument
+                arguments.append(argument.expression)
+        kind = relax.TensorType(call.shape, call.dtype)
+        called = relax.op.call_dps_packed(call.symbol, relax.Tuple(arguments), kind)
+        self.values[call.output] = self.builder.emit(called)
+        self.shapes[call.output] = call.shape
+
+    def _shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A value seen with the shape a kernel declares."""
+        from tvm import relax
+
+        if self.shapes[name] == shape:
+            return self.values[name]
+        return self.builder.emit(relax.op.reshape(self.values[name], relax.ShapeExpr(shape)))

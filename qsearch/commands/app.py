@@ -1,0 +1,72 @@
+"""The command line: one typer app, one file per verb, one place where errors become messages."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from qsearch.commands.dashboard import dashboard
+from qsearch.commands.front import front
+from qsearch.commands.search import search
+from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.errors import QSearchError
+
+__all__ = ["app", "main"]
+
+# Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
+VERBS: tuple[Callable[..., None], ...] = (search, front, dashboard)
+
+
+def bounded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors a user can meet into one message and an exit code.
+
+    Anything else is a defect and keeps its traceback.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            verb(*args, **options)
+        except QSearchError as error:
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            say(f"error: cannot write{where}: {error.strerror}; make room and run the same command again, nothing is lost")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted; whatever was finished is kept")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+app = typer.Typer(
+    name="qsearch",
+    help="Search per-layer precisions of a vision model, every trial compiled and measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    # A callback keeps verbs as sub-commands however few there are.
+    pass
+
+
+for _verb in VERBS:
+    app.command()(bounded(_verb))
+
+
+def main() -> None:
+    """Run the command line."""
+    sys.exit(app())

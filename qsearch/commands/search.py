@@ -1,0 +1,62 @@
+"""`search`: from a model to a Pareto front of measured configurations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qsearch.commands.options import (
+    ConvertChannels,
+    Data,
+    Json,
+    Model,
+    Preprocessing,
+    Seed,
+    Storage,
+    Target,
+    Weights,
+    default_study,
+)
+from qsearch.commands.terminal import print_json, print_table, stdout_reserved
+
+__all__ = ["search"]
+
+
+def search(
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Data = None,
+    target: Target = "llvm",
+    space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
+    budget: Annotated[int, typer.Option(min=1, help="Completed trials that the study shall have in total.")] = 200,
+    timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="from the model")] = None,
+    storage: Storage = None,
+    sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii or gp.")] = "tpe",
+    seed: Seed = 0,
+    preprocessing: Preprocessing = None,
+    convert_channels: ConvertChannels = False,
+    json: Json = False,
+) -> None:
+    """Search per-layer precisions; the same command again continues its study."""
+    from qsearch.search.evaluator import Settings
+    from qsearch.search.samplers import make_sampler
+    from qsearch.search.space import load_space
+    from qsearch.search.storage import checked_name, database_file, storage_url
+
+    name = checked_name(study or default_study(model))
+    # Whatever is wrong with the command itself is said before minutes are spent on the model.
+    database_file(storage_url(name, storage))
+    make_sampler(sampler, seed, 0)
+    chosen = load_space(space)
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed)
+
+    from qsearch.commands.search_session import SearchRequest, run_session
+
+    with stdout_reserved():
+        document, table = run_session(SearchRequest(settings, chosen, name, storage, sampler, budget, timeout))
+    if json:
+        print_json(document)
+    else:
+        print_table(table)

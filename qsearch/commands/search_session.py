@@ -1,0 +1,120 @@
+"""One run of `search`: get ready, run trials, measure the front again, report.
+
+Imports everything heavy; the verb imports this file once its arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.commands.trial_progress import TrialProgress
+from qsearch.report.documents import baseline_of, record_run, study_document
+from qsearch.report.notes import TrialNotes
+from qsearch.report.tables import front_table
+from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.evaluator import Evaluator, Settings
+from qsearch.search.front import record_heldout, study_front
+from qsearch.search.objective import open_evaluator
+from qsearch.search.samplers import make_sampler
+from qsearch.search.space import SearchSpace
+from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, finished, study_to_search
+
+__all__ = ["SearchRequest", "run_session"]
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What the user asked for.
+
+    Attributes:
+        settings: Model, data, target.
+        space: What may be tried.
+        study: Name of the study.
+        storage: SQLAlchemy URL; None for the default.
+        sampler: Its name.
+        budget: Completed trials the study shall have in total.
+        timeout_s: No trial is begun after that many seconds of trials.
+    """
+
+    settings: Settings
+    space: SearchSpace
+    study: str
+    storage: str | None
+    sampler: str
+    budget: int
+    timeout_s: float | None
+
+
+def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
+    """Search until the budget is met.
+
+    Returns:
+        The JSON document and the table of the study as it stands at the end.
+
+    Raises:
+        typer.Exit: The user interrupted the search.
+        QSearchError: The request cannot be carried out.
+    """
+    start = time.monotonic()
+    evaluator = open_evaluator(request.settings, say)
+    bound = bind_space(request.space, evaluator.graph)
+    with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
+        record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
+        # A study has one float module to compare with, that of its first run.
+        baseline = baseline_of(handle) or evaluator.baseline
+        _run_trials(handle, request, bound, evaluator)
+        _verify(handle, evaluator)
+        record_run(handle, baseline, _facts(request, evaluator, start))
+        return study_document(handle), front_table(study_front(handle.study), baseline, f"front of study {handle.name}")
+
+
+def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
+    settings = request.settings
+    parts = {**evaluator.identity, "space": request.space.content_hash(), "objective": OBJECTIVE_VERSION}
+    labels = {"model": settings.model, "data": str(settings.data or "the model's own"), "space": request.space.name}
+    return Identity(parts, labels)
+
+
+def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[str, Any]:
+    seconds = {**evaluator.seconds, "total": time.monotonic() - start}
+    return {"model": request.settings.model, "target": request.settings.target, "seconds": seconds}
+
+
+def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
+    with handle.guard():
+        done, trials = len(finished(handle.study)), len(handle.study.get_trials(deepcopy=False))
+    if trials:
+        say(f"continuing study {handle.name} with {done} completed trials")
+    handle.study.sampler = make_sampler(request.sampler, request.settings.seed, trials)
+    baseline = baseline_of(handle) or evaluator.baseline
+    problem = SearchProblem(bound, evaluator.evaluate, TrialNotes(handle, evaluator.graph, baseline))
+    limits = Limits(request.budget, request.timeout_s, request.settings.seed)
+    with TrialProgress(done, request.budget, baseline) as progress:
+        outcome = run_search(handle, problem, limits, progress.on_trial)
+    done += outcome.completed
+    if outcome.stopped == "interrupted":
+        say(f"interrupted; study {handle.name} is intact with {done} completed trials, the same command continues it")
+        raise typer.Exit(INTERRUPTED)
+    if outcome.stopped == "timeout":
+        say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
+    if outcome.stopped == "exhausted":
+        say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
+
+
+def _verify(handle: StudyHandle, evaluator: Evaluator) -> None:
+    """Measure the front again, unless all of it was already."""
+    with handle.guard():
+        front = study_front(handle.study)
+    if all(point.heldout is not None for point in front):
+        return
+    say(f"measuring the {len(front)} points of the front again, on held-out images")
+    verdicts = evaluator.verify_front([point.config for point in front])
+    with handle.guard():
+        record_heldout(handle.study, front, verdicts)

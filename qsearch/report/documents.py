@@ -1,0 +1,103 @@
+"""The JSON documents of the commands."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from qsearch.measure.measurement import Measurement
+from qsearch.search.front import FrontPoint, hypervolume, measurement_from_json, study_front
+from qsearch.search.study import StudyHandle, finished
+
+__all__ = ["baseline_of", "record_run", "study_document"]
+
+_RUN = "run"
+_BASELINE = "baseline"
+
+
+def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any]) -> None:
+    """Keep in the study what a report of it needs and trials do not hold.
+
+    Args:
+        handle: The study.
+        baseline: The float module. The first one recorded stays: a study has one scale for its hypervolume.
+        run: model and target as the user wrote them, and seconds{total, float_pass} of the last run.
+    """
+    study = handle.study
+    with handle.guard():
+        if _BASELINE not in study.user_attrs:
+            study.set_user_attr(_BASELINE, baseline.to_json())
+        study.set_user_attr(_RUN, dict(run))
+
+
+def baseline_of(handle: StudyHandle) -> Measurement | None:
+    """The float module of a study; None before its first run got that far."""
+    data = handle.study.user_attrs.get(_BASELINE)
+    return None if data is None else measurement_from_json(data)
+
+
+def study_document(handle: StudyHandle) -> dict[str, Any]:
+    """Everything there is to say about a study, as plain types."""
+    with handle.guard():
+        study = handle.study
+        run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
+        baseline, front = baseline_of(handle), study_front(study)
+        complete = finished(study)
+        counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
+    return {
+        "study": handle.name,
+        "storage": handle.shown_url,
+        "model": run.get("model"),
+        "target": run.get("target"),
+        "trials": {"complete": len(complete), "pruned": counts["pruned"], "failed": counts["fail"]},
+        "baseline": None if baseline is None else _baseline(baseline),
+        "front": [_point(point) for point in front],
+        "hypervolume": None if baseline is None else hypervolume(front, baseline),
+        "seconds": {**run.get("seconds", {}), **_medians(complete)},
+    }
+
+
+def _baseline(baseline: Measurement) -> dict[str, Any]:
+    accuracy = baseline.accuracy
+    return {
+        "latency_ms": baseline.latency.median_ms,
+        "peak_bytes": baseline.memory.peak_bytes,
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "images": accuracy.images,
+    }
+
+
+def _point(point: FrontPoint) -> dict[str, Any]:
+    measured, heldout = point.measurement, point.heldout
+    return {
+        "trial": point.trial,
+        "latency_ms": measured.latency.median_ms,
+        "latency_spread_ms": measured.latency.spread_ms,
+        "peak_bytes": measured.memory.peak_bytes,
+        "top1_loss_pp": measured.accuracy.top1_loss_pp,
+        "top1_loss_ci_pp": list(measured.accuracy.top1_loss_ci_pp),
+        "heldout": None
+        if heldout is None
+        else {
+            "top1_loss_pp": heldout.accuracy.top1_loss_pp,
+            "top1_loss_ci_pp": list(heldout.accuracy.top1_loss_ci_pp),
+            "images": heldout.accuracy.images,
+            "latency_ms": heldout.latency.median_ms,
+            "dominated_by": heldout.dominated_by,
+        },
+        "config": point.config.to_json(),
+    }
+
+
+def _medians(complete: Sequence[FrozenTrial]) -> dict[str, float | None]:
+    whole = [trial.duration.total_seconds() for trial in complete if trial.duration is not None]
+    build = [trial.user_attrs["measurement"]["seconds"].get("build") for trial in complete if "measurement" in trial.user_attrs]
+    known = [seconds for seconds in build if seconds is not None]
+    return {
+        "per_trial_median": statistics.median(whole) if whole else None,
+        "build_median": statistics.median(known) if known else None,
+    }

@@ -1,0 +1,105 @@
+"""What the dashboard shows of a trial besides its numbers: a note in Markdown and a picture of the precisions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.models.graph import Graph
+from qsearch.report.pictures import byte_text, draw_precisions, layer_bars
+from qsearch.search.storage import artifact_folder
+from qsearch.search.study import StudyHandle
+
+__all__ = ["TrialNotes", "calibration_text", "note_text", "write_note"]
+
+# The dashboard joins pieces of at most this many characters; databases may bound the length of an attribute.
+PIECE = 2045
+
+
+class TrialNotes:
+    """Writes the note and the picture of each measured trial.
+
+    An instance is what the search driver calls before it finishes a trial; a finished one takes no more artifacts.
+    """
+
+    def __init__(self, handle: StudyHandle, graph: Graph, baseline: Measurement) -> None:
+        """Prepare the artifact store beside the study.
+
+        Args:
+            handle: The study.
+            graph: The model's layers.
+            baseline: The float module.
+        """
+        self._graph = graph
+        self._baseline = baseline
+        folder = artifact_folder(handle.name, handle.url)
+        with handle.guard():
+            folder.mkdir(parents=True, exist_ok=True)
+        self._store = FileSystemArtifactStore(folder)
+
+    def __call__(self, trial: optuna.Trial, config: QuantConfig, measurement: Measurement) -> None:
+        """Upload the picture and write the note of one trial."""
+        study = trial.study
+        bars = layer_bars(self._graph, config)
+        title = f"{study.study_name}, trial {trial.number}: {trial.user_attrs.get('anchor', calibration_text(config))}"
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "precisions.png"
+            draw_precisions(bars, title).save(file, optimize=True)
+            artifact = upload_artifact(artifact_store=self._store, file_path=str(file), study_or_trial=trial)
+        picture = f"![precision of every layer](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})"
+        write_note(trial, note_text(config, measurement, self._baseline) + "\n\n" + picture)
+
+
+def note_text(config: QuantConfig, measurement: Measurement, baseline: Measurement) -> str:
+    """The note of a trial, Markdown: measures against float, then what the configuration is."""
+    latency, memory, accuracy = measurement.latency, measurement.memory, measurement.accuracy
+    low, high = accuracy.top1_loss_ci_pp
+    counts = Counter(config.precision.values())
+    rows = [
+        "| | trial | float |",
+        "|---|---|---|",
+        f"| latency, ms | {latency.median_ms:.3f} ± {latency.spread_ms:.3f} | {baseline.latency.median_ms:.3f} |",
+        f"| memory | {byte_text(memory.peak_bytes)} | {byte_text(baseline.memory.peak_bytes)} |",
+        f"| top-1, % | {accuracy.top1:.2f} | {baseline.accuracy.top1:.2f} |",
+        f"| top-5, % | {accuracy.top5:.2f} | {baseline.accuracy.top5:.2f} |",
+        "",
+        f"Top-1 loss **{accuracy.top1_loss_pp:+.2f} pp** (95 % interval {low:+.2f} to {high:+.2f}) "
+        f"on {accuracy.images} images; **{baseline.latency.median_ms / latency.median_ms:.2f} times** as fast as float.",
+        "",
+        "- layers: " + ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items())),
+        f"- calibration: {calibration_text(config)}",
+    ]
+    return "\n".join(rows)
+
+
+def calibration_text(config: QuantConfig) -> str:
+    """Calibration and weight scales of a configuration in a few words."""
+    if set(config.precision.values()) == {"fp32"}:
+        return "none, all fp32"
+    calibration = config.calibration
+    mode: str = calibration.mode
+    if mode == "percentile":
+        mode += f" {calibration.percentile:.7g}"
+    elif mode == "global_scale":
+        mode += f" {calibration.global_scale:g}"
+    scales = "" if config.weight_scale == "max" else f", {config.weight_scale}"
+    return f"{mode}, {config.granularity}{scales}"
+
+
+def write_note(trial: optuna.Trial, text: str) -> None:
+    """Keep a note where Optuna's dashboard looks for it.
+
+    Done without the dashboard's own function: the dashboard is an extra, a search is not, and that function reads
+    every note of the study to write one.
+    """
+    storage, study_id, trial_id = trial.storage, trial.study._study_id, trial._trial_id
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    for index, piece in enumerate(pieces):
+        storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:{index}", piece)
+    storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_ver", 1)
