@@ -102,6 +102,7 @@ def legalize(key: OpKey, parameters: tuple[tuple[str, tuple[int, ...], str], ...
 
 
 def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> ForeignSteps:
+    import tvm
     from tvm import relax
 
     function = module["main"]
@@ -110,9 +111,9 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
     calls: list[ForeignCall] = []
 
     def name_of(value: Any) -> str:
-        if isinstance(value, relax.Constant):
+        if isinstance(value, tvm.ir.Constant):
             name = f"constant{len(constants)}"
-            constants[name] = value.data.numpy()
+            constants[name] = value.value.numpy()
             return name
         return names[value]
 
@@ -120,7 +121,7 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
         for binding in block.bindings:
             value = binding.value
             if not isinstance(value, relax.Call) or value.op.name != "relax.call_tir":
-                if isinstance(value, (relax.Var, relax.Constant)):
+                if isinstance(value, (relax.Var, tvm.ir.Constant)):
                     names[binding.var] = name_of(value)
                     continue
                 raise BuildError(f"{key.foreign.target} needs {value}, which qsearch cannot place in a module")  # type: ignore[union-attr]

@@ -1,0 +1,97 @@
+"""Accuracy of a compiled module, image by image, paired with float on the same images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from qsearch.errors import MeasureError
+from qsearch.measure.measurement import Accuracy
+
+__all__ = ["compare_accuracy", "paired_interval", "run_images"]
+
+# Normal quantile of a 95 % interval.
+Z95 = 1.959963984540054
+
+
+def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1) -> np.ndarray:
+    """Run a module on images, one share of them per core; a module itself runs on one thread.
+
+    Args:
+        open_machine: Makes a virtual machine of the module; called once per worker.
+        images: float32 (N, C, H, W); N a multiple of batch.
+        batch: Batch the module was compiled for.
+
+    Returns:
+        Logits, float32 (N, classes), in image order.
+
+    Raises:
+        MeasureError: The module fails, or yields NaN or infinity.
+    """
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(images))
+    shares = np.array_split(np.arange(0, len(images), batch), max(1, workers))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        parts = list(pool.map(lambda starts: _run_share(open_machine, images, starts, batch), shares))
+    logits = np.concatenate([part for part in parts if len(part)])
+    if not np.isfinite(logits).all():
+        raise MeasureError("the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range")
+    return logits
+
+
+def _run_share(open_machine: Callable[[], Any], images: np.ndarray, starts: np.ndarray, batch: int) -> np.ndarray:
+    import tvm
+
+    run = open_machine()["main"]
+    rows = []
+    for start in starts:
+        result = run(tvm.runtime.tensor(np.ascontiguousarray(images[start : start + batch])))
+        rows.append(result.numpy())
+    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:
+    """Score a module against float.
+
+    Args:
+        logits: float32 (N, classes) of the module.
+        float_logits: float32 (N, classes) of the fp32 module on the same images.
+        labels: int64 (N,).
+    """
+    right, float_right = logits.argmax(1) == labels, float_logits.argmax(1) == labels
+    count = len(labels)
+    return Accuracy(
+        top1=100.0 * float(right.mean()),
+        top5=100.0 * float(_among_best(logits, labels, 5).mean()),
+        top1_loss_pp=100.0 * float(float_right.mean() - right.mean()),
+        top1_loss_ci_pp=paired_interval(int((float_right & ~right).sum()), int((~float_right & right).sum()), count),
+        images=count,
+        output_sha256=hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest(),
+    )
+
+
+def _among_best(logits: np.ndarray, labels: np.ndarray, best: int) -> np.ndarray:
+    """True where fewer than `best` classes score above the label's."""
+    own = logits[np.arange(len(labels)), labels]
+    return (logits > own[:, None]).sum(1) < best
+
+
+def paired_interval(lost: int, gained: int, count: int) -> tuple[float, float]:
+    """95 % interval of the loss in percentage points, from discordant pairs.
+
+    Adjusted Wald for paired proportions (Bonett and Price, Improved confidence intervals for a linear
+    function of binomial proportions, 2012): one pseudo-observation in each discordant cell, so that the
+    interval has a width even when no image changed.
+
+    Args:
+        lost: Images that float has right and the module wrong.
+        gained: Images that float has wrong and the module right.
+        count: Number of images.
+    """
+    p, q = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
+    half = Z95 * np.sqrt(max(p + q - (p - q) ** 2, 0.0) / (count + 2))
+    return 100.0 * float(p - q - half), 100.0 * float(p - q + half)

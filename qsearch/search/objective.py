@@ -1,0 +1,277 @@
+"""The objective: from a configuration to the measurements of its compiled module.
+
+What is paid once per model (loading, import, the float pass, the float module) happens in `open_evaluator`;
+what is paid per trial happens in `ModelEvaluator.evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsearch.build.cache import KernelCache
+from qsearch.build.link import CompiledModule, Linker
+from qsearch.build.target import Target, open_target
+from qsearch.calibrate.observe import observe
+from qsearch.calibrate.ranges import activation_ranges
+from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
+from qsearch.config import QuantConfig
+from qsearch.data import Dataset, Preprocessing, load_dataset
+from qsearch.errors import CalibrationError, DataError
+from qsearch.measure.accuracy import compare_accuracy, run_images
+from qsearch.measure.latency import measure_interleaved, measure_latency
+from qsearch.measure.measurement import Accuracy, Latency, Measurement
+from qsearch.measure.memory import measure_memory
+from qsearch.models.graph import Graph, Model
+from qsearch.models.import_torch import import_model
+from qsearch.models.zoo import LoadedModel, load_model
+from qsearch.quantize.lower import lower
+from qsearch.quantize.weights import WeightStore
+from qsearch.search.evaluator import Progress, Settings
+
+__all__ = ["ModelEvaluator", "open_evaluator"]
+
+OBSERVE_BATCH = 16
+FLOAT = QuantConfig(default_precision="fp32")
+
+
+def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
+    """Load a model and its images, run the float pass, measure the float module.
+
+    Args:
+        settings: What to load.
+        progress: Called whenever a slow step begins.
+
+    Raises:
+        UsageError: The model, the images or the target cannot be used.
+    """
+    evaluator = prepare_evaluator(settings, progress)
+    progress("measuring the float module")
+    evaluator.measure_baseline()
+    return evaluator
+
+
+def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
+    """Like `open_evaluator`, without measuring the float module."""
+    progress(f"loading model {settings.model}")
+    loaded = load_model(settings.model, settings.weights)
+    preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing
+    dataset = open_dataset(settings, loaded, preprocessing)
+    progress(f"importing model {settings.model}")
+    model = import_model(settings.model, loaded.module, (1, *preprocessing.shape))
+    check_classes(model, dataset)
+    if model.graph.foreign:
+        progress(foreign_notice(model.graph))
+    return ModelEvaluator(settings, model, dataset, open_target(settings.target), progress)
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Read a preprocessing file.
+
+    Raises:
+        DataError: It is missing, is not JSON or holds an impossible value.
+    """
+    try:
+        return Preprocessing.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"cannot read preprocessing {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"preprocessing {path} is not JSON: {error}") from error
+
+
+def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preprocessing) -> Dataset:
+    """The images of `--data`, or the model's own.
+
+    Raises:
+        DataError: There are none, or they cannot be used.
+    """
+    if settings.data is None and settings.model != "demo":
+        raise DataError(f"model {settings.model!r} brings no images: pass a directory of labelled images with --data")
+    source = "demo" if settings.data is None else settings.data
+    return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
+
+
+def check_classes(model: Model, dataset: Dataset) -> None:
+    """Refuse labels that the model has no output for.
+
+    Raises:
+        DataError: A label is out of range.
+    """
+    outputs = model.graph.by_name[model.graph.output].shape[1]
+    if len(dataset.classes) > outputs:
+        raise DataError(
+            f"data {dataset.name!r} has {len(dataset.classes)} classes, but model {model.name!r} has {outputs} outputs; "
+            "use images of the model's own classes"
+        )
+
+
+def foreign_notice(graph: Graph) -> str:
+    """Name the operators that run in float through TVM's own legalisation."""
+    kinds = sorted({node.foreign.target for node in graph.nodes if node.foreign})
+    return f"{len(graph.foreign)} operators run in float through TVM's own legalisation: {', '.join(kinds)}"
+
+
+class ModelEvaluator:
+    """A model, its images and a target, ready to measure configurations.
+
+    Args:
+        settings: Where caches are kept.
+        model: The imported model.
+        dataset: Its images.
+        target: What to compile for.
+        progress: Called whenever a slow step begins.
+    """
+
+    def __init__(self, settings: Settings, model: Model, dataset: Dataset, target: Target, progress: Progress) -> None:
+        self.settings, self.model, self.dataset, self.target, self.progress = settings, model, dataset, target, progress
+        self.linker = Linker(KernelCache(settings.cache_dir / "kernels", target))
+        self.weights = WeightStore()
+        self.seconds: dict[str, float] = {}
+        start = time.monotonic()
+        self.record = self._statistics()
+        self.seconds["float_pass"] = time.monotonic() - start
+        self._float_logits: dict[str, np.ndarray] = {}
+        self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
+        self._baseline: Measurement | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The layer graph."""
+        return self.model.graph
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of model, data and target."""
+        return {
+            "model": self.model.fingerprint,
+            "data": self.dataset.fingerprint,
+            "target": self.target.description,
+        }
+
+    @property
+    def baseline(self) -> Measurement:
+        """The module with every layer in fp32, on the search images."""
+        if self._baseline is None:
+            self.measure_baseline()
+        assert self._baseline is not None
+        return self._baseline
+
+    def measure_baseline(self) -> None:
+        """Measure the float module; every loss is counted against it."""
+        self._baseline = self.evaluate(FLOAT)
+
+    def compile(self, config: QuantConfig) -> CompiledModule:
+        """Lower and link one configuration.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        return self.linker.build(lower(self.model, config, self.ranges(config), self.weights))
+
+    def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
+        """Activation ranges of a configuration's calibration, computed once per calibration."""
+        key = config.calibration.model_dump_json()
+        if key not in self._ranges:
+            self._ranges[key] = activation_ranges(self.record, self.model, config.calibration, self.input_range)
+        return self._ranges[key]
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """Smallest and largest value that preprocessing can give."""
+        preprocessing = self.dataset.preprocessing
+        bounds = [(edge - m) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True) for edge in (0.0, 1.0)]
+        return min(bounds), max(bounds)
+
+    def evaluate(self, config: QuantConfig) -> Measurement:
+        """Lower, compile, link and measure one configuration on the search images.
+
+        Raises:
+            TrialError: This configuration cannot be built or measured; others may.
+        """
+        clock = _Clock()
+        program = lower(self.model, config, self.ranges(config), self.weights)
+        clock.lap("lower")
+        module = self.linker.build(program)
+        clock.lap("build")
+        machine = module.open()
+        latency = measure_latency(machine, self.images("search")[:1])
+        clock.lap("latency")
+        memory = measure_memory(module)
+        clock.lap("memory")
+        logits = run_images(module.open, self.images("search"))
+        accuracy = compare_accuracy(logits, self.float_logits("search"), self.dataset.labels("search"))
+        clock.lap("accuracy")
+        return Measurement(latency, memory, accuracy, clock.seconds)
+
+    def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
+        """Accuracy of a module on a part of the images."""
+        logits = run_images(module.open, self.images(part))
+        return compare_accuracy(logits, self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
+
+    def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
+        modules = [self.compile(config) for config in configs]
+        machines = [self.compile(FLOAT).open(), *(module.open() for module in modules)]
+        latencies = measure_interleaved(machines, self.images("heldout")[:1])[1:]
+        return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
+
+    def images(self, part: str) -> np.ndarray:
+        """Preprocessed images, float32 (N, C, H, W)."""
+        return self.dataset.images(part, self.settings.cache_dir / "images", _said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
+
+    def float_logits(self, part: str) -> np.ndarray:
+        """Logits of the float module, float32 (N, classes), computed once."""
+        if part not in self._float_logits:
+            self._float_logits[part] = run_images(self.compile(FLOAT).open, self.images(part))
+        return self._float_logits[part]
+
+    def _statistics(self) -> StatisticsRecord:
+        """The record of the float pass, kept between runs."""
+        key = f"{self.model.fingerprint[:16]}-{self.dataset.fingerprint[:16]}"
+        path = self.settings.cache_dir / "statistics" / f"{key}.npz"
+        if path.exists():
+            try:
+                record = load_record(path)
+                if record.model_fingerprint == self.model.fingerprint:
+                    return record
+            except CalibrationError as error:
+                self.progress(f"{error}; running the float pass again")
+        images = self.images("calibration")
+        self.progress(f"float pass over {len(images)} calibration images")
+        record = observe(self.model, images, OBSERVE_BATCH)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_record(record, path)
+        return record
+
+
+class _Clock:
+    """Wall time of consecutive steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under a name."""
+        now = time.monotonic()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
+    """A counter callback that reports only the first time."""
+    said: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not said:
+            said.append(True)
+            progress(f"{clause} ({total})")
+
+    return report
+
+

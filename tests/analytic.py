@@ -1,0 +1,114 @@
+"""A small network whose latency, memory and loss are formulas: what search tests measure instead of modules."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Sequence
+
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.errors import MeasureError
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
+from qsearch.models.graph import Conv, Graph, Node
+
+MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
+
+
+def make_graph(layers: int = 8) -> Graph:
+    """A chain of convolutions, every third depthwise, and a linear layer at the end."""
+    nodes = [Node("input", "input", (), (1, 8, 14, 14))]
+    for index in range(layers - 1):
+        depthwise = index % 3 == 2
+        conv = Conv((3, 3), padding=(1, 1, 1, 1), groups=8 if depthwise else 1)
+        name = f"features.{index // 3}.conv.{index % 3}"
+        nodes.append(Node(name, "conv2d", (nodes[-1].name,), (1, 8, 14, 14), conv=conv))
+    nodes.append(Node("flatten", "flatten", (nodes[-1].name,), (1, 8 * 14 * 14)))
+    nodes.append(Node("classifier", "linear", ("flatten",), (1, 10), conv=Conv()))
+    return Graph(tuple(nodes), "classifier")
+
+
+class AnalyticEvaluator:
+    """An Evaluator over `make_graph` whose measurements depend on the configuration alone."""
+
+    seconds = {"float_pass": 0.25}
+
+    def __init__(self, layers: int = 8, identity: dict[str, str] | None = None) -> None:
+        """Draw the layers' costs."""
+        self.graph = make_graph(layers)
+        self.identity = identity or {"model": "m" * 64, "data": "d" * 64, "target": "llvm"}
+        rng = np.random.default_rng(3)
+        self._cost = rng.uniform(0.5, 2.0, layers)
+        self._gain = rng.uniform(-0.1, 0.7, layers)
+        self._loss = np.exp(rng.normal(-2.0, 1.3, layers))
+        self.measured: list[str] = []
+        self.baseline = self._measure(QuantConfig(default_precision="fp32"))
+
+    def evaluate(self, config: QuantConfig) -> Measurement:
+        """Measure, and remember that it was."""
+        self.measured.append(config.content_hash())
+        return self._measure(config)
+
+    def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Measure again, a little worse."""
+        again = [self._measure(config, worse=0.25) for config in configs]
+        return [(one.latency, one.accuracy) for one in again]
+
+    def _measure(self, config: QuantConfig, worse: float = 0.0) -> Measurement:
+        precision = config.resolve(self.graph.convolutions, self.graph.dense)
+        lowered = np.array([precision[layer.name] == "int8" for layer in self.graph.layers])
+        latency_ms = float((self._cost * (1 - self._gain * lowered)).sum())
+        factor = MODE_FACTOR[config.calibration.mode] * (1.0 if config.granularity == "channel_wise" else 2.5)
+        loss = float((self._loss * lowered).sum() * factor) + worse * bool(lowered.any())
+        accuracy = Accuracy(90 - loss, 99.0, loss, (loss - 0.5, loss + 0.5), 1000, "0" * 64)
+        memory = Memory(int(4000 * len(lowered) - 3000 * lowered.sum()), 1000, 0)
+        return Measurement(Latency(latency_ms, 0.01, 5, 10), memory, accuracy, {"lower": 0.01, "build": 0.02})
+
+
+class TroublesomeEvaluator(AnalyticEvaluator):
+    """Does what environment variables say: TROUBLE=kill|interrupt|fail|defect|slow at the measurement TROUBLE_AT."""
+
+    def evaluate(self, config: QuantConfig) -> Measurement:
+        """Measure, or make trouble."""
+        trouble, at = os.environ.get("TROUBLE", ""), int(os.environ.get("TROUBLE_AT", "1"))
+        if trouble == "slow":
+            time.sleep(0.5)
+        if len(self.measured) + 1 == at:
+            self._make_trouble(trouble)
+        return super().evaluate(config)
+
+    def _make_trouble(self, trouble: str) -> None:
+        if trouble == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif trouble == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        elif trouble == "fail":
+            self.measured.append("failed")
+            raise MeasureError("layer 'classifier': no time could be taken")
+        elif trouble == "defect":
+            raise ZeroDivisionError("a defect")
+
+
+def main() -> None:
+    """Run the command line with this network in place of every model."""
+    fake = types.ModuleType("qsearch.search.objective")
+    identity = {"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"}
+
+    def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
+        print("a library that prints to stdout")
+        return TroublesomeEvaluator(int(os.environ.get("LAYERS", "8")), identity)
+
+    fake.open_evaluator = open_evaluator  # type: ignore[attr-defined]
+    sys.modules["qsearch.search.objective"] = fake
+    from qsearch.commands import app
+
+    app.main()
+
+
+if __name__ == "__main__":
+    main()

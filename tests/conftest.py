@@ -1,0 +1,1 @@
+"""The presence of this file puts `tests/` on the import path: tests share `analytic.py`."""
