@@ -6,13 +6,13 @@ import hashlib
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsearch.errors import SpaceError
 
-__all__ = ["Calibration", "CalibrationMode", "Granularity", "QuantConfig", "WeightScale", "load_config", "validation_message"]
+__all__ = ["Calibration", "CalibrationMode", "Granularity", "QuantConfig", "WeightScale", "load_config", "named_config", "validation_message"]
 
 CalibrationMode = Literal["max", "percentile", "kl_divergence", "mse", "global_scale"]
 Granularity = Literal["channel_wise", "layer_wise"]
@@ -121,6 +121,20 @@ def validation_message(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}{more}"
     return f"{where}: {first['msg']}, got {first['input']!r}{more}"
+
+
+def named_config(name: str) -> QuantConfig:
+    """A configuration by name: a precision for every layer, or a JSON file.
+
+    Raises:
+        SpaceError: There is no such precision, or the file is not valid.
+    """
+    if name in get_args(PrecisionName):
+        return QuantConfig.model_validate({"default_precision": name})
+    if not name.endswith(".json"):
+        known = ", ".join(get_args(PrecisionName))
+        raise SpaceError(f"unknown precision {name!r}: use {known}, or a configuration file ending in .json")
+    return load_config(Path(name))
 
 
 def load_config(path: Path) -> QuantConfig:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import types
 from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+from typer.testing import CliRunner, Result
 
+from qsearch.commands import app
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
@@ -35,11 +40,10 @@ def make_graph(layers: int = 8) -> Graph:
 class AnalyticEvaluator:
     """An Evaluator over `make_graph` whose measurements depend on the configuration alone."""
 
-    seconds = {"float_pass": 0.25}
-
     def __init__(self, layers: int = 8, identity: dict[str, str] | None = None) -> None:
         """Draw the layers' costs."""
         self.graph = make_graph(layers)
+        self.seconds = {"float_pass": 0.25}
         self.identity = identity or {"model": "m" * 64, "data": "d" * 64, "target": "llvm"}
         rng = np.random.default_rng(3)
         self._cost = rng.uniform(0.5, 2.0, layers)
@@ -94,19 +98,33 @@ class TroublesomeEvaluator(AnalyticEvaluator):
             raise ZeroDivisionError("a defect")
 
 
+def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
+    """Stand in for qsearch.search.objective.open_evaluator."""
+    print("a library that prints to stdout")
+    return TroublesomeEvaluator(identity={"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"})
+
+
+def stand_in() -> types.ModuleType:
+    """A module to put in place of qsearch.search.objective."""
+    module = types.ModuleType("qsearch.search.objective")
+    module.open_evaluator = open_evaluator  # type: ignore[attr-defined]
+    return module
+
+
+def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
+    """Run a command over this network within this process."""
+    modules = {"qsearch.search.objective": stand_in()}
+    sys.modules.pop("qsearch.commands.search_session", None)
+    try:
+        with contextlib.chdir(folder), patch.dict(sys.modules, modules):
+            return CliRunner().invoke(app.app, arguments, env=variables)
+    finally:
+        sys.modules.pop("qsearch.commands.search_session", None)
+
+
 def main() -> None:
     """Run the command line with this network in place of every model."""
-    fake = types.ModuleType("qsearch.search.objective")
-    identity = {"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"}
-
-    def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
-        print("a library that prints to stdout")
-        return TroublesomeEvaluator(int(os.environ.get("LAYERS", "8")), identity)
-
-    fake.open_evaluator = open_evaluator  # type: ignore[attr-defined]
-    sys.modules["qsearch.search.objective"] = fake
-    from qsearch.commands import app
-
+    sys.modules["qsearch.search.objective"] = stand_in()
     app.main()
 
 

@@ -109,6 +109,7 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
     names = {var: f"input{i}" if i < inputs else parameters[i - inputs] for i, var in enumerate(function.params)}
     constants: dict[str, np.ndarray] = {}
     calls: list[ForeignCall] = []
+    tuples: dict[Any, list[Any]] = {}
 
     def name_of(value: Any) -> str:
         if isinstance(value, tvm.ir.Constant):
@@ -120,6 +121,12 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
     for block in function.body.blocks:
         for binding in block.bindings:
             value = binding.value
+            if isinstance(value, relax.Tuple):
+                tuples[binding.var] = list(value.fields)
+                continue
+            if isinstance(value, relax.TupleGetItem):
+                names[binding.var] = name_of(tuples[value.tuple_value][value.index])
+                continue
             if not isinstance(value, relax.Call) or value.op.name != "relax.call_tir":
                 if isinstance(value, (relax.Var, tvm.ir.Constant)):
                     names[binding.var] = name_of(value)

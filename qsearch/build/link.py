@@ -162,7 +162,7 @@ def _constant(array: np.ndarray) -> _Constant:
     import tvm
     from tvm import relax
 
-    return _Constant(relax.const(tvm.runtime.tensor(np.ascontiguousarray(array))), array.nbytes)
+    return _Constant(relax.const(tvm.runtime.tensor(np.asarray(array, order="C"))), array.nbytes)
 
 
 class _ModuleWriter:

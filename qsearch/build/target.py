@@ -39,6 +39,11 @@ class Target:
         """One line for reports and identities."""
         return f"llvm -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {self.threads} thread)"
 
+    @property
+    def cpu_flags(self) -> list[str]:
+        """Vector features the compiled code may use, in plain spelling (avx512vnni, sse42), sorted."""
+        return sorted(_vector_features(self.mcpu)) if self.mcpu else []
+
     def tvm(self) -> object:
         """The TVM target."""
         from tvm.target import Target as TvmTarget
@@ -87,16 +92,21 @@ def open_target(name: str) -> Target:
 
 def _host_cpu() -> str:
     """The most specific CPU name whose vector features this machine really has."""
-    from tvm.target import Target as TvmTarget
-    from tvm.target.codegen import llvm_get_cpu_features, llvm_get_system_cpu
+    from tvm.target.codegen import llvm_get_system_cpu
 
     flags = {_plain(flag) for flag in host_flags()}
     for mcpu in (llvm_get_system_cpu(), *FALLBACK_CPUS):
-        features = llvm_get_cpu_features(TvmTarget({"kind": "llvm", "mcpu": mcpu}))
-        needed = {_plain(feature) for feature in features if CHECKED_FEATURES.match(feature)}
-        if not flags or needed <= flags:
+        if not flags or _vector_features(mcpu) <= flags:
             return mcpu
     return ""
+
+
+def _vector_features(mcpu: str) -> set[str]:
+    from tvm.target import Target as TvmTarget
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    features = llvm_get_cpu_features(TvmTarget({"kind": "llvm", "mcpu": mcpu}))
+    return {_plain(feature) for feature in features if CHECKED_FEATURES.match(feature)}
 
 
 def _plain(feature: str) -> str:

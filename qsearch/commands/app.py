@@ -11,15 +11,19 @@ from typing import Any
 import typer
 
 from qsearch.commands.dashboard import dashboard
+from qsearch.commands.evaluate import evaluate
+from qsearch.commands.export import export
 from qsearch.commands.front import front
+from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.commands.verify import verify
 from qsearch.errors import QSearchError
 
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, export, verify, run, dashboard)
 
 
 def bounded(verb: Callable[..., None]) -> Callable[..., None]:

@@ -84,7 +84,8 @@ def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
 
 def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[str, Any]:
     seconds = {**evaluator.seconds, "total": time.monotonic() - start}
-    return {"model": request.settings.model, "target": request.settings.target, "seconds": seconds}
+    settings = request.settings
+    return {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
 
 
 def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
 
-__all__ = ["compare_accuracy", "paired_interval", "run_images"]
+__all__ = ["compare_accuracy", "output_digest", "paired_interval", "run_images"]
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
@@ -70,8 +70,13 @@ def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.nd
         top1_loss_pp=100.0 * float(float_right.mean() - right.mean()),
         top1_loss_ci_pp=paired_interval(int((float_right & ~right).sum()), int((~float_right & right).sum()), count),
         images=count,
-        output_sha256=hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest(),
+        output_sha256=output_digest(logits),
     )
+
+
+def output_digest(logits: np.ndarray) -> str:
+    """Hexadecimal SHA-256 of every output byte: two modules with one digest compute the same, bit for bit."""
+    return hashlib.sha256(np.ascontiguousarray(logits).tobytes()).hexdigest()
 
 
 def _among_best(logits: np.ndarray, labels: np.ndarray, best: int) -> np.ndarray:

@@ -78,6 +78,9 @@ class Builder:
                 self.fold(source)
             self.folded[node] = self.folded[source][index]
             return
+        if str(source.target) in SPLITS:
+            _slice(self, node, source, index)
+            return
         converter = CONVERTERS.get(str(source.target)) if index == 0 else None
         self.values.pop(source, None)
         if converter is not None and converter(self, source):
@@ -127,6 +130,16 @@ def foreign(builder: Builder, node: fx.Node, index: int = 0) -> bool:
     return builder.add(node, Node(place(node), "foreign", tuple(inputs), shape, foreign=operator))
 
 
+def _slice(builder: Builder, node: fx.Node, source: fx.Node, index: int) -> None:
+    """One part of a split is a slice: an operator with a single result."""
+    axis = int(argument(source, 2, "dim", 0))
+    lengths = [int(part.shape[axis]) for part in source.meta["val"]]
+    start = sum(lengths[:index])
+    call = {"args": [{"tensor": 0}, axis, start, start + lengths[index]], "kwargs": {}, "output": 0}
+    operator = ForeignOp("aten.slice.Tensor", json.dumps(call, sort_keys=True))
+    builder.add(node, Node(place(source), "foreign", (builder.values[source.args[0]],), shape_of(node), foreign=operator))
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     """An argument by position or keyword."""
     if len(node.args) > position:
@@ -146,14 +159,15 @@ def layer_name(builder: Builder, weight: fx.Node) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _layer(builder: Builder, node: fx.Node, op: str, geometry: Conv) -> bool:
+def _layer(builder: Builder, node: fx.Node, op: str, geometry: Conv, shape: tuple[int, ...] | None = None) -> bool:
     weight = builder.tensor(node.args[1])
     if weight is None or node.args[0] not in builder.values:
         return False
     bias = builder.tensor(argument(node, 2, "bias", None))
     weight = weight.float()
     weight = weight.reshape(*weight.shape, 1, 1) if op == "linear" else weight
-    builder.add(node, Node(layer_name(builder, node.args[1]), op, (builder.values[node.args[0]],), shape_of(node), conv=geometry))
+    source = builder.values[node.args[0]]
+    builder.add(node, Node(layer_name(builder, node.args[1]), op, (source,), shape or shape_of(node), conv=geometry))
     name = builder.values[node]
     builder.parameters.weight[name] = np.ascontiguousarray(weight.numpy())
     builder.parameters.bias[name] = np.zeros(weight.shape[0], np.float32) if bias is None else bias.float().numpy().copy()
@@ -174,7 +188,25 @@ def _conv2d(builder: Builder, node: fx.Node) -> bool:
 
 
 def _linear(builder: Builder, node: fx.Node) -> bool:
-    return _layer(builder, node, "linear", Conv())
+    """Features are the last axis; four axes are seen as three, because four axes mean an image here."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if len(before) != 4:
+        return _layer(builder, node, "linear", Conv())
+    source = builder.values.get(node.args[0])
+    if source is None:
+        return False
+    _view(builder, node, source, (before[0], before[1] * before[2], before[3]))
+    builder.values[node.args[0]], kept = builder.values[node], source
+    done = _layer(builder, node, "linear", Conv(), (after[0], after[1] * after[2], after[3]))
+    builder.values[node.args[0]] = kept
+    return done and _view(builder, node, builder.values[node], after)
+
+
+def _view(builder: Builder, node: fx.Node, source: str, shape: tuple[int, ...]) -> bool:
+    """A foreign reshape of a value."""
+    call = {"args": [{"tensor": 0}, list(shape)], "kwargs": {}, "output": 0}
+    operator = ForeignOp("aten.view.default", json.dumps(call, sort_keys=True))
+    return builder.add(node, Node(f"{place(node)}.view", "foreign", (source,), shape, foreign=operator))
 
 
 def _batch_norm(builder: Builder, node: fx.Node) -> bool:
@@ -257,14 +289,22 @@ def _concat(builder: Builder, node: fx.Node) -> bool:
 
 
 def _pool(builder: Builder, node: fx.Node, op: str, pool: Pool) -> bool:
-    """Accept a window only where it gives the operator's own output shape (ceil_mode may not)."""
-    _, _, height, width = shape_of(node.args[0])
-    top, left, bottom, right = pool.padding
-    found = ((height + top + bottom - pool.kernel[0]) // pool.stride[0] + 1, (width + left + right - pool.kernel[1]) // pool.stride[1] + 1)
-    out = shape_of(node) if not isinstance(node.meta["val"], tuple) else tuple(node.meta["val"][0].shape)
-    if found != tuple(out[2:]):
-        return False
-    return builder.add(node, Node(place(node), op, (builder.values[node.args[0]],), tuple(int(x) for x in out), pool=pool))
+    """Accept a window only where it gives the operator's own output shape.
+
+    With ceil_mode the last window may reach beyond the image: for a maximum that is more padding.
+    """
+    size = shape_of(node.args[0])[2:]
+    value = node.meta["val"]
+    out = tuple(int(x) for x in (value[0] if isinstance(value, (tuple, list)) else value).shape)
+    before, after = pool.padding[:2], list(pool.padding[2:])
+    for axis in range(2):
+        reach = (out[2 + axis] - 1) * pool.stride[axis] + pool.kernel[axis] - size[axis] - before[axis]
+        if op == "max_pool2d":
+            after[axis] = max(after[axis], reach)
+        if (size[axis] + before[axis] + after[axis] - pool.kernel[axis]) // pool.stride[axis] + 1 != out[2 + axis]:
+            return False
+    pool = replace(pool, padding=(before[0], before[1], after[0], after[1]))
+    return builder.add(node, Node(place(node), op, (builder.values[node.args[0]],), out, pool=pool))
 
 
 def _max_pool2d(builder: Builder, node: fx.Node) -> bool:
@@ -320,6 +360,8 @@ def _reshape(builder: Builder, node: fx.Node) -> bool:
 def _identity(builder: Builder, node: fx.Node) -> bool:
     return shape_of(node) == shape_of(node.args[0]) and builder.alias(node, node.args[0])
 
+
+SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
 
 CONVERTERS: dict[str, Converter] = {
     "aten.conv2d.default": _conv2d,

@@ -8,11 +8,13 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from qsearch.errors import StudyError
 from qsearch.measure.measurement import Measurement
+from qsearch.search.evaluator import Settings
 from qsearch.search.front import FrontPoint, hypervolume, measurement_from_json, study_front
 from qsearch.search.study import StudyHandle, finished
 
-__all__ = ["baseline_of", "record_run", "study_document"]
+__all__ = ["baseline_of", "record_run", "settings_of", "study_document"]
 
 _RUN = "run"
 _BASELINE = "baseline"
@@ -37,6 +39,18 @@ def baseline_of(handle: StudyHandle) -> Measurement | None:
     """The float module of a study; None before its first run got that far."""
     data = handle.study.user_attrs.get(_BASELINE)
     return None if data is None else measurement_from_json(data)
+
+
+def settings_of(handle: StudyHandle) -> Settings:
+    """What a study searches.
+
+    Raises:
+        StudyError: The study was made before it got that far.
+    """
+    data = handle.study.user_attrs.get(_RUN, {}).get("settings")
+    if data is None:
+        raise StudyError(f"study {handle.name!r} does not say what it searched; run its search command once more")
+    return Settings.from_json(data)
 
 
 def study_document(handle: StudyHandle) -> dict[str, Any]:

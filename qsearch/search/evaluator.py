@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
@@ -17,6 +17,9 @@ CACHE = Path("studies/cache")
 
 # Called with a clause such as 'measuring the float module' whenever a slow step begins.
 Progress = Callable[[str], None]
+
+
+_PATHS = ("weights", "data", "preprocessing", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class Settings:
     preprocessing: Path | None = None
     seed: int = 0
     cache_dir: Path = CACHE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, with absolute paths, so that a study can be exported from any folder."""
+        data = asdict(self)
+        paths = {name: None if data[name] is None else str(data[name].resolve()) for name in _PATHS}
+        model = str(Path(self.model).resolve()) if self.model.endswith(".pt2") else self.model
+        return data | paths | {"model": model}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Settings:
+        """The inverse of `to_json`."""
+        return cls(**data | {name: None if data[name] is None else Path(data[name]) for name in _PATHS})
 
 
 class Evaluator(Protocol):

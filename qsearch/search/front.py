@@ -27,6 +27,7 @@ __all__ = [
     "pick",
     "record_heldout",
     "study_front",
+    "study_point",
 ]
 
 # The reference point of the hypervolume: as slow as float, as large as float, and this many percentage points
@@ -92,6 +93,18 @@ def study_front(study: optuna.Study) -> tuple[FrontPoint, ...]:
     heldout = load_heldout(study)
     points = [_point(trial, heldout.get(trial.number)) for trial, keep in zip(trials, kept, strict=True) if keep]
     return tuple(sorted(points, key=lambda point: (point.objectives, point.trial)))
+
+
+def study_point(study: optuna.Study, number: int) -> FrontPoint:
+    """A completed trial, on the front or not.
+
+    Raises:
+        StudyError: There is no such trial, or it did not complete.
+    """
+    found = next((trial for trial in finished(study) if trial.number == number and "measurement" in trial.user_attrs), None)
+    if found is None:
+        raise StudyError(f"study {study.study_name!r} has no completed trial {number}; `front` lists the ones worth exporting")
+    return _point(found, load_heldout(study).get(number))
 
 
 def hypervolume(points: Iterable[FrontPoint], baseline: Measurement) -> float:

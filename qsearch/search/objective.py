@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from qsearch.data import Dataset, Preprocessing, load_dataset
 from qsearch.errors import CalibrationError, DataError
 from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import measure_interleaved, measure_latency
-from qsearch.measure.measurement import Accuracy, Latency, Measurement
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
 from qsearch.models.graph import Graph, Model
 from qsearch.models.import_torch import import_model
@@ -208,6 +208,26 @@ class ModelEvaluator:
         clock.lap("accuracy")
         return Measurement(latency, memory, accuracy, clock.seconds)
 
+    def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
+        """Measure configurations side by side, their timings interleaved with float's.
+
+        Args:
+            configs: Name -> configuration.
+            part: Which images.
+
+        Returns:
+            Name -> latency, memory, accuracy, and float's latency over this one's.
+        """
+        modules = {name: self.compile(config) for name, config in configs.items()}
+        reference = self.compile(FLOAT)
+        machines = [module.open() for module in (reference, *modules.values())]
+        image = self.images(part)[:1]
+        float_latency, *latencies = measure_interleaved(machines, image)
+        return {
+            name: (latency, measure_memory(module), self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
+            for (name, module), latency in zip(modules.items(), latencies, strict=True)
+        }
+
     def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
         """Accuracy of a module on a part of the images."""
         logits = run_images(module.open, self.images(part))
@@ -273,5 +293,3 @@ def _said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
             progress(f"{clause} ({total})")
 
     return report
-
-

@@ -23,6 +23,7 @@ __all__ = [
     "finished",
     "load_study",
     "reap_trials",
+    "recorded_parts",
     "requeue",
     "study_to_search",
 ]
@@ -116,7 +117,12 @@ def study_to_search(name: str, identity: Identity, storage: str | None = None) -
             study = _create_or_load(name, opened)
             _check_identity(study, identity)
             reap_trials(study)
-        yield StudyHandle(study, url)
+        try:
+            yield StudyHandle(study, url)
+        finally:
+            # The last connection to close folds SQLite's write-ahead log back into the one file.
+            opened.remove_session()
+            opened.engine.dispose()
 
 
 def load_study(name: str, storage: str | None = None) -> StudyHandle:
@@ -139,6 +145,11 @@ def load_study(name: str, storage: str | None = None) -> StudyHandle:
         if len(study.directions) != len(OBJECTIVES):
             raise StudyError(_foreign(name))
     return StudyHandle(study, url)
+
+
+def recorded_parts(study: optuna.Study) -> dict[str, str]:
+    """Name of a part (model, data, target, ...) -> fingerprint, as the study keeps them."""
+    return dict(study.user_attrs.get(_IDENTITY, {}).get("parts", {}))
 
 
 def finished(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:

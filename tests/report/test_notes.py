@@ -10,7 +10,7 @@ from analytic import AnalyticEvaluator, make_graph
 from PIL import Image
 from rich.console import Console
 
-from qsearch.config import Calibration, QuantConfig
+from qsearch.config import Calibration, PrecisionName, QuantConfig
 from qsearch.report.notes import TrialNotes, calibration_text, note_text, write_note
 from qsearch.report.pictures import COLOURS, LayerBar, byte_text, draw_precisions, layer_bars
 from qsearch.report.tables import EvaluateRow, evaluate_table, front_table
@@ -77,7 +77,8 @@ def test_long_notes_reach_the_dashboard_whole(tmp_path: Path) -> None:
 
 def test_note_text() -> None:
     evaluator = AnalyticEvaluator()
-    precision = {layer.name: "int8" for layer in evaluator.graph.layers} | {"classifier": "fp32"}
+    precision: dict[str, PrecisionName] = {layer.name: "int8" for layer in evaluator.graph.layers}
+    precision["classifier"] = "fp32"
     config = QuantConfig(precision=precision, calibration=Calibration(mode="percentile", percentile=99.95))
     text = note_text(config, evaluator.evaluate(config), evaluator.baseline)
     assert "1 fp32, 7 int8" in text
@@ -86,7 +87,7 @@ def test_note_text() -> None:
 
 
 def test_calibration_text() -> None:
-    int8 = {"a": "int8"}
+    int8: dict[str, PrecisionName] = {"a": "int8"}
     assert calibration_text(QuantConfig(precision={"a": "fp32"})) == "none, all fp32"
     power = QuantConfig(
         precision=int8, weight_scale="power_of_two", granularity="layer_wise", calibration=Calibration(mode="mse")

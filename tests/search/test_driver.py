@@ -47,10 +47,10 @@ def full(evaluator: AnalyticEvaluator) -> SearchProblem:
 def test_budget_is_the_total_and_nothing_is_measured_twice(handle: StudyHandle) -> None:
     evaluator = AnalyticEvaluator()
     assert run_search(handle, full(evaluator), Limits(12)).completed == 12
-    outcome = run_search(handle, full(evaluator), Limits(30))
-    assert (outcome.stopped, outcome.completed) == ("budget", 18)
-    assert run_search(handle, full(evaluator), Limits(30)).completed == 0
-    assert len(finished(handle.study)) == 30 == len(set(evaluator.measured)) == len(evaluator.measured)
+    outcome = run_search(handle, full(evaluator), Limits(22))
+    assert (outcome.stopped, outcome.completed) == ("budget", 10)
+    assert run_search(handle, full(evaluator), Limits(22)).completed == 0
+    assert len(finished(handle.study)) == 22 == len(set(evaluator.measured)) == len(evaluator.measured)
 
 
 def test_attributes_of_a_trial(handle: StudyHandle) -> None:
@@ -135,15 +135,16 @@ def test_other_errors_leave_the_study_intact_and_the_configuration_enqueued(hand
 
     problem = SearchProblem(full(evaluator).space, evaluate)
     if isinstance(error, KeyboardInterrupt):
-        assert run_search(handle, problem, Limits(40)).stopped == "interrupted"
+        assert run_search(handle, problem, Limits(8)).stopped == "interrupted"
     else:
         with pytest.raises(type(error)):
-            run_search(handle, problem, Limits(40))
+            run_search(handle, problem, Limits(8))
     (failed,) = finished(handle.study, TrialState.FAIL)
     assert failed.user_attrs["error"]
     assert finished(handle.study, TrialState.RUNNING) == []
-    run_search(handle, problem, Limits(40))
-    assert len(evaluator.measured) == len(set(evaluator.measured)) == 40
+    # It waits behind the anchors.
+    run_search(handle, problem, Limits(22))
+    assert len(evaluator.measured) == len(set(evaluator.measured)) == 22
     assert interrupted[0] in evaluator.measured
 
 
@@ -168,7 +169,6 @@ def test_a_full_disk_is_one_message_and_loses_nothing(handle: StudyHandle, monke
 
 def test_a_configuration_that_kills_every_time_is_given_up(handle: StudyHandle) -> None:
     bound = full(AnalyticEvaluator()).space
-    run_search(handle, full(AnalyticEvaluator()), Limits(25))
     for _ in range(3):
         handle.study.ask(bound.distributions())
         assert reap_trials(handle.study) == 1
@@ -206,7 +206,7 @@ def test_unseen_values_are_near_and_run_out() -> None:
 
 def test_random_search_on_a_nearly_full_space_terminates(handle: StudyHandle) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    evaluator = AnalyticEvaluator(5)
-    outcome = run_search(handle, small(evaluator), Limits(32))
-    assert (outcome.stopped, outcome.completed) == ("budget", 32)
-    assert len(handle.study.get_trials()) < 32 * 5
+    evaluator = AnalyticEvaluator(4)
+    outcome = run_search(handle, small(evaluator), Limits(16))
+    assert (outcome.stopped, outcome.completed) == ("budget", 16)
+    assert len(handle.study.get_trials()) < 16 * 5

@@ -38,7 +38,7 @@ def test_front_of_a_study(tmp_path: Path) -> None:
     evaluator = AnalyticEvaluator()
     with study_to_search("demo", Identity({"model": "a"}), f"sqlite:///{tmp_path}/a.db") as handle:
         assert study_front(handle.study) == ()
-        run_search(handle, SearchProblem(bind_space(load_space("default"), evaluator.graph), evaluator.evaluate), Limits(40))
+        run_search(handle, SearchProblem(bind_space(load_space("default"), evaluator.graph), evaluator.evaluate), Limits(16))
         front = study_front(handle.study)
         every = np.array([trial.values for trial in finished(handle.study)])
         for one in front:

@@ -100,7 +100,7 @@ def test_names_that_are_not_file_names_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite://", "sqlite:///:memory:"])
 def test_urls_that_keep_nothing_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="sqlite:///studies/NAME.db"):
+    with pytest.raises(UsageError, match=r"sqlite:///studies/NAME\.db"):
         database_file(storage_url("demo", url))
 
 

@@ -1,0 +1,60 @@
+"""`evaluate`: precisions side by side, without a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Weights
+from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Data = None,
+    target: Target = "llvm",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int8, or configuration files (JSON).")] = "fp32,int8",
+    split: Annotated[str, typer.Option(help="search or heldout: which images.")] = "search",
+    seed: Seed = 0,
+    preprocessing: Preprocessing = None,
+    convert_channels: ConvertChannels = False,
+    json: Json = False,
+) -> None:
+    """Measure precisions of a model: latency, memory, speed-up, accuracy."""
+    from qsearch.config import named_config
+    from qsearch.errors import UsageError
+    from qsearch.search.evaluator import Settings
+
+    if split not in ("search", "heldout"):
+        raise UsageError(f"unknown split {split!r}: use search or heldout")
+    names = [name.strip() for name in precision.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--precision names nothing: use for example fp32,int8")
+    configs = {name: named_config(name) for name in names}
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed)
+    with stdout_reserved():
+        from dataclasses import asdict
+
+        from qsearch.report.tables import EvaluateRow, evaluate_table
+        from qsearch.search.objective import prepare_evaluator
+
+        evaluator = prepare_evaluator(settings, say)
+        shared = evaluator.dataset.search_half_calibrating
+        if split == "search" and shared:
+            say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
+        part = "search_half" if split == "search" else split
+        rows = []
+        for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
+            shown = Path(name).stem if name.endswith(".json") else name
+            rows.append(
+                EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, accuracy.top1, accuracy.top5, accuracy.images)
+            )
+    if json:
+        print_json({"model": model, "target": evaluator.target.description, "split": split, "rows": [asdict(row) for row in rows]})
+        return
+    print_table(evaluate_table(rows, f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"))

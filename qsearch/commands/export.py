@@ -1,0 +1,53 @@
+"""`export`: a trial of a study as a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qsearch.commands.options import Json, Storage, Study
+from qsearch.commands.terminal import print_json, say, stdout_reserved
+
+__all__ = ["export"]
+
+
+def export(
+    study: Study,
+    out: Annotated[Path, typer.Option(help="Directory to write; with --all, one directory per trial inside it.")],
+    storage: Storage = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial; default: --pick.")] = None,
+    pick: Annotated[str, typer.Option(help="knee, fastest, smallest or most-accurate.")] = "knee",
+    max_loss_pp: Annotated[float | None, typer.Option(help="Pick only among points that lose at most this much top-1.")] = None,
+    all_points: Annotated[bool, typer.Option("--all", help="Export every point of the front.")] = False,
+    json: Json = False,
+) -> None:
+    """Export a trial: the compiled module with everything needed to run and check it."""
+    from qsearch.report.documents import baseline_of, settings_of
+    from qsearch.search.front import pick as pick_point
+    from qsearch.search.front import study_front, study_point
+    from qsearch.search.study import load_study, recorded_parts
+
+    handle = load_study(study, storage)
+    with handle.guard():
+        front, baseline = study_front(handle.study), baseline_of(handle)
+        if trial is not None:
+            points = [study_point(handle.study, trial)]
+        else:
+            points = list(front) if all_points and front else [pick_point(front, pick, max_loss_pp)]
+        settings, parts = settings_of(handle), recorded_parts(handle.study)
+    with stdout_reserved():
+        from qsearch.export.from_study import check_identity, export_point
+        from qsearch.search.objective import prepare_evaluator
+
+        evaluator = prepare_evaluator(settings, say)
+        check_identity(study, parts, evaluator.identity)
+        assert baseline is not None
+        rows = []
+        for point in points:
+            directory = out / f"trial-{point.trial}" if all_points else out
+            rows.append(export_point(evaluator, point, baseline, directory))
+            say(f"trial {point.trial} -> {directory} ({rows[-1]['module_bytes']:,} bytes)")
+    if json:
+        print_json({"study": study, "bundles": rows})

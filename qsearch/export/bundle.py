@@ -1,0 +1,157 @@
+"""Write a bundle: one compiled configuration with everything needed to run and to check it.
+
+The module is linked from the very object files that were measured; the outputs on the search images must have
+the digest that the trial recorded, or nothing is written. A bundle appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qsearch
+from qsearch.build.link import CompiledModule, Linker
+from qsearch.build.target import Target
+from qsearch.config import QuantConfig
+from qsearch.errors import BundleError
+from qsearch.export import runner
+from qsearch.quantize.program import Program
+
+__all__ = ["BundleContent", "write_bundle"]
+
+PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
+
+README = """# A qsearch bundle
+
+`model.so` is a compiled, quantized model for {target}. It takes float32 images ({shape}), preprocessed as
+`preprocessing.json` says, and gives logits. It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
+
+    python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
+    python run.py . predict X.npy    classify float32 images of shape {shape}
+
+| file | what it is |
+|---|---|
+| model.so | kernels, weights and the Relax executable |
+| config.json | the quantization configuration |
+| preprocessing.json, classes.json | from picture to input, from logit to name |
+| metrics.json | what was measured of this very module |
+| recorded_inputs.npy, recorded_outputs.npy | images and the logits that the module must give for them |
+| manifest.json | target, versions, SHA-256 of every file |
+"""
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """What goes into a bundle besides the module.
+
+    Attributes:
+        config: The configuration.
+        preprocessing: Its JSON form.
+        classes: Class names in output order; may be shorter than the output.
+        metrics: What was measured, with `latency_ms` at the top level.
+        inputs: Recorded images, float32 (N, C, H, W).
+        outputs: Logits the measured module gave for them, float32 (N, classes).
+    """
+
+    config: QuantConfig
+    preprocessing: dict[str, Any]
+    classes: tuple[str, ...]
+    metrics: dict[str, Any]
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
+def write_bundle(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
+    """Write a bundle.
+
+    Args:
+        directory: Where; must not exist, or be an empty directory.
+        linker: Builds the program.
+        program: What to export.
+        content: The rest.
+
+    Raises:
+        BundleError: The directory is taken or cannot be written.
+        BuildError: The module does not link.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BundleError(f"{directory} exists and is not an empty directory; choose another --out")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".bundle-") as scratch_name:
+            scratch = Path(scratch_name) / "bundle"
+            scratch.mkdir()
+            _fill(scratch, linker, program, content)
+            if directory.exists():
+                directory.rmdir()
+            os.replace(scratch, directory)
+    except OSError as error:
+        raise BundleError(f"cannot write bundle {directory}: {error.strerror or error}; free some space or choose another --out") from error
+
+
+def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
+    module = linker.build(program, linked=False)
+    _export_library(module, directory / "model.so")
+    _write_json(directory / "config.json", content.config.to_json())
+    _write_json(directory / "preprocessing.json", content.preprocessing)
+    _write_json(directory / "classes.json", list(content.classes))
+    _write_json(directory / "metrics.json", content.metrics)
+    np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
+    np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
+    shutil.copyfile(runner.__file__, directory / "run.py")
+    versions = _versions()
+    shape = ", ".join(["N", *map(str, program.input.shape[1:])])
+    text = README.format(target=linker.target.description, shape=shape, tvm=versions.get("apache-tvm", ""))
+    (directory / "README.md").write_text(text, encoding="utf-8")
+    _write_manifest(directory, linker.target, versions, content.metrics)
+
+
+def _export_library(module: CompiledModule, path: Path) -> None:
+    """One shared library: the executable, its constants, and the kernels' own object files."""
+    try:
+        module.executable.export_library(str(path), addons=[str(file) for file in module.objects])
+    except RuntimeError as error:
+        raise BundleError(f"linking {path.name} failed: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _write_manifest(directory: Path, target: Target, versions: dict[str, str], metrics: dict[str, Any]) -> None:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    manifest: dict[str, Any] = {
+        "format": runner.FORMAT,
+        "versions": versions,
+        "target": {
+            "name": target.name,
+            "mcpu": target.mcpu,
+            "isa": target.isa.name,
+            "threads": target.threads,
+            "description": target.description,
+            "cpu_flags": target.cpu_flags,
+        },
+        "metrics": {"latency_ms": metrics["latency_ms"]},
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    }
+    manifest["self_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    _write_json(directory / "manifest.json", manifest)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {"qsearch": qsearch.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,160 @@
+"""Run and check a bundle with nothing but NumPy and TVM's runtime.
+
+This file is copied into every bundle as run.py and stands alone; `verify` runs it in a fresh process.
+
+    python run.py BUNDLE                 check the files, replay the recorded outputs, time the module
+    python run.py BUNDLE predict X.npy   print the best classes for float32 images (N, C, H, W), preprocessed
+
+Output is one JSON document. Exit status: 0 good; 1 corrupt, does not replay, or fails; 3 wrong machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+# The runtime is enough: no compiler is loaded. Both must be set before TVM is imported.
+os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+os.environ.setdefault("TVM_NUM_THREADS", "1")
+
+import numpy as np
+
+WRONG_MACHINE = 3
+FORMAT = 1
+
+
+class BundleProblem(Exception):
+    """What is wrong with a bundle, and the exit status that says so."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def read_manifest(bundle):
+    """The manifest, after checking that every file it lists is there and unchanged."""
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        listed = dict(manifest["sha256"])
+        version = manifest["format"]
+    except OSError as error:
+        raise BundleProblem(f"{bundle} is not a bundle: manifest.json cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleProblem(f"{bundle}/manifest.json is damaged: {error!r}; export the bundle again") from error
+    if version != FORMAT:
+        raise BundleProblem(f"{bundle} has format {version}, this runner reads format {FORMAT}; use the bundle's own run.py")
+    for name, expected in listed.items():
+        try:
+            found = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise BundleProblem(f"{bundle}/{name} cannot be read ({error.strerror}); export the bundle again") from error
+        if found != expected:
+            raise BundleProblem(f"{bundle}/{name} was changed: its SHA-256 is {found[:16]}..., expected {expected[:16]}...; export the bundle again")
+    own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
+    if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):
+        raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")
+    return manifest
+
+
+def check_machine(manifest):
+    """Refuse a module that uses instructions this machine does not have: it would die of an illegal instruction."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = {re.sub(r"[._-]", "", flag) for flag in match.group(1).split()} if match else set()
+    missing = sorted(set(manifest["target"]["cpu_flags"]) - flags) if flags else []
+    if missing:
+        raise BundleProblem(
+            f"the module was compiled for {manifest['target']['description']}; this machine lacks {', '.join(missing)}. "
+            "Search and export with --target portable, or on a machine of this kind",
+            WRONG_MACHINE,
+        )
+
+
+def open_module(bundle):
+    """A virtual machine of the bundle's module, and the TVM package."""
+    import tvm
+    from tvm.runtime.vm import VirtualMachine
+
+    return VirtualMachine(tvm.runtime.load_module(str(bundle / "model.so")), tvm.cpu()), tvm
+
+
+def run_images(machine, tvm, images):
+    """Logits, float32 (N, classes), of float32 images (N, C, H, W), one by one."""
+    function = machine["main"]
+    return np.concatenate([function(tvm.runtime.tensor(np.ascontiguousarray(image[None]))).numpy() for image in images])
+
+
+def verify(bundle):
+    """Replay every recorded input and count the bits that differ; time the module."""
+    manifest = read_manifest(bundle)
+    check_machine(manifest)
+    inputs = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
+    expected = np.load(bundle / "recorded_outputs.npy", allow_pickle=False)
+    machine, tvm = open_module(bundle)
+    outputs = run_images(machine, tvm, inputs)
+    different = np.bitwise_xor(outputs.view(np.uint8), expected.view(np.uint8))
+    latency = time_module(machine, tvm, inputs[:1])
+    return {
+        "bundle": str(bundle),
+        "files": len(manifest["sha256"]),
+        "outputs": int(expected.size),
+        "mismatching_bits": int(np.unpackbits(different).sum()),
+        "recorded_latency_ms": manifest["metrics"]["latency_ms"],
+        **latency,
+    }
+
+
+def time_module(machine, tvm, image):
+    """Median latency over 21 repeats of at least 5 ms each, and half their interquartile range."""
+    given = tvm.runtime.tensor(np.ascontiguousarray(image))
+    once = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=2)(given).results[-1]
+    number = max(1, round(0.005 / max(once, 1e-7)))
+    times = np.array(machine.time_evaluator("main", tvm.cpu(), number=number, repeat=21)(given).results) * 1e3
+    low, middle, high = np.percentile(times, [25, 50, 75])
+    return {"latency_ms": float(middle), "latency_spread_ms": float((high - low) / 2)}
+
+
+def predict(bundle, images, best=5):
+    """The best classes of every image, with softmax probabilities."""
+    check_machine(read_manifest(bundle))
+    classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
+    machine, tvm = open_module(bundle)
+    rows = []
+    for logits in run_images(machine, tvm, images.astype(np.float32, copy=False)):
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        order = np.argsort(-logits, kind="stable")[:best]
+        rows.append(
+            [{"class": int(i), "name": name_of(classes, int(i)), "probability": float(weights[i] / weights.sum())} for i in order]
+        )
+    return rows
+
+
+def name_of(classes, index):
+    """A class's name; its index where the bundle knows none."""
+    return classes[index] if index < len(classes) else str(index)
+
+
+def main(arguments):
+    """Entry point."""
+    bundle = Path(arguments[0]) if arguments else Path(__file__).parent
+    try:
+        if len(arguments) >= 3 and arguments[1] == "predict":
+            print(json.dumps(predict(bundle, np.load(arguments[2], allow_pickle=False))))
+            return 0
+        result = verify(bundle)
+    except BundleProblem as problem:
+        print(json.dumps({"bundle": str(bundle), "problem": str(problem)}))
+        return problem.status
+    print(json.dumps(result))
+    return 1 if result["mismatching_bits"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

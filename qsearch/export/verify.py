@@ -1,0 +1,97 @@
+"""Check and run a bundle in a fresh process that loads nothing but NumPy and TVM's runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsearch.data import Preprocessing
+from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError
+from qsearch.export import runner
+
+__all__ = ["predict_images", "read_bundle_preprocessing", "verify_bundle"]
+
+TIMEOUT_S = 600
+
+
+def verify_bundle(directory: Path) -> dict[str, Any]:
+    """Check every file, replay every recorded output, time the module.
+
+    Args:
+        directory: The bundle.
+
+    Returns:
+        bundle, files, outputs, mismatching_bits (0), latency_ms, latency_spread_ms, recorded_latency_ms.
+
+    Raises:
+        BundleCorruptError: A file was changed, or an output differs.
+        TargetMismatchError: The bundle is for another machine.
+        BundleError: The fresh process failed.
+    """
+    result = _run_fresh(directory)
+    if result["mismatching_bits"]:
+        raise BundleCorruptError(
+            f"{directory} does not replay: {result['mismatching_bits']} of {result['outputs'] * 32} recorded output bits differ; "
+            "the machine or the TVM version is not the one that measured it"
+        )
+    return result
+
+
+def predict_images(directory: Path, images: np.ndarray) -> list[list[dict[str, Any]]]:
+    """The best classes of preprocessed images.
+
+    Args:
+        directory: The bundle.
+        images: float32 (N, C, H, W).
+
+    Returns:
+        Per image, best first: class, name, probability.
+
+    Raises:
+        BundleError: As `verify_bundle`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "images.npy"
+        np.save(path, images, allow_pickle=False)
+        return _run_fresh(directory, "predict", str(path))
+
+
+def read_bundle_preprocessing(directory: Path) -> Preprocessing:
+    """How a bundle's module wants its images.
+
+    Raises:
+        BundleError: The directory is not a bundle.
+    """
+    try:
+        return Preprocessing.from_json(json.loads((directory / "preprocessing.json").read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BundleError(f"{directory} is not a bundle: preprocessing.json cannot be read ({error.strerror})") from error
+    except (ValueError, DataError) as error:
+        raise BundleCorruptError(f"{directory}/preprocessing.json is damaged: {error}") from error
+
+
+def _run_fresh(directory: Path, *arguments: str) -> Any:
+    """Run this package's own runner, never the bundle's copy: a changed bundle must not run code of its own."""
+    environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1", "TVM_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(runner.__file__)), str(directory), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BundleError(f"{directory} did not finish within {TIMEOUT_S} s") from error
+    lines = done.stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise BundleCorruptError(f"{directory} cannot be run: {reason}") from None
+    if "problem" in result if isinstance(result, dict) else False:
+        kind = TargetMismatchError if done.returncode == runner.WRONG_MACHINE else BundleCorruptError
+        raise kind(result["problem"])
+    return result
