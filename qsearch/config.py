@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from qsearch.errors import SpaceError
 
@@ -57,8 +57,8 @@ class QuantConfig(BaseModel):
     default_precision: PrecisionName = "int8"
     precision: dict[str, PrecisionName] = {}
     skip: tuple[str, ...] = ()
-    skip_conv_layers: bool | tuple[int, ...] = False
-    skip_dense_layers: bool | tuple[int, ...] = False
+    skip_conv_layers: StrictBool | tuple[int, ...] = False
+    skip_dense_layers: StrictBool | tuple[int, ...] = False
 
     def to_json(self) -> dict:
         """The stable JSON form: plain types, keys in a fixed order."""
@@ -89,14 +89,14 @@ class QuantConfig(BaseModel):
         unknown = sorted(set(self.precision) - set(layers))
         if unknown:
             raise SpaceError(f"precision names a layer that the model does not have: {unknown[0]!r}; layers are: {_some(layers)}")
-        result = {name: self.precision.get(name, self.default_precision) for name in layers}
+        result: dict[str, str] = {name: self.precision.get(name, self.default_precision) for name in layers}
         for pattern in self.skip:
             matched = [name for name in layers if name == pattern or fnmatchcase(name, pattern)]
             if not matched:
                 raise SpaceError(f"skip pattern {pattern!r} matches no layer; layers are: {_some(layers)}")
-            result.update(dict.fromkeys(matched, "fp32"))
+            result |= dict.fromkeys(matched, "fp32")
         for field, names in (("skip_conv_layers", convolutions), ("skip_dense_layers", dense)):
-            result.update(dict.fromkeys(_indexed(field, getattr(self, field), names), "fp32"))
+            result |= dict.fromkeys(_indexed(field, getattr(self, field), names), "fp32")
         return result
 
 

@@ -159,15 +159,18 @@ def layer_name(builder: Builder, weight: fx.Node) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _layer(builder: Builder, node: fx.Node, op: str, geometry: Conv, shape: tuple[int, ...] | None = None) -> bool:
-    weight = builder.tensor(node.args[1])
-    if weight is None or node.args[0] not in builder.values:
+def _layer(
+    builder: Builder, node: fx.Node, op: str, geometry: Conv, shape: tuple[int, ...] | None = None, source: fx.Node | None = None
+) -> bool:
+    """Append a layer that reads `source` (its first argument by default) and has `shape` (its own by default)."""
+    weight, read = builder.tensor(node.args[1]), source or node.args[0]
+    if weight is None or read not in builder.values:
         return False
     bias = builder.tensor(argument(node, 2, "bias", None))
     weight = weight.float()
     weight = weight.reshape(*weight.shape, 1, 1) if op == "linear" else weight
-    source = builder.values[node.args[0]]
-    builder.add(node, Node(layer_name(builder, node.args[1]), op, (source,), shape or shape_of(node), conv=geometry))
+    name = layer_name(builder, node.args[1])
+    builder.add(node, Node(name, op, (builder.values[read],), shape or shape_of(node), conv=geometry))
     name = builder.values[node]
     builder.parameters.weight[name] = np.ascontiguousarray(weight.numpy())
     builder.parameters.bias[name] = np.zeros(weight.shape[0], np.float32) if bias is None else bias.float().numpy().copy()
@@ -184,7 +187,23 @@ def _conv2d(builder: Builder, node: fx.Node) -> bool:
     else:
         sides = pair(0 if padding == "valid" else padding) * 2
     stride, groups = pair(argument(node, 3, "stride", 1)), int(argument(node, 6, "groups", 1))
-    return _layer(builder, node, "conv2d", Conv((kernel[0], kernel[1]), stride, sides, dilation, groups))
+    source, before = _without_padding(node.args[0])
+    sides = tuple(own + added for own, added in zip(sides, before, strict=True))
+    geometry = Conv((kernel[0], kernel[1]), stride, sides, dilation, groups)  # type: ignore[arg-type]
+    return _layer(builder, node, "conv2d", geometry, source=source)
+
+
+def _without_padding(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]]:
+    """See through a zero padding of height and width: the convolution does it itself, also where it is uneven."""
+    if str(node.target) not in ("aten.pad.default", "aten.constant_pad_nd.default") or len(node.args[1]) > 4:
+        return node, (0, 0, 0, 0)
+    mode, value = "constant", argument(node, 2, "value", 0)
+    if str(node.target) == "aten.pad.default":
+        mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
+    left, right, top, bottom = (*node.args[1], 0, 0)[:4]
+    if mode != "constant" or value or min(left, right, top, bottom) < 0:
+        return node, (0, 0, 0, 0)
+    return node.args[0], (top, left, bottom, right)
 
 
 def _linear(builder: Builder, node: fx.Node) -> bool:

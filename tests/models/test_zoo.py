@@ -142,7 +142,7 @@ def test_torchvision_with_a_local_file(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     loaded = load_model("torchvision:squeezenet1_1", tmp_path / "weights.pth", num_classes=10)
     assert isinstance(loaded.module, nn.Module)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.module.state_dict().values(), network.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.module.state_dict().values(), network.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("described", [True, False], ids=["with extra files", "plain"])
