@@ -12,7 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from qsearch.errors import SpaceError
 
-__all__ = ["Calibration", "CalibrationMode", "Granularity", "QuantConfig", "WeightScale", "load_config", "named_config", "validation_message"]
+__all__ = [
+    "Calibration",
+    "CalibrationMode",
+    "Granularity",
+    "QuantConfig",
+    "WeightScale",
+    "load_config",
+    "named_config",
+    "validation_message",
+]
 
 CalibrationMode = Literal["max", "percentile", "kl_divergence", "mse", "global_scale"]
 Granularity = Literal["channel_wise", "layer_wise"]
@@ -149,4 +158,3 @@ def load_config(path: Path) -> QuantConfig:
         raise SpaceError(f"cannot read configuration {path}: {error.strerror}") from error
     except ValidationError as error:
         raise SpaceError(f"configuration {path} is not valid: {validation_message(error)}") from error
-

@@ -137,7 +137,9 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
             name = f"step{len(calls)}"
             shape = tuple(int(extent) for extent in kind.shape)
             loops = module[variable]
-            call = ForeignCall(loops.script(), _renamer(loops), tuple(name_of(a) for a in arguments), name, shape, str(kind.dtype))
+            call = ForeignCall(
+                loops.script(), _renamer(loops), tuple(name_of(a) for a in arguments), name, shape, str(kind.dtype)
+            )
             calls.append(call)
             names[binding.var] = name
     return ForeignSteps(tuple(calls), constants, name_of(function.body.body))
@@ -145,5 +147,3 @@ def _collect(key: OpKey, module: Any, inputs: int, parameters: list[str]) -> For
 
 def _renamer(loops: Any) -> Callable[[str], Any]:
     return lambda symbol: loops.with_attr("global_symbol", symbol)
-
-

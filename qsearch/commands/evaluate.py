@@ -55,6 +55,8 @@ def evaluate(
                 EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, accuracy.top1, accuracy.top5, accuracy.images)
             )
     if json:
-        print_json({"model": model, "target": evaluator.target.description, "split": split, "rows": [asdict(row) for row in rows]})
+        print_json(
+            {"model": model, "target": evaluator.target.description, "split": split, "rows": [asdict(row) for row in rows]}
+        )
         return
     print_table(evaluate_table(rows, f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"))

@@ -95,7 +95,9 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
                 directory.rmdir()
             os.replace(scratch, directory)
     except OSError as error:
-        raise BundleError(f"cannot write bundle {directory}: {error.strerror or error}; free some space or choose another --out") from error
+        raise BundleError(
+            f"cannot write bundle {directory}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
 
 
 def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:

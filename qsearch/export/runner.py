@@ -53,7 +53,9 @@ def read_manifest(bundle):
         except OSError as error:
             raise BundleProblem(f"{bundle}/{name} cannot be read ({error.strerror}); export the bundle again") from error
         if found != expected:
-            raise BundleProblem(f"{bundle}/{name} was changed: its SHA-256 is {found[:16]}..., expected {expected[:16]}...; export the bundle again")
+            raise BundleProblem(
+                f"{bundle}/{name} was changed: its SHA-256 is {found[:16]}..., expected {expected[:16]}...; export the bundle again"
+            )
     own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
     if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):
         raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")

@@ -19,7 +19,9 @@ from qsearch.models.graph import Conv, ForeignOp, Node, Parameters, Pool
 
 __all__ = ["CONVERTERS", "Builder", "foreign"]
 
-Converter = Callable[["Builder", fx.Node], bool]
+# fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
+FxNode = Any
+Converter = Callable[["Builder", FxNode], bool]
 
 
 @dataclass
@@ -46,16 +48,16 @@ class Builder:
             return None
         return self.constants[node.name][1] if node.name in self.constants else self.folded.get(node)
 
-    def is_constant(self, node: fx.Node) -> bool:
+    def is_constant(self, node: FxNode) -> bool:
         """True if no argument depends on the image."""
         return all(self.tensor(source) is not None for source in node.all_input_nodes)
 
-    def fold(self, node: fx.Node) -> None:
+    def fold(self, node: FxNode) -> None:
         """Compute a constant now."""
         arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.tensor)
         self.folded[node] = node.target(*arguments, **keywords)
 
-    def add(self, fx_node: fx.Node, node: Node) -> bool:
+    def add(self, fx_node: FxNode, node: Node) -> bool:
         """Append a node under a unique name and let `fx_node` stand for it."""
         taken = {known.name for known in self.nodes}
         name, count = node.name, 1
@@ -66,12 +68,12 @@ class Builder:
         self.values[fx_node] = name
         return True
 
-    def alias(self, fx_node: fx.Node, source: fx.Node) -> bool:
+    def alias(self, fx_node: FxNode, source: FxNode) -> bool:
         """Let `fx_node` stand for the value of `source`."""
         self.values[fx_node] = self.values[source]
         return True
 
-    def select(self, node: fx.Node, source: fx.Node, index: int) -> None:
+    def select(self, node: FxNode, source: FxNode, index: int) -> None:
         """Convert element `index` of an operator that returns a tuple."""
         if self.is_constant(source):
             if source not in self.folded:
@@ -90,7 +92,7 @@ class Builder:
             self.values[node] = self.values.pop(source)
 
 
-def place(node: fx.Node) -> str:
+def place(node: FxNode) -> str:
     """The user's module path of an operator, or 'path.operator' where the module holds several."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
@@ -99,12 +101,12 @@ def place(node: fx.Node) -> str:
     return path if path and leaf else f"{path}.{operator}".lstrip(".")
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
+def shape_of(node: FxNode) -> tuple[int, ...]:
     """Logical shape of an fx node's value."""
     return tuple(int(extent) for extent in node.meta["val"].shape)
 
 
-def foreign(builder: Builder, node: fx.Node, index: int = 0) -> bool:
+def foreign(builder: Builder, node: FxNode, index: int = 0) -> bool:
     """Keep an operator as it is: it will run in float through TVM's own legalisation."""
     inputs: list[str] = []
 
@@ -130,7 +132,7 @@ def foreign(builder: Builder, node: fx.Node, index: int = 0) -> bool:
     return builder.add(node, Node(place(node), "foreign", tuple(inputs), shape, foreign=operator))
 
 
-def _slice(builder: Builder, node: fx.Node, source: fx.Node, index: int) -> None:
+def _slice(builder: Builder, node: FxNode, source: FxNode, index: int) -> None:
     """One part of a split is a slice: an operator with a single result."""
     axis = int(argument(source, 2, "dim", 0))
     lengths = [int(part.shape[axis]) for part in source.meta["val"]]
@@ -140,7 +142,7 @@ def _slice(builder: Builder, node: fx.Node, source: fx.Node, index: int) -> None
     builder.add(node, Node(place(source), "foreign", (builder.values[source.args[0]],), shape_of(node), foreign=operator))
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+def argument(node: FxNode, position: int, name: str, default: Any) -> Any:
     """An argument by position or keyword."""
     if len(node.args) > position:
         return node.args[position]
@@ -153,14 +155,14 @@ def pair(value: Any) -> tuple[int, int]:
     return (int(values[0]), int(values[-1]))
 
 
-def layer_name(builder: Builder, weight: fx.Node) -> str:
+def layer_name(builder: Builder, weight: FxNode) -> str:
     """The user's module name: the weight's own name without its last part."""
     name = builder.constants[weight.name][0] if weight.name in builder.constants else weight.name
     return name.rpartition(".")[0] or name
 
 
 def _layer(
-    builder: Builder, node: fx.Node, op: str, geometry: Conv, shape: tuple[int, ...] | None = None, source: fx.Node | None = None
+    builder: Builder, node: FxNode, op: str, geometry: Conv, shape: tuple[int, ...] | None = None, source: FxNode | None = None
 ) -> bool:
     """Append a layer that reads `source` (its first argument by default) and has `shape` (its own by default)."""
     weight, read = builder.tensor(node.args[1]), source or node.args[0]
@@ -177,7 +179,7 @@ def _layer(
     return True
 
 
-def _conv2d(builder: Builder, node: fx.Node) -> bool:
+def _conv2d(builder: Builder, node: FxNode) -> bool:
     kernel = shape_of(node.args[1])[2:]
     dilation = pair(argument(node, 5, "dilation", 1))
     padding = argument(node, 4, "padding", 0)
@@ -193,7 +195,7 @@ def _conv2d(builder: Builder, node: fx.Node) -> bool:
     return _layer(builder, node, "conv2d", geometry, source=source)
 
 
-def _without_padding(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]]:
+def _without_padding(node: FxNode) -> tuple[fx.Node, tuple[int, int, int, int]]:
     """See through a zero padding of height and width: the convolution does it itself, also where it is uneven."""
     if str(node.target) not in ("aten.pad.default", "aten.constant_pad_nd.default") or len(node.args[1]) > 4:
         return node, (0, 0, 0, 0)
@@ -206,7 +208,7 @@ def _without_padding(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]]
     return node.args[0], (top, left, bottom, right)
 
 
-def _linear(builder: Builder, node: fx.Node) -> bool:
+def _linear(builder: Builder, node: FxNode) -> bool:
     """Features are the last axis; four axes are seen as three, because four axes mean an image here."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if len(before) != 4:
@@ -221,14 +223,14 @@ def _linear(builder: Builder, node: fx.Node) -> bool:
     return done and _view(builder, node, builder.values[node], after)
 
 
-def _view(builder: Builder, node: fx.Node, source: str, shape: tuple[int, ...]) -> bool:
+def _view(builder: Builder, node: FxNode, source: str, shape: tuple[int, ...]) -> bool:
     """A foreign reshape of a value."""
     call = {"args": [{"tensor": 0}, list(shape)], "kwargs": {}, "output": 0}
     operator = ForeignOp("aten.view.default", json.dumps(call, sort_keys=True))
     return builder.add(node, Node(f"{place(node)}.view", "foreign", (source,), shape, foreign=operator))
 
 
-def _batch_norm(builder: Builder, node: fx.Node) -> bool:
+def _batch_norm(builder: Builder, node: FxNode) -> bool:
     """Fold into the convolution before, or become a 1x1 depthwise convolution where there is none to fold into."""
     source = node.args[0]
     tensors = [builder.tensor(value) for value in node.args[1:5]]
@@ -257,10 +259,12 @@ def _batch_norm(builder: Builder, node: fx.Node) -> bool:
 
 
 def _activation(function: str) -> Converter:
-    def convert(builder: Builder, node: fx.Node) -> bool:
+    def convert(builder: Builder, node: FxNode) -> bool:
         if function == "gelu" and argument(node, 1, "approximate", "none") != "none":
             return False
-        return builder.add(node, Node(place(node), "activation", (builder.values[node.args[0]],), shape_of(node), activation=function))
+        return builder.add(
+            node, Node(place(node), "activation", (builder.values[node.args[0]],), shape_of(node), activation=function)
+        )
 
     return convert
 
@@ -268,7 +272,7 @@ def _activation(function: str) -> Converter:
 def _clip(low: float | None, high: float | None) -> Converter:
     """A clip with fixed bounds, or with the operator's own where both are None (hardtanh, clamp)."""
 
-    def convert(builder: Builder, node: fx.Node) -> bool:
+    def convert(builder: Builder, node: FxNode) -> bool:
         bounds = [low, high]
         if low is None:
             defaults = (-1.0, 1.0) if "hardtanh" in str(node.target) else (None, None)
@@ -285,7 +289,7 @@ def _clip(low: float | None, high: float | None) -> Converter:
 
 
 def _binary(op: str) -> Converter:
-    def convert(builder: Builder, node: fx.Node) -> bool:
+    def convert(builder: Builder, node: FxNode) -> bool:
         if any(value not in builder.values for value in node.args[:2]) or node.kwargs.get("alpha", 1) != 1:
             return False
         a, b = node.args[:2]
@@ -299,7 +303,7 @@ def _binary(op: str) -> Converter:
     return convert
 
 
-def _concat(builder: Builder, node: fx.Node) -> bool:
+def _concat(builder: Builder, node: FxNode) -> bool:
     sources, axis = node.args[0], argument(node, 1, "dim", 0)
     rank = len(shape_of(node))
     if rank not in (2, 4) or axis % rank != 1 or any(source not in builder.values for source in sources):
@@ -307,7 +311,7 @@ def _concat(builder: Builder, node: fx.Node) -> bool:
     return builder.add(node, Node(place(node), "concat", tuple(builder.values[s] for s in sources), shape_of(node)))
 
 
-def _pool(builder: Builder, node: fx.Node, op: str, pool: Pool) -> bool:
+def _pool(builder: Builder, node: FxNode, op: str, pool: Pool) -> bool:
     """Accept a window only where it gives the operator's own output shape.
 
     With ceil_mode the last window may reach beyond the image: for a maximum that is more padding.
@@ -326,7 +330,7 @@ def _pool(builder: Builder, node: fx.Node, op: str, pool: Pool) -> bool:
     return builder.add(node, Node(place(node), op, (builder.values[node.args[0]],), out, pool=pool))
 
 
-def _max_pool2d(builder: Builder, node: fx.Node) -> bool:
+def _max_pool2d(builder: Builder, node: FxNode) -> bool:
     kernel = pair(node.args[1])
     if pair(argument(node, 4, "dilation", 1)) != (1, 1) or len(shape_of(node.args[0])) != 4:
         return False
@@ -334,7 +338,7 @@ def _max_pool2d(builder: Builder, node: fx.Node) -> bool:
     return _pool(builder, node, "max_pool2d", Pool(kernel, pair(stride), padding * 2))
 
 
-def _avg_pool2d(builder: Builder, node: fx.Node) -> bool:
+def _avg_pool2d(builder: Builder, node: FxNode) -> bool:
     if argument(node, 6, "divisor_override", None) is not None or len(shape_of(node.args[0])) != 4:
         return False
     kernel = pair(node.args[1])
@@ -343,7 +347,7 @@ def _avg_pool2d(builder: Builder, node: fx.Node) -> bool:
     return _pool(builder, node, "avg_pool2d", Pool(kernel, pair(stride), padding * 2, count))
 
 
-def _adaptive_avg_pool2d(builder: Builder, node: fx.Node) -> bool:
+def _adaptive_avg_pool2d(builder: Builder, node: FxNode) -> bool:
     """Adaptive pooling whose windows are all alike is plain average pooling."""
     _, _, height, width = shape_of(node.args[0])
     out_height, out_width = shape_of(node)[2:]
@@ -353,7 +357,7 @@ def _adaptive_avg_pool2d(builder: Builder, node: fx.Node) -> bool:
     return _pool(builder, node, "avg_pool2d", Pool(window, window))
 
 
-def _mean(builder: Builder, node: fx.Node) -> bool:
+def _mean(builder: Builder, node: FxNode) -> bool:
     """The mean over height and width is the global average pool, followed by a flatten unless dimensions are kept."""
     shape = shape_of(node.args[0])
     axes = argument(node, 1, "dim", None)
@@ -366,7 +370,7 @@ def _mean(builder: Builder, node: fx.Node) -> bool:
     return True
 
 
-def _reshape(builder: Builder, node: fx.Node) -> bool:
+def _reshape(builder: Builder, node: FxNode) -> bool:
     """(N, C, H, W) -> (N, C * H * W) only."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if before == after:
@@ -376,7 +380,7 @@ def _reshape(builder: Builder, node: fx.Node) -> bool:
     return builder.add(node, Node(place(node), "flatten", (builder.values[node.args[0]],), after))
 
 
-def _identity(builder: Builder, node: fx.Node) -> bool:
+def _identity(builder: Builder, node: FxNode) -> bool:
     return shape_of(node) == shape_of(node.args[0]) and builder.alias(node, node.args[0])
 
 

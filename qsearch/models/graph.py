@@ -51,8 +51,8 @@ class Pool:
         count_include_pad: Average pooling counts padded zeros as values.
     """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     count_include_pad: bool = True
 
@@ -100,8 +100,8 @@ class Node:
             'flatten' or 'foreign'.
         inputs: Names of the nodes whose values it reads.
         shape: Logical shape of its value.
-        conv: Geometry, for conv2d and linear.
-        pool: Geometry, for pooling.
+        conv: Geometry; means something for conv2d and linear only.
+        pool: Geometry; means something for pooling only.
         activation: Function name, for activation; for conv2d, linear and add a fused clip applied last.
         clip: (low, high) of a fused or plain clip; None where unbounded on both sides.
         residual: For conv2d and linear: the last entry of `inputs` is added before the fused clip.
@@ -112,8 +112,8 @@ class Node:
     op: str
     inputs: tuple[str, ...]
     shape: tuple[int, ...]
-    conv: Conv | None = None
-    pool: Pool | None = None
+    conv: Conv = Conv()
+    pool: Pool = Pool()
     activation: str | None = None
     clip: tuple[float, float] | None = None
     residual: bool = False
@@ -127,7 +127,7 @@ class Node:
     @property
     def is_depthwise(self) -> bool:
         """True for convolutions with one input channel per group."""
-        return self.conv is not None and self.conv.groups > 1 and self.conv.groups == self.shape[1]
+        return self.op == "conv2d" and self.conv.groups > 1 and self.conv.groups == self.shape[1]
 
 
 @dataclass(frozen=True)

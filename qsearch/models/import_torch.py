@@ -79,7 +79,9 @@ def _constants(program: torch.export.ExportedProgram) -> dict[str, tuple[str, to
 
 
 def _check_placeholders(name: str, program: torch.export.ExportedProgram, shape: tuple[int, ...]) -> None:
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs]
+    inputs = [
+        node for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
     if len(inputs) != 1:
         raise UnsupportedModelError(f"model {name!r} takes {len(inputs)} inputs; qsearch needs exactly one image tensor")
     found = tuple(inputs[0].meta["val"].shape)
@@ -96,7 +98,7 @@ def _placeholder(builder: Builder, program: torch.export.ExportedProgram, node: 
         builder.values[node] = "input"
 
 
-def _call(name: str, builder: Builder, node: fx.Node) -> None:
+def _call(name: str, builder: Builder, node: Any) -> None:
     target = str(node.target)
     if target == "<built-in function getitem>":
         source, index = node.args
@@ -140,5 +142,3 @@ def _check_same(model: Model, module: Any, example: torch.Tensor) -> None:
             f"the layer graph of model {model.name!r} differs from the torch module by {difference:.2g} (relative); "
             "this is a gap in qsearch's import: please report the model"
         )
-
-

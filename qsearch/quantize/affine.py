@@ -58,7 +58,7 @@ def affine_from_range(name: str, low: float, high: float) -> Affine:
 
 
 def quantize(values: np.ndarray, affine: Affine) -> np.ndarray:
-    """float -> uint8, rounding half to even."""
+    """Float -> uint8, rounding half to even."""
     whole = np.rint(values.astype(np.float64) / np.float64(affine.scale)) + affine.zero_point
     return np.clip(whole, QMIN, QMAX).astype(np.uint8)
 

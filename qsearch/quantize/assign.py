@@ -76,7 +76,7 @@ def _integer_nodes(graph: Graph, precision: dict[str, str]) -> frozenset[str]:
 
 def _has_integer_kernel(node: Node) -> bool:
     """Averages over windows of differing sizes have no single multiplier."""
-    return not (node.pool and node.op == "avg_pool2d" and any(node.pool.padding) and not node.pool.count_include_pad)
+    return not (node.op == "avg_pool2d" and any(node.pool.padding) and not node.pool.count_include_pad)
 
 
 def _reads(node: Node, integer: frozenset[str]) -> tuple[str, ...]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-
-
 from qsearch.config import QuantConfig
 from qsearch.models.graph import Model, Node
 from qsearch.quantize.affine import Affine, affine_from_range
@@ -138,7 +136,11 @@ class _Writer:
         """Make a form of a value exist, by way of channels-last float32 where it must."""
         if (node.name, form) in self.forms:
             return
-        made = Value(f"{node.name}:{form}", node.shape if form == FIRST else physical(node.shape), "uint8" if form == UINT8_FORM else "float32")
+        made = Value(
+            f"{node.name}:{form}",
+            node.shape if form == FIRST else physical(node.shape),
+            "uint8" if form == UINT8_FORM else "float32",
+        )
         if form == FIRST or (form == FLOAT and (node.name, FIRST) in self.forms):
             self._relayout(node, made, form)
             return
@@ -167,5 +169,3 @@ class _Writer:
         key = OpKey(kind, (source.shape, made.shape), (source.dtype, made.dtype))
         self.ops.append(Op(f"{node.name}.{kind}", key, (source.name,), made, constants))
         self.forms[node.name, form] = made
-
-

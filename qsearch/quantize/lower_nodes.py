@@ -86,9 +86,7 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
         shapes = [(int(np.prod(shape[:-1])), 1, 1, shape[-1]) for shape in shapes]
     precision = context.precision[node.name]
     dtypes = tuple(value.dtype for value in (*inputs, output))
-    key = OpKey(
-        "conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output)
-    )
+    key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
     values = _output_scalars(context, node, output)
     unit = _unit(context, node, output)
     if precision == "fp32":
@@ -157,7 +155,6 @@ def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op
 
 def _avg_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
     values = _output_scalars(context, node, output)
-    assert node.pool is not None
     multiplier = 1 / _unit(context, node, output)
     if inputs[0].dtype == "uint8":
         affine = context.affines[node.inputs[0]]
@@ -214,7 +211,14 @@ def _plain(
     dtypes = tuple(value.dtype for value in (*inputs, output))
     function = node.activation if kind == "activation" else None
     key = OpKey(
-        kind, shapes, dtypes, pool=node.pool, clipped=_clipped(node, output), function=function, copies=copies, foreign=node.foreign
+        kind,
+        shapes,
+        dtypes,
+        pool=node.pool,
+        clipped=_clipped(node, output),
+        function=function,
+        copies=copies,
+        foreign=node.foreign,
     )
     return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
 

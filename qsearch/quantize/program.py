@@ -85,8 +85,8 @@ class OpKey:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     precision: str | None = None
-    conv: Conv | None = None
-    pool: Pool | None = None
+    conv: Conv = Conv()
+    pool: Pool = Pool()
     residual: bool = False
     clipped: bool = False
     function: str | None = None

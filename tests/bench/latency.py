@@ -74,7 +74,9 @@ def onnxruntime_module(model: str, precision: str, images: np.ndarray) -> Callab
         quant_pre_process(str(path), str(folder / "prepared.onnx"), skip_symbolic_shape=True)
         path = folder / "int8.onnx"
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(str(folder / "prepared.onnx"), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+        quantize_static(
+            str(folder / "prepared.onnx"), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

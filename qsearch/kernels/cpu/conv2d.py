@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import padded_copy, padded_image
 from qsearch.kernels.cpu.tile import Tile, choose_tile
-from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat, store
+from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["conv2d"]
 
-Expr = tvm.ir.Expr
 # An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
 BLOCK_ABOVE_BYTES = 512 * 1024
 BLOCK_BYTES = 128 * 1024

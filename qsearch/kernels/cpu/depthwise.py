@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import declare_arguments, dequantized, finish
@@ -21,7 +21,6 @@ from qsearch.quantize.program import OpKey
 
 __all__ = ["depthwise"]
 
-Expr = tvm.ir.Expr
 MAX_TILE_COLUMNS = 8
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
@@ -14,8 +14,6 @@ from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["elementwise", "lookup", "multiply_broadcast"]
-
-Expr = tvm.ir.Expr
 
 
 def elementwise(key: OpKey, isa: Isa) -> Kernel | None:

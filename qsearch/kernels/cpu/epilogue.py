@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.isa import Isa
@@ -13,8 +13,6 @@ from qsearch.kernels.cpu.vectors import cast, load, rounded_product, splat, stor
 from qsearch.quantize.program import FLOATS, INTEGERS
 
 __all__ = ["Arguments", "declare_arguments", "dequantized", "finish"]
-
-Expr = tvm.ir.Expr
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 
 __all__ = ["AVX512_VNNI", "ISAS", "PORTABLE", "Isa"]
 
@@ -32,7 +32,7 @@ class Isa:
     dot_group: int
     features: tuple[str, ...] = ()
 
-    def dot(self, accumulator: tvm.ir.Expr, activations: tvm.ir.Expr, weights: tvm.ir.Expr) -> tvm.ir.Expr:
+    def dot(self, accumulator: Expr, activations: Expr, weights: Expr) -> Expr:
         """Add `dot_group` products to every int32 lane.
 
         Args:
@@ -50,7 +50,7 @@ class Isa:
         kind = f"int32x{self.lanes}"
         return accumulator + tirx.Cast(kind, spread) * tirx.Cast(kind, weights)
 
-    def multiply_add(self, kind: str, accumulator: tvm.ir.Expr, a: tvm.ir.Expr, b: tvm.ir.Expr) -> tvm.ir.Expr:
+    def multiply_add(self, kind: str, accumulator: Expr, a: Expr, b: Expr) -> Expr:
         """`accumulator + a * b` lane by lane, of dtype `kind`: float32 rounds once; int32 operands fit 16 bits."""
         if kind.startswith("float32"):
             return _llvm("llvm.fma", kind, a, b, accumulator)
@@ -60,7 +60,7 @@ class Isa:
             return _llvm("llvm.x86.avx512.vpdpwssd.512", kind, accumulator, pair_a, pair_b)
         return accumulator + a * b
 
-    def round_to_int(self, value: tvm.ir.Expr, lanes: int) -> tvm.ir.Expr:
+    def round_to_int(self, value: Expr, lanes: int) -> Expr:
         """Round float32 x lanes half to even; |value| < 2**31."""
         if self.lanes == 16 and lanes == 16:
             # vcvtps2dq under the default rounding mode (4 = current direction): one instruction, not two.
@@ -78,5 +78,5 @@ PORTABLE = Isa("portable", 8, 16, 1)
 ISAS = (AVX512_VNNI, PORTABLE)
 
 
-def _llvm(name: str, dtype: str, *arguments: tvm.ir.Expr) -> tvm.ir.Expr:
+def _llvm(name: str, dtype: str, *arguments: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype, name, *arguments)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, finish
@@ -14,8 +14,6 @@ from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["concat", "to_channels_first", "to_channels_last"]
-
-Expr = tvm.ir.Expr
 
 
 def to_channels_last(key: OpKey, isa: Isa) -> Kernel | None:
@@ -44,7 +42,13 @@ def _scalars(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
 
 
 def _interleave(
-    key: OpKey, isa: Isa, buffers: tuple[tirx.Buffer, tirx.Buffer], base: Expr, first: Expr | int, lanes: int, arguments: Arguments
+    key: OpKey,
+    isa: Isa,
+    buffers: tuple[tirx.Buffer, tirx.Buffer],
+    base: Expr,
+    first: Expr | int,
+    lanes: int,
+    arguments: Arguments,
 ) -> None:
     """Move `lanes` pixels: one shuffle of whole vectors for up to 4 channels, else element by element."""
     source, output = buffers
@@ -104,9 +108,7 @@ def concat(key: OpKey, isa: Isa) -> Kernel | None:
 
 def _concat(key: OpKey, isa: Isa) -> None:
     total, pixels, count = key.shapes[-1][-1], int(np.prod(key.shapes[-1][:-1])), len(key.shapes) - 1
-    sources = [
-        T.arg(f"source{i}", T.Buffer((int(np.prod(key.shapes[i])),), key.dtypes[i])) for i in range(count)
-    ]
+    sources = [T.arg(f"source{i}", T.Buffer((int(np.prod(key.shapes[i])),), key.dtypes[i])) for i in range(count)]
     zero_points = T.arg("zero_points", T.Buffer((count,), "int32"))
     multipliers = T.arg("multipliers", T.Buffer((count,), "float32"))
     arguments = declare_arguments()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.vectors import for_vectors, load, splat, store
@@ -57,10 +57,10 @@ def padded_image(image: tuple[int, int, int], padding: tuple[int, int, int, int]
 
 def padded_copy(
     source: tirx.Buffer,
-    base: tvm.ir.Expr | int,
+    base: Expr | int,
     image: tuple[int, int, int],
     padding: tuple[int, int, int, int],
-    fill: tvm.ir.Expr,
+    fill: Expr,
 ) -> tirx.Buffer:
     """Copy one image into scratch memory with a border of `fill`.
 
@@ -81,7 +81,7 @@ def padded_copy(
     scratch = T.alloc_buffer((extents.elements,), source.dtype, scope="global", layout=None, align=64)
     length, before = width * channels, left * channels
 
-    def border(start: tvm.ir.Expr | int, size: int) -> None:
+    def border(start: Expr | int, size: int) -> None:
         for_vectors(size, lanes, lambda i, n: store(scratch, start + i, splat(fill, n), n))
 
     border(0, top * extents.row)

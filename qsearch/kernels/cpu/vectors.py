@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
@@ -23,16 +23,13 @@ __all__ = [
     "vector_type",
 ]
 
-Expr = tvm.ir.Expr
-
 
 def kernel(symbol: str, body: Callable[[], None]) -> tirx.PrimFunc:
     """Write a PrimFunc: `body` declares its arguments with `T.arg` and emits its statements."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(symbol)
-            T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
-            body()
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(symbol)
+        T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
+        body()
     return builder.get()
 
 
@@ -98,7 +95,7 @@ def for_blocks(size: int, lanes: int, body: Callable[[Expr | int, int], None]) -
 
 
 def rounded_product(a: Expr, b: Expr, lanes: int) -> Expr:
-    """a * b over float32 lanes, rounded to float32 before anything is added to it.
+    """A * b over float32 lanes, rounded to float32 before anything is added to it.
 
     LLVM's back end is allowed to contract a product and a sum into one fused operation; the fence forbids it,
     because the reference rounds twice.

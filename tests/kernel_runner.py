@@ -1,0 +1,45 @@
+"""Compile one operation's kernel and run it: what the tests of kernels share."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+
+from qsearch.build.target import Target, open_target
+from qsearch.kernels.cpu import describe_kernel
+from qsearch.quantize.lower_nodes import scalars
+from qsearch.quantize.program import Op, OpKey, Value
+
+TARGETS = ("host", "portable")
+
+
+def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
+    """The operation's output as its kernel computes it."""
+    kernel = describe_kernel(op.key, target.isa)
+    built = tvm.compile(tvm.IRModule({"tested": kernel.generate("tested")}), target=target.tvm())
+    constants = list(kernel.pack(op.constants))
+    if kernel.pack_weight is not None:
+        constants.insert(0, kernel.pack_weight(op.constants["weight"]))
+    output = tvm.runtime.tensor(np.zeros(op.output.size, op.output.dtype))
+    arguments = [tvm.runtime.tensor(np.ascontiguousarray(a).ravel()) for a in (*inputs, *constants)]
+    built.mod["tested"](*arguments, output)
+    return output.numpy().reshape(op.output.shape)
+
+
+def make_op(key: OpKey, **constants: np.ndarray) -> Op:
+    """An operation with neutral scalars unless given."""
+    names = tuple(f"x{i}" for i in range(len(key.shapes) - 1))
+    return Op("tested", key, names, Value("y", key.shapes[-1], key.dtypes[-1]), scalars() | constants)
+
+
+def random_inputs(rng: np.random.Generator, key: OpKey) -> list[np.ndarray]:
+    """Values of the inputs' dtypes: all of uint8, or normal floats."""
+    return [
+        rng.integers(0, 256, shape, dtype=np.uint8) if dtype == "uint8" else (3 * rng.standard_normal(shape)).astype(np.float32)
+        for shape, dtype in zip(key.shapes[:-1], key.dtypes[:-1], strict=True)
+    ]
+
+
+def target_named(name: str) -> Target:
+    """A target by name."""
+    return open_target(name)

@@ -1,0 +1,138 @@
+"""Compiled elementwise, pooling, layout and concatenation kernels against the NumPy reference."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
+
+from qsearch.models.graph import ACTIVATIONS, Pool
+from qsearch.quantize.lower_nodes import scalars
+from qsearch.quantize.program import OpKey
+from qsearch.quantize.reference import run_op
+
+RELAXED = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 70))
+U8, F32 = "uint8", "float32"
+
+
+def quantization(seed):
+    """Random scalars of a quantized operation."""
+    rng = np.random.default_rng(seed)
+    zero_points = {name: rng.integers(0, 256) for name in ("a_zero_point", "b_zero_point", "zero_point")}
+    multipliers = {name: rng.random() for name in ("a_multiplier", "b_multiplier")}
+    return scalars(**zero_points, **multipliers, multiplier=rng.random() / 20, low=-2.0, high=5.0, qmin=3, qmax=240)
+
+
+def assert_exact(key, seed, target, **constants):
+    op = make_op(key, **(quantization(seed) | constants))
+    inputs = random_inputs(np.random.default_rng(seed), key)
+    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("kind", "dtypes"),
+    [
+        ("quantize", (F32, U8)),
+        ("dequantize", (U8, F32)),
+        ("add", (U8, U8, U8)),
+        ("add", (U8, F32, U8)),
+        ("add", (F32, F32, F32)),
+        ("mul", (U8, U8, U8)),
+        ("mul", (U8, U8, F32)),
+    ],
+)
+@RELAXED
+@given(shape=SHAPES, clipped=st.booleans(), seed=st.integers(0, 2**16))
+def test_elementwise_is_exact(target, kind, dtypes, shape, clipped, seed):
+    assert_exact(OpKey(kind, (shape,) * len(dtypes), dtypes, clipped=clipped and dtypes[-1] == F32), seed, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@RELAXED
+@given(shape=SHAPES, seed=st.integers(0, 2**16))
+def test_gate_multiplication_is_exact(target, shape, seed):
+    gate = (shape[0], 1, 1, shape[3])
+    assert_exact(OpKey("mul", (shape, gate, shape), (U8, U8, U8)), seed, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@RELAXED
+@given(shape=SHAPES, seed=st.integers(0, 2**16))
+def test_lookup_is_exact(target, shape, seed):
+    table = np.random.default_rng(seed).integers(0, 256, 256, dtype=np.uint8)
+    assert_exact(OpKey("lookup", (shape, shape), (U8, U8)), seed, target, table=table)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("function", [name for name in ACTIVATIONS if name not in ("relu", "relu6")])
+def test_float_activations_agree(target, function):
+    key = OpKey("activation", ((1, 5, 3, 37),) * 2, (F32, F32), function=function, clipped=function == "clip")
+    op = make_op(key, **scalars(low=-1.0, high=2.0))
+    inputs = random_inputs(np.random.default_rng(3), key)
+    np.testing.assert_allclose(run_kernel(op, inputs, target_named(target)), run_op(op, inputs), rtol=2e-6, atol=2e-6)
+
+
+@st.composite
+def pools(draw):
+    """A pool and an image it fits."""
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in (*kernel, *kernel))
+    pool = Pool(kernel, (draw(st.integers(1, 3)), draw(st.integers(1, 3))), padding, draw(st.booleans()))
+    n, height, width, channels = draw(SHAPES)
+    height, width = max(height, kernel[0]), max(width, kernel[1])
+    rows = (height + padding[0] + padding[2] - kernel[0]) // pool.stride[0] + 1
+    cols = (width + padding[1] + padding[3] - kernel[1]) // pool.stride[1] + 1
+    return pool, (n, height, width, channels), (n, rows, cols, channels)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "dtypes"), [("max_pool2d", (U8, U8)), ("max_pool2d", (F32, F32)), ("avg_pool2d", (U8, U8))])
+@RELAXED
+@given(case=pools(), seed=st.integers(0, 2**16))
+def test_pooling_is_exact(target, kind, dtypes, case, seed):
+    pool, image, out = case
+    assert_exact(OpKey(kind, (image, out), dtypes, pool=pool), seed, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@RELAXED
+@given(case=pools(), seed=st.integers(0, 2**16))
+def test_float_average_agrees(target, case, seed):
+    pool, image, out = case
+    op = make_op(OpKey("avg_pool2d", (image, out), (F32, F32), pool=pool))
+    inputs = random_inputs(np.random.default_rng(seed), op.key)
+    np.testing.assert_allclose(run_kernel(op, inputs, target_named(target)), run_op(op, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@RELAXED
+@given(
+    shape=SHAPES,
+    channels=st.lists(st.integers(1, 70), min_size=2, max_size=4),
+    copied=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_concatenation_is_exact(target, shape, channels, copied, seed):
+    rng = np.random.default_rng(seed)
+    shapes = (*((*shape[:3], c) for c in channels), (*shape[:3], sum(channels)))
+    copies = (copied, *(False for _ in channels[1:]))
+    key = OpKey("concat", shapes, (U8,) * len(shapes), copies=copies)
+    multipliers = rng.random(len(channels)).astype(np.float32)
+    zero_points = rng.integers(0, 256, len(channels)).astype(np.int32)
+    assert_exact(key, seed, target, multipliers=multipliers, zero_points=zero_points)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [U8, F32])
+@RELAXED
+@given(shape=SHAPES, seed=st.integers(0, 2**16))
+def test_channels_last_is_exact(target, dtype, shape, seed):
+    n, height, width, channels = shape
+    assert_exact(OpKey("to_channels_last", ((n, channels, height, width), shape), (F32, dtype)), seed, target)
+
+
+@pytest.mark.parametrize("dtype", [U8, F32])
+def test_channels_first_is_exact(dtype):
+    assert_exact(OpKey("to_channels_first", ((2, 5, 7, 11), (2, 11, 5, 7)), (dtype, dtype)), 1, "host")

@@ -1,0 +1,108 @@
+"""Import: names, folding, fusing, and the refusals."""
+
+import pytest
+import torch
+from networks import NETWORKS, SHAPE, network
+from torch import nn
+
+from qsearch.errors import UnsupportedModelError
+from qsearch.models.import_torch import import_model
+from qsearch.models.interpret import interpret
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_graph_computes_what_the_module_computes(name):
+    model, module = network(name)
+    x = torch.randn(4, *SHAPE[1:], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = torch.cat([module(image[None]) for image in x])
+    torch.testing.assert_close(interpret(model, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_keep_the_users_names_and_batch_norm_is_folded():
+    model, _ = network("residual")
+    assert [layer.name for layer in model.graph.layers] == [
+        "stem.0",
+        "expand.0",
+        "depth.0",
+        "project.0",
+        "grouped",
+        "head",
+    ]
+    assert set(model.parameters.norm) == {"stem.0", "expand.0", "depth.0", "project.0"}
+    assert not model.graph.foreign
+
+
+def test_residual_and_clip_are_fused_into_the_layer():
+    graph = network("residual")[0].graph
+    assert graph.by_name["project.0"].residual and graph.by_name["project.0"].inputs == ("depth.0", "stem.0")
+    assert graph.by_name["stem.0"].clip == (0.0, 6.0)
+    assert graph.by_name["grouped"].conv.padding == (1, 0, 0, 1)
+    assert "add" not in {node.op for node in graph.nodes}
+
+
+def test_a_value_read_twice_is_not_fused_away():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head((torch.relu(x) + x).mean((2, 3)))
+
+    graph = import_model("twice", Twice().eval(), SHAPE).graph
+    assert graph.by_name["conv"].clip is None and not graph.by_name["conv"].residual
+
+
+def test_unknown_operators_are_foreign_and_named():
+    graph = network("foreign")[0].graph
+    kinds = {node.foreign.target for node in graph.nodes if node.foreign}
+    assert {"aten.leaky_relu.default", "aten.layer_norm.default", "aten.slice.Tensor"} <= kinds
+
+
+def test_a_shared_layer_appears_once_per_use():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(torch.relu(self.conv(x))).mean((2, 3)))
+
+    assert [node.name for node in import_model("shared", Shared().eval(), SHAPE).graph.layers] == ["conv", "conv#2", "head"]
+
+
+class _TwoInputs(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class _Branching(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+class _Image(nn.Module):
+    def forward(self, x):
+        return torch.relu(x)
+
+
+class _Several(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)), x.amax((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (_TwoInputs(), "cannot trace"),
+        (_Branching(), "cannot trace"),
+        (_Image(), "a classifier returns"),
+        (_Several(), "returns 2 tensors"),
+    ],
+)
+def test_models_out_of_reach_are_refused_in_one_sentence(module, words):
+    with pytest.raises(UnsupportedModelError, match=words) as caught:
+        import_model("refused", module, SHAPE)
+    assert "\n" not in str(caught.value)

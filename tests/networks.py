@@ -1,0 +1,96 @@
+"""Small networks that between them use every operation with a lowering of its own, and one that has none."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from qsearch.calibrate.observe import observe
+from qsearch.calibrate.ranges import activation_ranges
+from qsearch.config import QuantConfig
+from qsearch.models.graph import Model
+from qsearch.models.import_torch import import_model
+
+SHAPE = (1, 3, 12, 10)
+
+
+class Residual(nn.Module):
+    """Inverted residual, strided pooling, a residual across a skip, uneven padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 10, 3, 2, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU6())
+        self.expand = nn.Sequential(nn.Conv2d(10, 24, 1), nn.BatchNorm2d(24), nn.ReLU())
+        self.depth = nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.BatchNorm2d(24), nn.ReLU6())
+        self.project = nn.Sequential(nn.Conv2d(24, 10, 1), nn.BatchNorm2d(10))
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.pad = nn.ZeroPad2d((0, 1, 1, 0))
+        self.grouped = nn.Conv2d(10, 20, 3, 1, 0, groups=2)
+        self.head = nn.Linear(20, 7)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.project(self.depth(self.expand(x)))
+        x = torch.relu(self.grouped(self.pad(self.pool(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Excite(nn.Module):
+    """Squeeze and excite, hard-swish, SiLU, concatenation, average pooling, flatten of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(3, 9, 5, padding=2, dilation=1)
+        self.squeeze, self.excite = nn.Conv2d(17, 4, 1), nn.Conv2d(4, 17, 1)
+        self.gate, self.swish, self.silu = nn.Hardsigmoid(), nn.Hardswish(), nn.SiLU()
+        self.pool, self.global_pool = nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(17 * 6 * 5, 5)
+
+    def forward(self, x):
+        x = torch.cat([self.swish(self.a(x)), self.silu(self.b(x))], 1)
+        x = x * self.gate(self.excite(torch.relu(self.squeeze(self.global_pool(x)))))
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+class Foreign(nn.Module):
+    """Operators without a lowering of their own between integer layers: channel shuffle, layer norm, leaky ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)
+        self.leaky, self.norm, self.head = nn.LeakyReLU(0.1), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.leaky(self.first(x))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        left, right = x.chunk(2, 1)
+        x = self.second(torch.cat([right, left], 1))
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+NETWORKS = {"residual": Residual, "excite": Excite, "foreign": Foreign}
+
+
+def network(name: str) -> tuple[Model, nn.Module]:
+    """An imported network and the torch module it came from, with settled batch norm."""
+    torch.manual_seed(0)
+    module = NETWORKS[name]()
+    module.train()
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.randn(16, *SHAPE[1:]))
+    module.eval()
+    return import_model(name, module, SHAPE), module
+
+
+def images(count: int, seed: int = 0) -> np.ndarray:
+    """Random images, float32 (count, C, H, W)."""
+    return np.random.default_rng(seed).standard_normal((count, *SHAPE[1:])).astype(np.float32)
+
+
+def ranges_of(model: Model, config: QuantConfig) -> dict[str, tuple[float, float]]:
+    """Activation ranges from 32 random images."""
+    return activation_ranges(observe(model, images(32), 16), model, config.calibration, (-6.0, 6.0))
