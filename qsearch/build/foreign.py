@@ -64,12 +64,13 @@ class _Single(torch.nn.Module):
 
     def __init__(self, key: OpKey, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.key, self.names = key, names
+        assert key.foreign is not None
+        self.foreign, self.names = key.foreign, names
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         count = len(tensors) - len(self.names)
         parameters = dict(zip(self.names, tensors[count:], strict=True))
-        return call_foreign(self.key.foreign, list(tensors[:count]), parameters)
+        return call_foreign(self.foreign, list(tensors[:count]), parameters)
 
 
 @lru_cache(maxsize=4096)

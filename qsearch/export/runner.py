@@ -54,7 +54,7 @@ def read_manifest(bundle):
             raise BundleProblem(f"{bundle}/{name} cannot be read ({error.strerror}); export the bundle again") from error
         if found != expected:
             raise BundleProblem(
-                f"{bundle}/{name} was changed: its SHA-256 is {found[:16]}..., expected {expected[:16]}...; export the bundle again"
+                f"{bundle}/{name} was changed (SHA-256 {found[:16]}..., expected {expected[:16]}...); export the bundle again"
             )
     own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
     if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):

@@ -185,13 +185,13 @@ def _conv2d(builder: Builder, node: FxNode) -> bool:
     padding = argument(node, 4, "padding", 0)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
+        own = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
     else:
-        sides = pair(0 if padding == "valid" else padding) * 2
+        own = pair(0 if padding == "valid" else padding) * 2
     stride, groups = pair(argument(node, 3, "stride", 1)), int(argument(node, 6, "groups", 1))
     source, before = _without_padding(node.args[0])
-    sides = tuple(own + added for own, added in zip(sides, before, strict=True))
-    geometry = Conv((kernel[0], kernel[1]), stride, sides, dilation, groups)  # type: ignore[arg-type]
+    sides = (own[0] + before[0], own[1] + before[1], own[2] + before[2], own[3] + before[3])
+    geometry = Conv((kernel[0], kernel[1]), stride, sides, dilation, groups)
     return _layer(builder, node, "conv2d", geometry, source=source)
 
 
@@ -233,15 +233,14 @@ def _view(builder: Builder, node: FxNode, source: str, shape: tuple[int, ...]) -
 def _batch_norm(builder: Builder, node: FxNode) -> bool:
     """Fold into the convolution before, or become a 1x1 depthwise convolution where there is none to fold into."""
     source = node.args[0]
-    tensors = [builder.tensor(value) for value in node.args[1:5]]
-    if tensors[2] is None or tensors[3] is None or len(shape_of(source)) != 4:
+    gamma, beta, mean, variance = (_float64(builder.tensor(value)) for value in node.args[1:5])
+    if mean is None or variance is None or len(shape_of(source)) != 4:
         return False
-    mean, variance = (value.double().numpy() for value in tensors[2:])
-    gamma = np.ones_like(mean) if tensors[0] is None else tensors[0].double().numpy()
-    beta = np.zeros_like(mean) if tensors[1] is None else tensors[1].double().numpy()
+    gamma = np.ones_like(mean) if gamma is None else gamma
+    beta = np.zeros_like(mean) if beta is None else beta
     factor = gamma / np.sqrt(variance + float(node.args[6]))
     previous = next((known for known in builder.nodes if known.name == builder.values[source]), None)
-    if previous is None or previous.op != "conv2d" or len(source.users) > 1:
+    if previous is None or previous.op != "conv2d" or _read_elsewhere(builder, previous.name):
         channels = shape_of(source)[1]
         name = place(node)
         builder.add(node, Node(name, "conv2d", (builder.values[source],), shape_of(source), conv=Conv(groups=channels)))
@@ -256,6 +255,15 @@ def _batch_norm(builder: Builder, node: FxNode) -> bool:
     biases[name] = ((biases[name] - mean) * factor + beta).astype(np.float32)
     builder.parameters.norm[name] = (beta.astype(np.float32), np.abs(gamma).astype(np.float32))
     return True
+
+
+def _float64(value: torch.Tensor | None) -> np.ndarray | None:
+    return None if value is None else value.double().numpy()
+
+
+def _read_elsewhere(builder: Builder, name: str) -> bool:
+    """True if any of the fx nodes that stand for a value has several readers."""
+    return any(len(node.users) > 1 for node, known in builder.values.items() if known == name)
 
 
 def _activation(function: str) -> Converter:

@@ -93,7 +93,6 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _conv2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     conv = node.conv
-    assert conv is not None
     x, padding = _padded(inputs[0], conv.padding, 0.0)
     weight, bias = _tensor(parameters.weight[node.name]), _tensor(parameters.bias[node.name])
     return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
@@ -114,14 +113,12 @@ def _padded(x: Tensor, padding: tuple[int, int, int, int], fill: float) -> tuple
 
 def _max_pool2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     pool = node.pool
-    assert pool is not None
     x, padding = _padded(inputs[0], pool.padding, -torch.inf)
     return F.max_pool2d(x, pool.kernel, pool.stride, padding)
 
 
 def _avg_pool2d(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     pool = node.pool
-    assert pool is not None
     x, padding = _padded(inputs[0], pool.padding, 0.0)
     if x is inputs[0] or pool.count_include_pad:
         return F.avg_pool2d(x, pool.kernel, pool.stride, padding, count_include_pad=pool.count_include_pad)

@@ -118,7 +118,7 @@ class _Writer:
         constants = scalars()
         if value.dtype == "uint8":
             affine = self.affines[node.name]
-            constants = scalars(zero_point=affine.zero_point, multiplier=1 / affine.scale)
+            constants = scalars(zero_point=affine.zero_point, multiplier=1 / float(affine.scale))
         key = OpKey("to_channels_last", (first.shape, value.shape), (first.dtype, value.dtype))
         self.ops.append(Op(node.name, key, (first.name,), value, constants))
 
@@ -149,9 +149,9 @@ class _Writer:
         source = self.forms[node.name, FLOAT if form == UINT8_FORM else UINT8_FORM]
         affine = self.affines[node.name]
         if form == UINT8_FORM:
-            kind, constants = "quantize", scalars(zero_point=affine.zero_point, multiplier=1 / affine.scale)
+            kind, constants = "quantize", scalars(zero_point=affine.zero_point, multiplier=1 / float(affine.scale))
         else:
-            kind, constants = "dequantize", scalars(a_zero_point=affine.zero_point, a_multiplier=affine.scale)
+            kind, constants = "dequantize", scalars(a_zero_point=affine.zero_point, a_multiplier=float(affine.scale))
         key = OpKey(kind, (source.shape, made.shape), (source.dtype, made.dtype))
         self.ops.append(Op(f"{node.name}.{kind}", key, (source.name,), made, constants))
         self.forms[node.name, form] = made

@@ -108,10 +108,14 @@ def _point(point: FrontPoint) -> dict[str, Any]:
 
 
 def _medians(complete: Sequence[FrozenTrial]) -> dict[str, float | None]:
-    whole = [trial.duration.total_seconds() for trial in complete if trial.duration is not None]
-    build = [trial.user_attrs["measurement"]["seconds"].get("build") for trial in complete if "measurement" in trial.user_attrs]
-    known = [seconds for seconds in build if seconds is not None]
+    def median(values: Sequence[float]) -> float | None:
+        return statistics.median(values) if values else None
+
+    steps = [trial.user_attrs["measurement"]["seconds"] for trial in complete if "measurement" in trial.user_attrs]
     return {
-        "per_trial_median": statistics.median(whole) if whole else None,
-        "build_median": statistics.median(known) if known else None,
+        "per_trial_median": median([trial.duration.total_seconds() for trial in complete if trial.duration is not None]),
+        "per_trial_without_accuracy_median": median(
+            [sum(value for name, value in step.items() if name != "accuracy") for step in steps]
+        ),
+        "build_median": median([step["build"] for step in steps if "build" in step]),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
@@ -114,20 +116,22 @@ def _concat(key: OpKey, isa: Isa) -> None:
     arguments = declare_arguments()
     output = T.arg("output", T.Buffer((pixels * total,), key.dtypes[-1]))
 
-    def move(i: int, start: Expr, target: Expr, lanes: int) -> None:
-        value = load(sources[i], start, lanes)
-        if key.copies[i]:
-            store(output, target, value, lanes)
-            return
-        centred = cast(cast(value, "int32", lanes) - splat(load(zero_points, i), lanes), "float32", lanes)
-        value = rounded_product(centred, splat(load(multipliers, i), lanes), lanes)
-        finish(isa, output, target, value, lanes, arguments, False)
+    def mover(i: int, start: Expr, target: Expr) -> Callable[[Expr | int, int], None]:
+        def move(offset: Expr | int, lanes: int) -> None:
+            value = load(sources[i], start + offset, lanes)
+            if key.copies[i]:
+                store(output, target + offset, value, lanes)
+                return
+            centred = cast(cast(value, "int32", lanes) - splat(load(zero_points, i), lanes), "float32", lanes)
+            value = rounded_product(centred, splat(load(multipliers, i), lanes), lanes)
+            finish(isa, output, target + offset, value, lanes, arguments, False)
+
+        return move
 
     with T.serial(0, pixels) as pixel:
         offset = 0
         for i in range(count):
             channels = key.shapes[i][-1]
-            base, target = pixel * channels, pixel * total + offset
-            lanes = 16 * isa.lanes // 4 if key.copies[i] and key.dtypes[i] == "uint8" else isa.lanes
-            for_vectors(channels, lanes, lambda j, m, i=i, b=base, t=target: move(i, b + j, t + j, m))
+            lanes = 4 * isa.lanes if key.copies[i] and key.dtypes[i] == "uint8" else isa.lanes
+            for_vectors(channels, lanes, mover(i, pixel * channels, pixel * total + offset))
             offset += channels

@@ -43,7 +43,7 @@ class PaddedImage:
         return self.elements * np.dtype(self.dtype).itemsize
 
 
-def padded_image(image: tuple[int, int, int], padding: tuple[int, int, int, int], dtype: str) -> PaddedImage:
+def padded_image(image: tuple[int, ...], padding: tuple[int, int, int, int], dtype: str) -> PaddedImage:
     """Extents of a (H, W, C) image padded by (top, left, bottom, right)."""
     height, width, channels = image
     top, left, bottom, right = padding
@@ -58,7 +58,7 @@ def padded_image(image: tuple[int, int, int], padding: tuple[int, int, int, int]
 def padded_copy(
     source: tirx.Buffer,
     base: Expr | int,
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     padding: tuple[int, int, int, int],
     fill: Expr,
 ) -> tirx.Buffer:
