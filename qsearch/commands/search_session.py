@@ -78,7 +78,10 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
 def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     settings = request.settings
     parts = {**evaluator.identity, "space": request.space.content_hash(), "objective": OBJECTIVE_VERSION}
-    labels = {"model": settings.model, "data": str(settings.data or "the model's own"), "space": request.space.name}
+    # Seed and preprocessing belong to the data: they decide which images are in which part, and what becomes of them.
+    data = [str(settings.data or "the model's own"), f"seed {settings.seed}"]
+    data += [f"preprocessing {settings.preprocessing}"] if settings.preprocessing else []
+    labels = {"model": settings.model, "data": ", ".join(data), "space": request.space.name}
     return Identity(parts, labels)
 
 

@@ -1,269 +1,46 @@
-"""One converter per ATen operator that has a lowering of its own; `foreign` for the rest.
+"""One converter per ATen operator that has a lowering of its own.
 
 A converter returns False when the operator's arguments are outside what it covers; the node is then foreign.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import fx
+from qsearch.models.convert_layers import convert_batch_norm, convert_conv2d, convert_linear
+from qsearch.models.graph import Node, Pool
+from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, foreign_slice, pair, place, shape_of
 
-from qsearch.models.graph import Conv, ForeignOp, Node, Parameters, Pool
+__all__ = ["CONVERTERS", "convert", "convert_element"]
 
-__all__ = ["CONVERTERS", "Builder", "foreign"]
-
-# fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
-FxNode = Any
-Converter = Callable[["Builder", FxNode], bool]
+Converter = Callable[[Builder, FxNode], bool]
+SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
 
 
-@dataclass
-class Builder:
-    """The layer graph while it is being imported.
-
-    Attributes:
-        constants: Placeholder name -> (parameter name, tensor).
-        nodes: Nodes so far.
-        values: fx node -> name of the node that holds its value.
-        folded: fx node -> tensor, for values that do not depend on the image.
-        parameters: Weights so far.
-    """
-
-    constants: dict[str, tuple[str, torch.Tensor]]
-    nodes: list[Node] = field(default_factory=list)
-    values: dict[fx.Node, str] = field(default_factory=dict)
-    folded: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-    parameters: Parameters = field(default_factory=Parameters)
-
-    def tensor(self, node: Any) -> torch.Tensor | None:
-        """The tensor of a parameter or folded constant, None for values that depend on the image."""
-        if not isinstance(node, fx.Node):
-            return None
-        return self.constants[node.name][1] if node.name in self.constants else self.folded.get(node)
-
-    def is_constant(self, node: FxNode) -> bool:
-        """True if no argument depends on the image."""
-        return all(self.tensor(source) is not None for source in node.all_input_nodes)
-
-    def fold(self, node: FxNode) -> None:
-        """Compute a constant now."""
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.tensor)
-        self.folded[node] = node.target(*arguments, **keywords)
-
-    def add(self, fx_node: FxNode, node: Node) -> bool:
-        """Append a node under a unique name and let `fx_node` stand for it."""
-        taken = {known.name for known in self.nodes}
-        name, count = node.name, 1
-        while name in taken:
-            count += 1
-            name = f"{node.name}#{count}"
-        self.nodes.append(replace(node, name=name))
-        self.values[fx_node] = name
-        return True
-
-    def alias(self, fx_node: FxNode, source: FxNode) -> bool:
-        """Let `fx_node` stand for the value of `source`."""
-        self.values[fx_node] = self.values[source]
-        return True
-
-    def select(self, node: FxNode, source: FxNode, index: int) -> None:
-        """Convert element `index` of an operator that returns a tuple."""
-        if self.is_constant(source):
-            if source not in self.folded:
-                self.fold(source)
-            self.folded[node] = self.folded[source][index]
-            return
-        if str(source.target) in SPLITS:
-            _slice(self, node, source, index)
-            return
-        converter = CONVERTERS.get(str(source.target)) if index == 0 else None
-        self.values.pop(source, None)
-        if converter is not None and converter(self, source):
-            self.values[node] = self.values.pop(source)
-        else:
-            foreign(self, source, index)
-            self.values[node] = self.values.pop(source)
+def convert(builder: Builder, node: FxNode) -> None:
+    """Convert one operator: by its own converter, or as a foreign one."""
+    converter = CONVERTERS.get(str(node.target))
+    if converter is None or not converter(builder, node):
+        foreign(builder, node)
 
 
-def place(node: FxNode) -> str:
-    """The user's module path of an operator, or 'path.operator' where the module holds several."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
-    leaf = isinstance(kind, str) and kind.startswith("torch.nn.modules.") and "container" not in kind
-    operator = str(node.target).split(".")[1] if "." in str(node.target) else node.name
-    return path if path and leaf else f"{path}.{operator}".lstrip(".")
-
-
-def shape_of(node: FxNode) -> tuple[int, ...]:
-    """Logical shape of an fx node's value."""
-    return tuple(int(extent) for extent in node.meta["val"].shape)
-
-
-def foreign(builder: Builder, node: FxNode, index: int = 0) -> bool:
-    """Keep an operator as it is: it will run in float through TVM's own legalisation."""
-    inputs: list[str] = []
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            constant = builder.tensor(value)
-            if constant is None:
-                inputs.append(builder.values[value])
-                return {"tensor": len(inputs) - 1}
-            name = builder.constants[value.name][0] if value.name in builder.constants else value.name
-            builder.parameters.constants[name] = constant.numpy()
-            return {"parameter": name}
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, (list, tuple)):
-            return [encode(item) for item in value]
-        return value if isinstance(value, (bool, int, float, str, type(None))) else None
-
-    call = {"args": encode(node.args), "kwargs": {key: encode(value) for key, value in node.kwargs.items()}, "output": index}
-    value = node.meta["val"]
-    shape = tuple(int(extent) for extent in (value[index] if isinstance(value, (tuple, list)) else value).shape)
-    operator = ForeignOp(str(node.target), json.dumps(call, sort_keys=True))
-    return builder.add(node, Node(place(node), "foreign", tuple(inputs), shape, foreign=operator))
-
-
-def _slice(builder: Builder, node: FxNode, source: FxNode, index: int) -> None:
-    """One part of a split is a slice: an operator with a single result."""
-    axis = int(argument(source, 2, "dim", 0))
-    lengths = [int(part.shape[axis]) for part in source.meta["val"]]
-    start = sum(lengths[:index])
-    call = {"args": [{"tensor": 0}, axis, start, start + lengths[index]], "kwargs": {}, "output": 0}
-    operator = ForeignOp("aten.slice.Tensor", json.dumps(call, sort_keys=True))
-    builder.add(node, Node(place(source), "foreign", (builder.values[source.args[0]],), shape_of(node), foreign=operator))
-
-
-def argument(node: FxNode, position: int, name: str, default: Any) -> Any:
-    """An argument by position or keyword."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """A one- or two-element list as a pair."""
-    values = [value] if isinstance(value, int) else list(value)
-    return (int(values[0]), int(values[-1]))
-
-
-def layer_name(builder: Builder, weight: FxNode) -> str:
-    """The user's module name: the weight's own name without its last part."""
-    name = builder.constants[weight.name][0] if weight.name in builder.constants else weight.name
-    return name.rpartition(".")[0] or name
-
-
-def _layer(
-    builder: Builder, node: FxNode, op: str, geometry: Conv, shape: tuple[int, ...] | None = None, source: FxNode | None = None
-) -> bool:
-    """Append a layer that reads `source` (its first argument by default) and has `shape` (its own by default)."""
-    weight, read = builder.tensor(node.args[1]), source or node.args[0]
-    if weight is None or read not in builder.values:
-        return False
-    bias = builder.tensor(argument(node, 2, "bias", None))
-    weight = weight.float()
-    weight = weight.reshape(*weight.shape, 1, 1) if op == "linear" else weight
-    name = layer_name(builder, node.args[1])
-    builder.add(node, Node(name, op, (builder.values[read],), shape or shape_of(node), conv=geometry))
-    name = builder.values[node]
-    builder.parameters.weight[name] = np.ascontiguousarray(weight.numpy())
-    builder.parameters.bias[name] = np.zeros(weight.shape[0], np.float32) if bias is None else bias.float().numpy().copy()
-    return True
-
-
-def _conv2d(builder: Builder, node: FxNode) -> bool:
-    kernel = shape_of(node.args[1])[2:]
-    dilation = pair(argument(node, 5, "dilation", 1))
-    padding = argument(node, 4, "padding", 0)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        own = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
-    else:
-        own = pair(0 if padding == "valid" else padding) * 2
-    stride, groups = pair(argument(node, 3, "stride", 1)), int(argument(node, 6, "groups", 1))
-    source, before = _without_padding(node.args[0])
-    sides = (own[0] + before[0], own[1] + before[1], own[2] + before[2], own[3] + before[3])
-    geometry = Conv((kernel[0], kernel[1]), stride, sides, dilation, groups)
-    return _layer(builder, node, "conv2d", geometry, source=source)
-
-
-def _without_padding(node: FxNode) -> tuple[fx.Node, tuple[int, int, int, int]]:
-    """See through a zero padding of height and width: the convolution does it itself, also where it is uneven."""
-    if str(node.target) not in ("aten.pad.default", "aten.constant_pad_nd.default") or len(node.args[1]) > 4:
-        return node, (0, 0, 0, 0)
-    mode, value = "constant", argument(node, 2, "value", 0)
-    if str(node.target) == "aten.pad.default":
-        mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
-    left, right, top, bottom = (*node.args[1], 0, 0)[:4]
-    if mode != "constant" or value or min(left, right, top, bottom) < 0:
-        return node, (0, 0, 0, 0)
-    return node.args[0], (top, left, bottom, right)
-
-
-def _linear(builder: Builder, node: FxNode) -> bool:
-    """Features are the last axis; four axes are seen as three, because four axes mean an image here."""
-    before, after = shape_of(node.args[0]), shape_of(node)
-    if len(before) != 4:
-        return _layer(builder, node, "linear", Conv())
-    source = builder.values.get(node.args[0])
-    if source is None:
-        return False
-    _view(builder, node, source, (before[0], before[1] * before[2], before[3]))
-    builder.values[node.args[0]], kept = builder.values[node], source
-    done = _layer(builder, node, "linear", Conv(), (after[0], after[1] * after[2], after[3]))
-    builder.values[node.args[0]] = kept
-    return done and _view(builder, node, builder.values[node], after)
-
-
-def _view(builder: Builder, node: FxNode, source: str, shape: tuple[int, ...]) -> bool:
-    """A foreign reshape of a value."""
-    call = {"args": [{"tensor": 0}, list(shape)], "kwargs": {}, "output": 0}
-    operator = ForeignOp("aten.view.default", json.dumps(call, sort_keys=True))
-    return builder.add(node, Node(f"{place(node)}.view", "foreign", (source,), shape, foreign=operator))
-
-
-def _batch_norm(builder: Builder, node: FxNode) -> bool:
-    """Fold into the convolution before, or become a 1x1 depthwise convolution where there is none to fold into."""
-    source = node.args[0]
-    gamma, beta, mean, variance = (_float64(builder.tensor(value)) for value in node.args[1:5])
-    if mean is None or variance is None or len(shape_of(source)) != 4:
-        return False
-    gamma = np.ones_like(mean) if gamma is None else gamma
-    beta = np.zeros_like(mean) if beta is None else beta
-    factor = gamma / np.sqrt(variance + float(node.args[6]))
-    previous = next((known for known in builder.nodes if known.name == builder.values[source]), None)
-    if previous is None or previous.op != "conv2d" or _read_elsewhere(builder, previous.name):
-        channels = shape_of(source)[1]
-        name = place(node)
-        builder.add(node, Node(name, "conv2d", (builder.values[source],), shape_of(source), conv=Conv(groups=channels)))
-        name = builder.values[node]
-        builder.parameters.weight[name] = np.ones((channels, 1, 1, 1), np.float32)
-        builder.parameters.bias[name] = np.zeros(channels, np.float32)
-    else:
-        name = previous.name
-        builder.alias(node, source)
-    weights, biases = builder.parameters.weight, builder.parameters.bias
-    weights[name] = (weights[name] * factor[:, None, None, None]).astype(np.float32)
-    biases[name] = ((biases[name] - mean) * factor + beta).astype(np.float32)
-    builder.parameters.norm[name] = (beta.astype(np.float32), np.abs(gamma).astype(np.float32))
-    return True
-
-
-def _float64(value: torch.Tensor | None) -> np.ndarray | None:
-    return None if value is None else value.double().numpy()
-
-
-def _read_elsewhere(builder: Builder, name: str) -> bool:
-    """True if any of the fx nodes that stand for a value has several readers."""
-    return any(len(node.users) > 1 for node, known in builder.values.items() if known == name)
+def convert_element(builder: Builder, node: FxNode, source: FxNode, index: int) -> None:
+    """Convert element `index` of an operator that returns a tuple; `node` is the getitem that wants it."""
+    if builder.is_constant(source):
+        if source not in builder.folded:
+            builder.fold(source)
+        builder.folded[node] = builder.folded[source][index]
+        return
+    if str(source.target) in SPLITS:
+        foreign_slice(builder, node, source, index)
+        return
+    converter = CONVERTERS.get(str(source.target)) if index == 0 else None
+    builder.values.pop(source, None)
+    if converter is None or not converter(builder, source):
+        foreign(builder, source, index)
+    builder.values[node] = builder.values.pop(source)
 
 
 def _activation(function: str) -> Converter:
@@ -392,13 +169,11 @@ def _identity(builder: Builder, node: FxNode) -> bool:
     return shape_of(node) == shape_of(node.args[0]) and builder.alias(node, node.args[0])
 
 
-SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
-
 CONVERTERS: dict[str, Converter] = {
-    "aten.conv2d.default": _conv2d,
-    "aten.conv2d.padding": _conv2d,
-    "aten.linear.default": _linear,
-    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
+    "aten.conv2d.default": convert_conv2d,
+    "aten.conv2d.padding": convert_conv2d,
+    "aten.linear.default": convert_linear,
+    "aten._native_batch_norm_legit_no_training.default": convert_batch_norm,
     "aten.relu.default": _clip(0.0, math.inf),
     "aten.relu6.default": _clip(0.0, 6.0),
     "aten.hardtanh.default": _clip(None, None),

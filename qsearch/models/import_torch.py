@@ -13,9 +13,10 @@ import torch
 from torch import fx, nn
 
 from qsearch.errors import UnsupportedModelError
-from qsearch.models.convert_ops import CONVERTERS, Builder, foreign
+from qsearch.models.convert_ops import convert, convert_element
 from qsearch.models.fuse import fuse
 from qsearch.models.graph import Graph, Model, Node
+from qsearch.models.graph_builder import Builder, FxNode
 from qsearch.models.interpret import interpret
 
 __all__ = ["import_model"]
@@ -98,20 +99,19 @@ def _placeholder(builder: Builder, program: torch.export.ExportedProgram, node: 
         builder.values[node] = "input"
 
 
-def _call(name: str, builder: Builder, node: Any) -> None:
+def _call(name: str, builder: Builder, node: FxNode) -> None:
     target = str(node.target)
     if target == "<built-in function getitem>":
         source, index = node.args
         # Tuple results are converted by their getitem, which knows which element is wanted.
-        builder.select(node, source, index)
+        convert_element(builder, node, source, index)
         return
     if isinstance(node.meta.get("val"), (tuple, list)):
         return
-    converter = CONVERTERS.get(target)
     if builder.is_constant(node):
         builder.fold(node)
-    elif converter is None or not converter(builder, node):
-        foreign(builder, node)
+    else:
+        convert(builder, node)
     value = node.meta.get("val")
     if node in builder.values and isinstance(value, torch.Tensor) and value.dtype != torch.float32:
         raise UnsupportedModelError(
@@ -136,8 +136,12 @@ def _check_same(model: Model, module: Any, example: torch.Tensor) -> None:
     with torch.no_grad():
         expected = torch.utils._pytree.tree_leaves(runnable(example))[0].float()
     found = interpret(model, example)
-    difference = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)
-    if not difference <= IMPORT_TOLERANCE:
+    # Where the module itself overflows on random numbers there is nothing to compare; real images are checked by the float pass.
+    known = torch.isfinite(expected)
+    agree = bool((torch.isfinite(found) == known).all())
+    found, expected = found[known], expected[known]
+    difference = (found - expected).abs().amax().item() / max(expected.abs().amax().item(), 1e-12) if len(expected) else 0.0
+    if not agree or not difference <= IMPORT_TOLERANCE:
         raise UnsupportedModelError(
             f"the layer graph of model {model.name!r} differs from the torch module by {difference:.2g} (relative); "
             "this is a gap in qsearch's import: please report the model"

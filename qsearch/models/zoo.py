@@ -200,7 +200,7 @@ def _load_factory(module_name: str, attribute: str, weights: str | Path | None, 
         home = importlib.import_module(module_name)
         factory = getattr(home, attribute)
         module = factory() if num_classes is None else factory(num_classes=num_classes)
-    except Exception as error:  # The user's code may raise anything; it is their message that helps.
+    except (Exception, SystemExit) as error:  # The user's code may raise anything; it is their message that helps.
         raise UnsupportedModelError(f"{source} cannot be built ({first_line(error)})") from error
     if not isinstance(module, nn.Module | ExportedProgram):
         raise UnsupportedModelError(f"{source} returned {type(module).__name__}, expected a torch.nn.Module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
 OBJECTIVE_VERSION = "1"
 MOST_ATTEMPTS = 3
 _IDENTITY = "identity"
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
 
 optuna.logging.set_verbosity(logging.WARNING)
 
@@ -56,7 +58,7 @@ class Identity:
     def shown(self, part: str) -> str:
         """A part as a person would recognise it."""
         value = self.parts.get(part, "nothing")
-        short = value[:12] if len(value) >= 32 else value
+        short = value[:12] if _DIGEST.fullmatch(value) else value
         return f"{self.labels[part]!r} ({short})" if part in self.labels else repr(short)
 
 

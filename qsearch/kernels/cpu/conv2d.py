@@ -10,138 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
+from qsearch.kernels.cpu.conv_pack import pack_constants, pack_weight
+from qsearch.kernels.cpu.conv_plan import PREFETCH_STEPS, ConvPlan
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import padded_copy, padded_image
-from qsearch.kernels.cpu.tile import Tile, choose_tile
 from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["conv2d"]
-
-# An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
-BLOCK_ABOVE_BYTES = 512 * 1024
-BLOCK_BYTES = 128 * 1024
-# Weights are prefetched this many steps ahead where few tiles reuse them.
-PREFETCH_STEPS = 8
-PREFETCH_BELOW_PIXELS = 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every static number of one convolution kernel.
-
-    Attributes:
-        key: The operation: shapes ((N, H, W, C), [residual], (N, OH, OW, O)).
-        isa: Instruction set.
-    """
-
-    key: OpKey
-    isa: Isa
-
-    @property
-    def integer(self) -> bool:
-        """True for uint8 x int8 -> int32, False for float32."""
-        return self.key.precision == "int8"
-
-    @property
-    def group(self) -> int:
-        """Elements of one contraction step."""
-        return self.isa.dot_group if self.integer else 1
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels of one convolution group."""
-        return self.key.shapes[0][3] // self.key.conv.groups
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels of one convolution group."""
-        return self.key.shapes[-1][3] // self.key.conv.groups
-
-    @cached_property
-    def segments(self) -> tuple[int, int, int]:
-        """(count, elements, distance) of the runs of adjacent input elements within a kernel row."""
-        conv, channels = self.key.conv, self.key.shapes[0][3]
-        if conv.groups == 1 and conv.dilation[1] == 1:
-            return 1, conv.kernel[1] * channels, 0
-        return conv.kernel[1], self.in_channels, conv.dilation[1] * channels
-
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        """(kernel rows, segments, groups of a segment): the contraction."""
-        count, elements, _ = self.segments
-        return self.key.conv.kernel[0], count, -(-elements // self.group)
-
-    @property
-    def columns(self) -> int:
-        """Vectors of output channels per convolution group."""
-        return -(-self.out_channels // self.isa.lanes)
-
-    @property
-    def column_weights(self) -> int:
-        """Weight elements of one column over the whole contraction."""
-        return int(np.prod(self.steps)) * self.isa.lanes * self.group
-
-    @property
-    def copies(self) -> bool:
-        """True if the image is copied: for padding, or because groups read beyond a segment."""
-        return any(self.key.conv.padding) or self.segments[1] % self.group != 0
-
-    @property
-    def flat(self) -> bool:
-        """True if output pixels map one to one onto input pixels, over the whole batch."""
-        conv = self.key.conv
-        return not self.copies and conv.kernel == (1, 1) and conv.stride == (1, 1)
-
-    @cached_property
-    def grid(self) -> tuple[int, int]:
-        """(rows, cols) of the output pixels of one image, or (all pixels, 1) where flat."""
-        n, height, width, _ = self.key.shapes[-1]
-        return (n * height * width, 1) if self.flat else (height, width)
-
-    @cached_property
-    def strides(self) -> tuple[int, int]:
-        """Input elements between adjacent output rows and output columns."""
-        _, _, width, channels = self.key.shapes[0]
-        if self.flat:
-            return channels, 0
-        return self.key.conv.stride[0] * self.row, self.key.conv.stride[1] * channels
-
-    @cached_property
-    def row(self) -> int:
-        """Input elements of one image row, padded where copied."""
-        _, height, width, channels = self.key.shapes[0]
-        if not self.copies:
-            return width * channels
-        return padded_image((height, width, channels), self.key.conv.padding, self.key.dtypes[0]).row
-
-    @cached_property
-    def tile(self) -> Tile:
-        """The register tile."""
-        return choose_tile(*self.grid, self.columns, self.isa)
-
-    @cached_property
-    def block_rows(self) -> int:
-        """Output rows walked for all channels before the next rows."""
-        rows, cols = self.grid
-        row_bytes = max(1, abs(self.strides[0])) * (4 if self.key.dtypes[0] == "float32" else 1)
-        if rows * row_bytes <= BLOCK_ABOVE_BYTES:
-            return rows
-        return min(rows, max(1, BLOCK_BYTES // row_bytes // self.tile.rows) * self.tile.rows)
-
-    @property
-    def prefetches(self) -> bool:
-        """True if weights stream and are worth fetching ahead."""
-        return self.grid[0] * self.grid[1] < PREFETCH_BELOW_PIXELS
 
 
 def conv2d(key: OpKey, isa: Isa) -> Kernel | None:
@@ -153,12 +37,12 @@ def conv2d(key: OpKey, isa: Isa) -> Kernel | None:
     """
     if key.kind != "conv2d" or key.precision not in ("fp32", "int8"):
         return None
-    plan = Plan(key, isa)
+    plan = ConvPlan(key, isa)
     image = key.shapes[0][1:]
     workspace = padded_image(image, key.conv.padding, key.dtypes[0]).bytes if plan.copies else 0
     variant = (isa.name, plan.tile, plan.block_rows)
     return Kernel(
-        key, variant, lambda s: _generate(plan, s), lambda c: _pack(plan, c), workspace, lambda w: _pack_weight(plan, w)
+        key, variant, lambda s: _generate(plan, s), lambda c: pack_constants(plan, c), workspace, lambda w: pack_weight(plan, w)
     )
 
 
@@ -175,7 +59,7 @@ class _Buffers:
     output: tirx.Buffer
 
 
-def _declare(plan: Plan) -> _Buffers:
+def _declare(plan: ConvPlan) -> _Buffers:
     key, lanes = plan.key, plan.isa.lanes
     kinds = ("int8", "int32") if plan.integer else ("float32", "float32")
     total = key.conv.groups * plan.columns
@@ -190,7 +74,7 @@ def _declare(plan: Plan) -> _Buffers:
     return _Buffers(source, residual, weight, bias, multiplier, arguments, output)
 
 
-def _generate(plan: Plan, symbol: str) -> tirx.PrimFunc:
+def _generate(plan: ConvPlan, symbol: str) -> tirx.PrimFunc:
     def body() -> None:
         buffers = _declare(plan)
         images, height, width, channels = plan.key.shapes[0]
@@ -204,7 +88,7 @@ def _generate(plan: Plan, symbol: str) -> tirx.PrimFunc:
     return kernel(symbol, body)
 
 
-def _one_image(plan: Plan, buffers: _Buffers, source_base: Expr | int, output_base: Expr | int) -> None:
+def _one_image(plan: ConvPlan, buffers: _Buffers, source_base: Expr | int, output_base: Expr | int) -> None:
     source = buffers.source
     if plan.copies:
         fill = tirx.const(0.0, "float32")
@@ -225,7 +109,7 @@ def _one_image(plan: Plan, buffers: _Buffers, source_base: Expr | int, output_ba
 class _Walk:
     """The loops over one image's output."""
 
-    plan: Plan
+    plan: ConvPlan
     buffers: _Buffers
     source: tirx.Buffer
     source_base: Expr | int
@@ -366,49 +250,3 @@ def _prefetch(buffer: tirx.Buffer, index: Expr) -> None:
     """Fetch a weight line for reading into every cache level; addresses beyond the end are harmless."""
     address = T.address_of(tirx.BufferLoad(buffer, [index]))
     T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(i, "int32") for i in (0, 3, 1))))
-
-
-def _pack(plan: Plan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Bias and multiplier by group, column and lane; then the scalars."""
-    channel, used = _channels(plan)
-    rows = []
-    for name in ("bias", "multiplier") if plan.integer else ("bias",):
-        per_group = constants[name].reshape(plan.key.conv.groups, plan.out_channels)
-        rows.append(np.where(used, per_group[:, channel], 0).astype(per_group.dtype).ravel())
-    return (*rows, constants["integers"], constants["floats"])
-
-
-def _channels(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, lanes): the output channel of every lane, and whether the lane is used at all."""
-    lanes = plan.isa.lanes
-    channel = np.arange(plan.columns * lanes).reshape(plan.columns, lanes)
-    if plan.out_channels >= lanes:
-        channel[-1] = np.arange(plan.out_channels - lanes, plan.out_channels)
-    used = channel < plan.out_channels
-    return np.where(used, channel, 0), used
-
-
-def _pack_weight(plan: Plan, weight: np.ndarray) -> np.ndarray:
-    """Lay weights out in the order the kernel reads them: group, chunk of columns, step, column, lane, element.
-
-    Args:
-        plan: The kernel.
-        weight: int8 or float32 (O, kh, kw, I/groups).
-
-    Returns:
-        Flat array, zero where a column or a contraction group is incomplete.
-    """
-    channel, used = _channels(plan)
-    groups, (rows, count, steps) = plan.key.conv.groups, plan.steps
-    elements = plan.segments[1]
-    dense = weight.reshape(groups, plan.out_channels, rows, count, elements)
-    padded = np.zeros((*dense.shape[:-1], steps * plan.group), weight.dtype)
-    padded[..., :elements] = dense
-    columns = padded[:, channel] * used[None, :, :, None, None, None].astype(weight.dtype)
-    columns = columns.reshape(groups, plan.columns, plan.isa.lanes, rows * count * steps, plan.group)
-    chunks = []
-    for g in range(groups):
-        for first in range(0, plan.columns, plan.tile.columns):
-            chunk = columns[g, first : first + plan.tile.columns]
-            chunks.append(chunk.transpose(2, 0, 1, 3).ravel())
-    return np.concatenate(chunks)

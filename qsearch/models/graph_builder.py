@@ -1,0 +1,137 @@
+"""The layer graph while it is being imported, and the vocabulary that converters share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from qsearch.models.graph import ForeignOp, Node, Parameters
+
+__all__ = ["Builder", "FxNode", "argument", "foreign", "foreign_slice", "foreign_view", "pair", "place", "shape_of"]
+
+# fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
+FxNode = Any
+
+
+@dataclass
+class Builder:
+    """The layer graph while it is being imported.
+
+    Attributes:
+        constants: Placeholder name -> (parameter name, tensor).
+        nodes: Nodes so far.
+        values: fx node -> name of the node that holds its value.
+        folded: fx node -> tensor, for values that do not depend on the image.
+        parameters: Weights so far.
+    """
+
+    constants: dict[str, tuple[str, torch.Tensor]]
+    nodes: list[Node] = field(default_factory=list)
+    values: dict[fx.Node, str] = field(default_factory=dict)
+    folded: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=Parameters)
+
+    def tensor(self, node: Any) -> torch.Tensor | None:
+        """The tensor of a parameter or folded constant, None for values that depend on the image."""
+        if not isinstance(node, fx.Node):
+            return None
+        return self.constants[node.name][1] if node.name in self.constants else self.folded.get(node)
+
+    def is_constant(self, node: FxNode) -> bool:
+        """True if no argument depends on the image."""
+        return all(self.tensor(source) is not None for source in node.all_input_nodes)
+
+    def fold(self, node: FxNode) -> None:
+        """Compute a constant now."""
+        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.tensor)
+        self.folded[node] = node.target(*arguments, **keywords)
+
+    def add(self, fx_node: FxNode, node: Node) -> bool:
+        """Append a node under a unique name and let `fx_node` stand for it."""
+        taken = {known.name for known in self.nodes}
+        name, count = node.name, 1
+        while name in taken:
+            count += 1
+            name = f"{node.name}#{count}"
+        self.nodes.append(replace(node, name=name))
+        self.values[fx_node] = name
+        return True
+
+    def alias(self, fx_node: FxNode, source: FxNode) -> bool:
+        """Let `fx_node` stand for the value of `source`."""
+        self.values[fx_node] = self.values[source]
+        return True
+
+
+def place(node: FxNode) -> str:
+    """The user's module path of an operator, or 'path.operator' where the module holds several."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path, kind = stack[-1] if stack else ("", "")
+    leaf = isinstance(kind, str) and kind.startswith("torch.nn.modules.") and "container" not in kind
+    operator = str(node.target).split(".")[1] if "." in str(node.target) else node.name
+    return path if path and leaf else f"{path}.{operator}".lstrip(".")
+
+
+def shape_of(node: FxNode) -> tuple[int, ...]:
+    """Logical shape of an fx node's value."""
+    return tuple(int(extent) for extent in node.meta["val"].shape)
+
+
+def foreign(builder: Builder, node: FxNode, index: int = 0) -> bool:
+    """Keep an operator as it is: it will run in float through TVM's own legalisation."""
+    inputs: list[str] = []
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            constant = builder.tensor(value)
+            if constant is None:
+                inputs.append(builder.values[value])
+                return {"tensor": len(inputs) - 1}
+            name = builder.constants[value.name][0] if value.name in builder.constants else value.name
+            builder.parameters.constants[name] = constant.numpy()
+            return {"parameter": name}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, (list, tuple)):
+            return [encode(item) for item in value]
+        return value if isinstance(value, (bool, int, float, str, type(None))) else None
+
+    call = {"args": encode(node.args), "kwargs": {key: encode(value) for key, value in node.kwargs.items()}, "output": index}
+    value = node.meta["val"]
+    shape = tuple(int(extent) for extent in (value[index] if isinstance(value, (tuple, list)) else value).shape)
+    operator = ForeignOp(str(node.target), json.dumps(call, sort_keys=True))
+    return builder.add(node, Node(place(node), "foreign", tuple(inputs), shape, foreign=operator))
+
+
+def foreign_slice(builder: Builder, node: FxNode, source: FxNode, index: int) -> None:
+    """One part of a split is a slice: an operator with a single result."""
+    axis = int(argument(source, 2, "dim", 0))
+    lengths = [int(part.shape[axis]) for part in source.meta["val"]]
+    start = sum(lengths[:index])
+    call = {"args": [{"tensor": 0}, axis, start, start + lengths[index]], "kwargs": {}, "output": 0}
+    operator = ForeignOp("aten.slice.Tensor", json.dumps(call, sort_keys=True))
+    builder.add(node, Node(place(source), "foreign", (builder.values[source.args[0]],), shape_of(node), foreign=operator))
+
+
+def argument(node: FxNode, position: int, name: str, default: Any) -> Any:
+    """An argument by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A one- or two-element list as a pair."""
+    values = [value] if isinstance(value, int) else list(value)
+    return (int(values[0]), int(values[-1]))
+
+
+def foreign_view(builder: Builder, node: FxNode, source: str, shape: tuple[int, ...]) -> bool:
+    """A foreign reshape of a value."""
+    call = {"args": [{"tensor": 0}, list(shape)], "kwargs": {}, "output": 0}
+    operator = ForeignOp("aten.view.default", json.dumps(call, sort_keys=True))
+    return builder.add(node, Node(f"{place(node)}.view", "foreign", (source,), shape, foreign=operator))
