@@ -17,6 +17,7 @@ __all__ = [
     "StudyError",
     "StudyMismatchError",
     "TargetMismatchError",
+    "ToolchainError",
     "TrialError",
     "UnsupportedModelError",
     "UsageError",
@@ -65,6 +66,10 @@ class BuildError(TrialError):
 
 class MeasureError(TrialError):
     """A compiled module could not be run or measured."""
+
+
+class ToolchainError(QSearchError):
+    """A tool that every trial needs is missing."""
 
 
 class StudyError(QSearchError):

@@ -8,8 +8,10 @@ of the code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from qsearch.build.target import Target
-from qsearch.errors import BuildError
+from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
 
 __all__ = ["CompiledKernel", "KernelCache", "kernel_symbol", "link_shared"]
+
+# Less than this left on the disk explains a failed link.
+LEAST_FREE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class KernelCache:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BuildError(f"cannot create the kernel cache {directory}: {error.strerror}; pass another --cache") from error
+            raise UsageError(
+                f"cannot create the kernel cache {directory}: {error.strerror}; run qsearch in a folder you can write to"
+            ) from error
 
     def get(self, kernels: Iterable[tuple[str, Kernel]]) -> dict[str, CompiledKernel]:
         """Compile what is missing, load what is not loaded.
@@ -85,7 +92,8 @@ class KernelCache:
             Symbol -> compiled kernel.
 
         Raises:
-            BuildError: A kernel does not compile, or the cache cannot be written.
+            BuildError: A kernel does not compile.
+            OSError: The cache cannot be written; that is no configuration's fault, so it is no TrialError.
         """
         wanted = dict(kernels)
         missing = {symbol: kernel for symbol, kernel in wanted.items() if symbol not in self._loaded and not self._load(symbol)}
@@ -115,15 +123,12 @@ class KernelCache:
         import tvm
 
         target = self.target.tvm()
-        try:
-            with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
-                scratch = Path(scratch_name)
-                for symbol, kernel in kernels.items():
-                    module = tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target)
-                    module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
-                self._publish(scratch, list(kernels))
-        except OSError as error:
-            raise BuildError(f"cannot write the kernel cache {self.directory}: {error.strerror}; free some space") from error
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
+            scratch = Path(scratch_name)
+            for symbol, kernel in kernels.items():
+                module = tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target)
+                module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
+            self._publish(scratch, list(kernels))
         for symbol in kernels:
             if not self._load(symbol):
                 raise BuildError(f"kernel {symbol} vanished from the cache {self.directory} while it was being written")
@@ -142,13 +147,17 @@ def link_shared(output: Path, objects: list[Path]) -> None:
     """Link object files into a shared library.
 
     Raises:
-        BuildError: No C++ compiler is installed, or linking fails.
+        BuildError: Linking fails.
+        ToolchainError: No C++ compiler is installed.
+        OSError: The disk is full.
     """
     from tvm.support import cc
 
     if not cc.get_cc():
-        raise BuildError("no C++ compiler found to link kernels with: install g++ or clang, or set CXX")
+        raise ToolchainError("no C++ compiler found to link kernels with: install g++ or clang++, or set CXX to one")
     try:
         cc.create_shared(str(output), [str(path) for path in objects])
     except RuntimeError as error:
+        if shutil.disk_usage(output.parent).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output)) from error
         raise BuildError(f"linking {output.name} failed: {str(error).strip().splitlines()[-1]}") from error

@@ -18,25 +18,36 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory to write; with --all, one directory per trial inside it.")],
     storage: Storage = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial; default: --pick.")] = None,
-    pick: Annotated[str, typer.Option(help="knee, fastest, smallest or most-accurate.")] = "knee",
+    pick: Annotated[str | None, typer.Option(help="knee, fastest, smallest or most-accurate.", show_default="knee")] = None,
     max_loss_pp: Annotated[float | None, typer.Option(help="Pick only among points that lose at most this much top-1.")] = None,
     all_points: Annotated[bool, typer.Option("--all", help="Export every point of the front.")] = False,
     json: Json = False,
 ) -> None:
     """Export a trial: the compiled module with everything needed to run and check it."""
+    from qsearch.errors import UsageError
+    from qsearch.export.bundle import require_vacant
     from qsearch.report.documents import baseline_of, settings_of
     from qsearch.search.front import pick as pick_point
     from qsearch.search.front import study_front, study_point
     from qsearch.search.study import load_study, recorded_parts
 
+    chosen = {"--trial": trial is not None, "--pick": pick is not None, "--all": all_points}
+    given = [option for option, is_given in chosen.items() if is_given]
+    if len(given) > 1 or (max_loss_pp is not None and given in (["--trial"], ["--all"])):
+        given += [] if max_loss_pp is None else ["--max-loss-pp"]
+        raise UsageError(f"{' and '.join(given)} contradict each other: give one of --trial, --all, or --pick with --max-loss-pp")
     handle = load_study(study, storage)
     with handle.guard():
         front, baseline = study_front(handle.study), baseline_of(handle)
         if trial is not None:
             points = [study_point(handle.study, trial)]
         else:
-            points = list(front) if all_points and front else [pick_point(front, pick, max_loss_pp)]
+            points = list(front) if all_points and front else [pick_point(front, pick or "knee", max_loss_pp)]
         settings, parts = settings_of(handle), recorded_parts(handle.study)
+    directories = [out / f"trial-{point.trial}" if all_points else out for point in points]
+    for directory in directories:
+        # Said before the model is loaded, and before the first of many bundles is written.
+        require_vacant(directory)
     with stdout_reserved():
         from qsearch.export.from_study import check_identity, export_point
         from qsearch.search.objective import prepare_evaluator
@@ -45,8 +56,7 @@ def export(
         check_identity(study, parts, evaluator.identity)
         assert baseline is not None
         rows = []
-        for point in points:
-            directory = out / f"trial-{point.trial}" if all_points else out
+        for point, directory in zip(points, directories, strict=True):
             rows.append(export_point(evaluator, point, baseline, directory))
             say(f"trial {point.trial} -> {directory} ({rows[-1]['module_bytes']:,} bytes)")
     if json:

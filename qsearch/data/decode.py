@@ -58,7 +58,7 @@ def open_image(path: Path) -> Image.Image:
             image.load()
             return image
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist; correct the path or remove its row") from None
+        raise DataError(f"{path} does not exist; correct the path") from None
     except _DAMAGED as error:
         raise DataError(f"{path} is not a readable image ({error}); replace or remove the file") from error
 

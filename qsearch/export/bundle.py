@@ -26,7 +26,7 @@ from qsearch.errors import BundleError
 from qsearch.export import runner
 from qsearch.quantize.program import Program
 
-__all__ = ["BundleContent", "write_bundle"]
+__all__ = ["BundleContent", "require_vacant", "write_bundle"]
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 
@@ -83,8 +83,7 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
         BundleError: The directory is taken or cannot be written.
         BuildError: The module does not link.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise BundleError(f"{directory} exists and is not an empty directory; choose another --out")
+    require_vacant(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".bundle-") as scratch_name:
@@ -98,6 +97,23 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
         raise BundleError(
             f"cannot write bundle {directory}: {error.strerror or error}; free some space or choose another --out"
         ) from error
+
+
+def require_vacant(directory: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        BundleError: The directory is taken, or lies in a bundle.
+    """
+    try:
+        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        inside = next((parent for parent in directory.absolute().parents if (parent / "manifest.json").exists()), None)
+    except OSError as error:
+        raise BundleError(f"cannot write bundle {directory}: {error.strerror}; choose another --out") from error
+    if taken:
+        raise BundleError(f"{directory} exists and is not an empty directory; choose another --out")
+    if inside is not None:
+        raise BundleError(f"{directory} lies inside the bundle {inside}; choose another --out")
 
 
 def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:

@@ -197,9 +197,11 @@ def _load_factory(module_name: str, attribute: str, weights: str | Path | None, 
         # As with `python -m`: the user's own files are importable.
         sys.path.insert(0, os.getcwd())
     try:
-        home = importlib.import_module(module_name)
+        home = _import_home(module_name)
         factory = getattr(home, attribute)
         module = factory() if num_classes is None else factory(num_classes=num_classes)
+    except UnsupportedModelError:
+        raise
     except (Exception, SystemExit) as error:  # The user's code may raise anything; it is their message that helps.
         raise UnsupportedModelError(f"{source} cannot be built ({first_line(error)})") from error
     if not isinstance(module, nn.Module | ExportedProgram):
@@ -211,6 +213,23 @@ def _load_factory(module_name: str, attribute: str, weights: str | Path | None, 
         preprocessing = _preprocessing_from(preprocessing, source)
     classes = getattr(home, "CLASSES", None)
     return _Found(module, preprocessing, None if classes is None else tuple(map(str, classes)))
+
+
+def _import_home(module_name: str) -> Any:
+    """Import the user's module.
+
+    Raises:
+        UnsupportedModelError: It is not on the path.
+    """
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UnsupportedModelError(
+            f"there is no Python module {error.name!r} here: run the command in the folder that holds it, or put that folder "
+            "on PYTHONPATH"
+        ) from error
 
 
 def _load_file(path: Path, weights: str | Path | None, num_classes: int | None) -> _Found:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tvm.support import cc
 
 from qsearch.build.cache import KernelCache
 from qsearch.build.link import CompiledModule, Linker
-from qsearch.build.target import Target, open_target
+from qsearch.build.target import Target
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
 from qsearch.config import QuantConfig
 from qsearch.data import Dataset, Preprocessing, load_dataset
-from qsearch.errors import CalibrationError, DataError
+from qsearch.errors import BuildError, CalibrationError, DataError, StudyError, TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import measure_interleaved, measure_latency
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
@@ -31,8 +33,10 @@ from qsearch.models.graph import Graph, Model
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import LoadedModel, load_model
 from qsearch.quantize.lower import lower
+from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.evaluator import Progress, Settings
+from qsearch.search.requirements import check_classes, open_local_target, require_room
 
 __all__ = ["ModelEvaluator", "open_evaluator"]
 
@@ -58,16 +62,17 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
 
 def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
+    target = open_local_target(settings.target)
     progress(f"loading model {settings.model}")
     loaded = load_model(settings.model, settings.weights)
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing
     dataset = open_dataset(settings, loaded, preprocessing)
     progress(f"importing model {settings.model}")
     model = import_model(settings.model, loaded.module, (1, *preprocessing.shape))
-    check_classes(model, dataset)
+    check_classes(model, loaded.classes, dataset)
     if model.graph.foreign:
         progress(foreign_notice(model.graph))
-    return ModelEvaluator(settings, model, dataset, open_target(settings.target), progress)
+    return ModelEvaluator(settings, model, dataset, target, progress)
 
 
 def read_preprocessing(path: Path) -> Preprocessing:
@@ -94,20 +99,6 @@ def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preproc
         raise DataError(f"model {settings.model!r} brings no images: pass a directory of labelled images with --data")
     source = "demo" if settings.data is None else settings.data
     return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
-
-
-def check_classes(model: Model, dataset: Dataset) -> None:
-    """Refuse labels that the model has no output for.
-
-    Raises:
-        DataError: A label is out of range.
-    """
-    outputs = model.graph.by_name[model.graph.output].shape[1]
-    if len(dataset.classes) > outputs:
-        raise DataError(
-            f"data {dataset.name!r} has {len(dataset.classes)} classes, but model {model.name!r} has {outputs} outputs; "
-            "use images of the model's own classes"
-        )
 
 
 def foreign_notice(graph: Graph) -> str:
@@ -162,8 +153,13 @@ class ModelEvaluator:
         return self._baseline
 
     def measure_baseline(self) -> None:
-        """Measure the float module; every loss is counted against it."""
-        self._baseline = self.evaluate(FLOAT)
+        """Measure the float module; every loss is counted against it.
+
+        Raises:
+            UnsupportedModelError: It cannot be built or measured.
+        """
+        with self._of_float():
+            self._baseline = self.evaluate(FLOAT)
 
     def compile(self, config: QuantConfig) -> CompiledModule:
         """Lower and link one configuration.
@@ -171,7 +167,29 @@ class ModelEvaluator:
         Raises:
             TrialError: It cannot be quantized or built.
         """
-        return self.linker.build(lower(self.model, config, self.ranges(config), self.weights))
+        return self._build(lower(self.model, config, self.ranges(config), self.weights))
+
+    def _build(self, program: Program) -> CompiledModule:
+        """Link a program, telling a failure of the machine, which stops the study, from one of the program."""
+        require_room(self.settings.cache_dir)
+        try:
+            return self.linker.build(program)
+        except BuildError as error:
+            if isinstance(error.__cause__, OSError) or not cc.get_cc():
+                raise StudyError(f"{error}; then run the same command again, nothing that was finished is lost") from error
+            require_room(self.settings.cache_dir)
+            raise
+
+    @contextmanager
+    def _of_float(self) -> Iterator[None]:
+        """Say of a failure inside the block that it is not a matter of quantization."""
+        try:
+            yield
+        except TrialError as error:
+            raise UnsupportedModelError(
+                f"model {self.model.name!r} fails in float already: {error}. Replace that part of the model, or keep it out of "
+                "what is exported"
+            ) from error
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration, computed once per calibration."""
@@ -196,7 +214,7 @@ class ModelEvaluator:
         clock = _Clock()
         program = lower(self.model, config, self.ranges(config), self.weights)
         clock.lap("lower")
-        module = self.linker.build(program)
+        module = self._build(program)
         clock.lap("build")
         machine = module.open()
         latency = measure_latency(machine, self.images("search")[:1])
@@ -218,8 +236,10 @@ class ModelEvaluator:
         Returns:
             Name -> latency, memory, accuracy, and float's latency over this one's.
         """
+        with self._of_float():
+            reference = self.compile(FLOAT)
+            self.float_logits(part)
         modules = {name: self.compile(config) for name, config in configs.items()}
-        reference = self.compile(FLOAT)
         machines = [module.open() for module in (reference, *modules.values())]
         image = self.images(part)[:1]
         float_latency, *latencies = measure_interleaved(machines, image)
@@ -254,7 +274,7 @@ class ModelEvaluator:
         """The record of the float pass, kept between runs."""
         key = f"{self.model.fingerprint[:16]}-{self.dataset.fingerprint[:16]}"
         path = self.settings.cache_dir / "statistics" / f"{key}.npz"
-        if path.exists():
+        if path.is_file():
             try:
                 record = load_record(path)
                 if record.model_fingerprint == self.model.fingerprint:
@@ -264,7 +284,6 @@ class ModelEvaluator:
         images = self.images("calibration")
         self.progress(f"float pass over {len(images)} calibration images")
         record = observe(self.model, images, OBSERVE_BATCH)
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_record(record, path)
         return record
 

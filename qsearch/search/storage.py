@@ -75,7 +75,10 @@ def database_file(url: str) -> Path | None:
         return None
     if not parsed.database or parsed.database == ":memory:":
         raise UsageError(f"storage {url!r} keeps nothing; give a file: sqlite:///studies/NAME.db")
-    return Path(parsed.database)
+    file = Path(parsed.database)
+    if file.is_dir():
+        raise UsageError(f"storage {url!r} is a directory; give a file in it: sqlite:///{file / 'NAME.db'}")
+    return file
 
 
 def artifact_folder(study: str, url: str) -> Path:
@@ -115,8 +118,12 @@ def storage_errors(url: str) -> Iterator[None]:
     """Turn a failure of the database into one StudyError that says what to do."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise StudyError(f"storage {shown_url(url)} needs the Python package {error.name!r}; install it") from error
+    except ImportError as error:
+        # Optuna hides which one behind a message of its own.
+        cause = error.__cause__ or error.__context__
+        name = next((one.name for one in (error, cause) if isinstance(one, ImportError) and one.name), None)
+        package = f"the Python package {name!r}" if name else "a database driver that is not installed"
+        raise StudyError(f"storage {shown_url(url)} needs {package}; install it") from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as error:
         raise StudyError(f"cannot use storage {shown_url(url)}: {_reason(error)}") from error
 

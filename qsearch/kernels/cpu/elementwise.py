@@ -109,19 +109,27 @@ def lookup(key: OpKey, isa: Isa) -> Kernel | None:
     """Describe a 256-entry table lookup, q = table[a]; None for another operation."""
     if key.kind != "lookup":
         return None
-    size = int(np.prod(key.shapes[0]))
 
     def generate(symbol: str) -> tirx.PrimFunc:
-        def body() -> None:
-            source = T.arg("source", T.Buffer((size,), "uint8"))
-            table = T.arg("table", T.Buffer((256,), "uint8"))
-            output = T.arg("output", T.Buffer((size,), "uint8"))
-            with T.serial(0, size) as i:
-                store(output, i, load(table, cast(load(source, i), "int32", 1)))
+        return kernel(symbol, lambda: _lookup(int(np.prod(key.shapes[0])), isa))
 
-        return kernel(symbol, body)
+    return Kernel(key, (isa.name,), generate, lambda constants: (constants["table"],))
 
-    return Kernel(key, ("scalar",), generate, lambda constants: (constants["table"],))
+
+def _lookup(size: int, isa: Isa) -> None:
+    source = T.arg("source", T.Buffer((size,), "uint8"))
+    table = T.arg("table", T.Buffer((256,), "uint8"))
+    output = T.arg("output", T.Buffer((size,), "uint8"))
+    whole = size // 64 if isa.permutes_bytes else 0
+    if whole:
+        # Two 128-byte permutations, one per half of the table; the index's top bit chooses.
+        quarters = [load(table, 64 * i, 64) for i in range(4)]
+        with T.serial(0, whole) as i:
+            values = load(source, i * 64, 64)
+            low, high = (isa.permute_bytes(quarters[half], values, quarters[half + 1]) for half in (0, 2))
+            store(output, i * 64, tirx.Select(values < constant(128, "uint8", 64), low, high), 64)
+    with T.serial(0, size - 64 * whole) as i:
+        store(output, 64 * whole + i, load(table, cast(load(source, 64 * whole + i), "int32", 1)))
 
 
 def multiply_broadcast(key: OpKey, isa: Isa) -> Kernel | None:

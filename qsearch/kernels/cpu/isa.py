@@ -6,12 +6,12 @@ how many products one integer dot step sums, and which registers a tile may fill
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
 
-__all__ = ["AVX512_VNNI", "ISAS", "PORTABLE", "Isa"]
+__all__ = ["AVX512_VBMI", "AVX512_VNNI", "ISAS", "PORTABLE", "Isa"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Isa:
     registers: int
     dot_group: int
     features: tuple[str, ...] = ()
+
+    @property
+    def permutes_bytes(self) -> bool:
+        """True if `permute_bytes` is one instruction."""
+        return "avx512vbmi" in self.features
 
     def dot(self, accumulator: Expr, activations: Expr, weights: Expr) -> Expr:
         """Add `dot_group` products to every int32 lane.
@@ -60,6 +65,17 @@ class Isa:
             return _llvm("llvm.x86.avx512.vpdpwssd.512", kind, accumulator, pair_a, pair_b)
         return accumulator + a * b
 
+    def permute_bytes(self, low: Expr, indices: Expr, high: Expr) -> Expr:
+        """Pick bytes of a 128-byte table by the low seven bits of 64 indices; only where `permutes_bytes`.
+
+        Args:
+            low: uint8 x 64, entries 0 to 63.
+            indices: uint8 x 64.
+            high: uint8 x 64, entries 64 to 127.
+        """
+        operands = (tirx.reinterpret("int8x64", operand) for operand in (low, indices, high))
+        return tirx.reinterpret("uint8x64", _llvm("llvm.x86.avx512.vpermi2var.qi.512", "int8x64", *operands))
+
     def round_to_int(self, value: Expr, lanes: int) -> Expr:
         """Round float32 x lanes half to even; |value| < 2**31."""
         if self.lanes == 16 and lanes == 16:
@@ -72,10 +88,12 @@ class Isa:
 
 
 AVX512_VNNI = Isa("avx512vnni", 16, 32, 4, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"))
+# Adds permutations of whole vectors of bytes: table lookups sixty-four at a time.
+AVX512_VBMI = replace(AVX512_VNNI, name="avx512vbmi", features=(*AVX512_VNNI.features, "avx512vbmi"))
 PORTABLE = Isa("portable", 8, 16, 1)
 
 # The first whose features the target has is used; the last needs none.
-ISAS = (AVX512_VNNI, PORTABLE)
+ISAS = (AVX512_VBMI, AVX512_VNNI, PORTABLE)
 
 
 def _llvm(name: str, dtype: str, *arguments: Expr) -> Expr:

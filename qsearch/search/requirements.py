@@ -1,0 +1,87 @@
+"""What must hold before a module is measured: a target this machine runs, labels the model knows, room on the disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from qsearch.build.target import Target, host_flags, open_target
+from qsearch.data import Dataset
+from qsearch.errors import DataError, StudyError, UnsupportedModelError, UsageError
+from qsearch.models.graph import Model
+
+__all__ = ["LEAST_FREE_BYTES", "check_classes", "open_local_target", "require_room"]
+
+# Objects and libraries of all kernels of a large model that are missing from the cache, with a margin.
+LEAST_FREE_BYTES = 32_000_000
+
+
+def open_local_target(name: str) -> Target:
+    """Resolve a target whose modules this machine can run, since every trial is measured on it.
+
+    Raises:
+        UsageError: There is no such target, or it has instructions that this machine lacks.
+    """
+    target = open_target(name)
+    here = {re.sub(r"[._-]", "", flag) for flag in host_flags()}
+    missing = [flag for flag in target.cpu_flags if here and flag not in here]
+    if missing:
+        raise UsageError(
+            f"target {name!r} has instructions that this machine lacks ({', '.join(missing)}), so its modules cannot be measured "
+            "here; use llvm (this machine), portable, or run the command on such a machine"
+        )
+    return target
+
+
+def check_classes(model: Model, classes: tuple[str, ...] | None, dataset: Dataset) -> None:
+    """Refuse labels that the model has no output for, and class names that cannot be told which output is theirs.
+
+    Args:
+        model: The model.
+        classes: Its class names; None where it brings none.
+        dataset: The images.
+
+    Raises:
+        DataError: A label is out of range, or names and outputs do not match.
+        UnsupportedModelError: The model's class names are not those of its outputs.
+    """
+    outputs = model.graph.by_name[model.graph.output].shape[1]
+    if classes is not None and len(classes) != outputs:
+        raise UnsupportedModelError(
+            f"model {model.name!r} brings {len(classes)} class names for {outputs} outputs; give it one name per output, or none"
+        )
+    indices = dataset.listing.labels.indices
+    stray = next((position for position, index in enumerate(indices) if index >= outputs), None)
+    if stray is not None:
+        label, where = dataset.classes[indices[stray]], f"{dataset.name}/{dataset.listing.names[stray]}"
+        raise DataError(
+            f"{where}: label {label!r} is out of range; model {model.name!r} has {outputs} outputs, classes 0 to {outputs - 1}. "
+            "Correct the label or remove the image"
+        )
+    numbered = dataset.classes == tuple(str(index) for index in range(len(dataset.classes)))
+    if classes is None and not numbered and len(dataset.classes) != outputs:
+        raise DataError(
+            f"data {dataset.name!r} names {len(dataset.classes)} classes ({dataset.classes[0]!r} and so on), but model "
+            f"{model.name!r} has {outputs} outputs without names; label the images by output, 0 to {outputs - 1}"
+        )
+
+
+def require_room(folder: Path) -> None:
+    """Refuse to compile on a nearly full disk: LLVM ends the process when it cannot write an object file.
+
+    Args:
+        folder: Where kernels are kept; the folder for temporary files, where they are linked, is looked at too.
+
+    Raises:
+        StudyError: There is no room.
+    """
+    for place in (folder, Path(tempfile.gettempdir())):
+        nearest = next(parent for parent in (place.resolve(), *place.resolve().parents) if parent.exists())
+        free = shutil.disk_usage(nearest).free
+        if free < LEAST_FREE_BYTES:
+            raise StudyError(
+                f"the disk is full: {free / 1e6:.1f} MB are free in {nearest}, {LEAST_FREE_BYTES / 1e6:.0f} MB are needed to "
+                "compile; free some space and run the same command again, nothing that was finished is lost"
+            )

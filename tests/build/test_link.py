@@ -1,0 +1,146 @@
+"""Whole modules: what is linked computes what the reference computes, and survives export, caches and damage."""
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, images, network, ranges_of
+
+from qsearch.build.cache import KernelCache
+from qsearch.build.foreign import run_foreign
+from qsearch.build.link import Linker
+from qsearch.build.target import open_target
+from qsearch.config import QuantConfig
+from qsearch.errors import UsageError
+from qsearch.measure.memory import measure_memory
+from qsearch.quantize.lower import lower
+from qsearch.quantize.reference import run_program
+from qsearch.quantize.weights import WeightStore
+
+MODELS = {name: network(name)[0] for name in NETWORKS}
+RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module", params=["host", "portable"])
+def linker(request, tmp_path_factory):
+    return Linker(KernelCache(tmp_path_factory.mktemp("kernels"), open_target(request.param)))
+
+
+def lowered(name, **options):
+    return lower(MODELS[name], QuantConfig.model_validate(options), RANGES[name], WeightStore())
+
+
+def run(module, image):
+    return module.open()["main"](tvm.runtime.tensor(image)).numpy()
+
+
+def expected(program, image):
+    return run_program(program, image, lambda op, inputs: run_foreign(op.key, op.constants, inputs))[program.output.name]
+
+
+@pytest.mark.parametrize("name", ["residual", "excite"])
+def test_an_integer_network_is_exact_end_to_end(linker, name):
+    program = lowered(name)
+    module = linker.build(program)
+    for image in images(4, 5):
+        np.testing.assert_array_equal(run(module, image[None]), expected(program, image[None]))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_mixtures_agree(linker, data):
+    """Float layers round differently on every target, and may tip an integer after them by one."""
+    name = data.draw(st.sampled_from(list(NETWORKS)))
+    names = [layer.name for layer in MODELS[name].graph.layers]
+    program = lowered(name, precision={layer: data.draw(st.sampled_from(["fp32", "int8"])) for layer in names})
+    image = images(1, 6)
+    reference = expected(program, image)
+    np.testing.assert_allclose(run(linker.build(program), image), reference, atol=0.02 * np.abs(reference).max() + 1e-4)
+
+
+def test_a_new_calibration_compiles_nothing(linker, monkeypatch):
+    linker.build(lowered("residual"))
+    monkeypatch.setattr(KernelCache, "_compile", lambda *_: pytest.fail("compiled a kernel"))
+    wider = {name: (2 * low, 2 * high) for name, (low, high) in RANGES["residual"].items()}
+    linker.build(lower(MODELS["residual"], QuantConfig(granularity="layer_wise"), wider, WeightStore()))
+
+
+def test_a_second_process_finds_the_kernels(linker, monkeypatch):
+    linker.build(lowered("residual"))
+    monkeypatch.setattr(KernelCache, "_compile", lambda *_: pytest.fail("compiled a kernel"))
+    again = Linker(KernelCache(linker.cache.directory, linker.target))
+    program = lowered("residual")
+    np.testing.assert_array_equal(run(again.build(program), images(1)), expected(program, images(1)))
+
+
+def test_the_exported_library_computes_the_same(linker, tmp_path):
+    program = lowered("excite")
+    exported = linker.build(program, linked=False)
+    path = tmp_path / "model.so"
+    exported.executable.export_library(str(path), addons=[str(file) for file in exported.objects])
+    machine = tvm.relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
+    image = images(1, 8)
+    np.testing.assert_array_equal(machine["main"](tvm.runtime.tensor(image)).numpy(), expected(program, image))
+
+
+def test_memory_counts_weights_activations_and_workspace(linker):
+    whole, integer = (measure_memory(linker.build(lowered("residual", default_precision=p))) for p in ("fp32", "int8"))
+    weights = sum(array.nbytes for array in MODELS["residual"].parameters.weight.values())
+    assert weights <= whole.weight_bytes
+    assert integer.weight_bytes < whole.weight_bytes / 2
+    assert integer.activation_bytes < whole.activation_bytes
+    # The largest padded copy: 24 channels of the 6 x 5 image with a border of one, in float32 and in uint8.
+    assert whole.workspace_bytes == 8 * 7 * 24 * 4 + 64
+    assert integer.workspace_bytes == 8 * 7 * 24 + 64
+    assert whole.peak_bytes == whole.weight_bytes + whole.activation_bytes + whole.workspace_bytes
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UsageError, match="pentium-ix"):
+        open_target("pentium-ix")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("alexnet", 128),
+        ("convnext_tiny", 64),
+        ("densenet121", 64),
+        ("efficientnet_v2_s", 64),
+        ("googlenet", 96),
+        ("inception_v3", 299),
+        ("mnasnet1_0", 64),
+        ("mobilenet_v2", 96),
+        ("mobilenet_v3_small", 64),
+        ("regnet_x_400mf", 64),
+        ("resnet18", 64),
+        ("resnext50_32x4d", 64),
+        ("shufflenet_v2_x0_5", 64),
+        ("squeezenet1_0", 64),
+        ("swin_t", 224),
+        ("vgg11_bn", 64),
+        ("vit_b_16", 224),
+        ("wide_resnet50_2", 64),
+    ],
+)
+def test_torchvision_networks_agree(linker, name, size):
+    """Import, lower, link and run real architectures with random weights, in float and in int8."""
+    from qsearch.models.import_torch import import_model
+    from qsearch.models.zoo import load_model
+
+    if linker.target.name != "host":
+        pytest.skip("one target is enough for whole networks")
+    model = import_model(name, load_model(f"torchvision:{name}").module, (1, 3, size, size))
+    image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    from qsearch.calibrate.observe import observe
+    from qsearch.calibrate.ranges import activation_ranges
+
+    record = observe(model, image, 1)
+    for precision in ("fp32", "int8"):
+        config = QuantConfig(default_precision=precision)
+        program = lower(model, config, activation_ranges(record, model, config.calibration, (-6.0, 6.0)), WeightStore())
+        reference = expected(program, image)
+        found = run(linker.build(program), image)
+        assert np.abs(found - reference).max() <= 1e-4 * np.abs(reference).max()
