@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -73,4 +74,7 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line."""
+    if not sys.warnoptions:
+        # What libraries deprecate among each other is nothing a user can act on.
+        warnings.simplefilter("ignore")
     sys.exit(app())

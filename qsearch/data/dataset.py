@@ -116,12 +116,15 @@ class Dataset:
         # Unlike the fingerprint this hashes the times of change: a file edited in place must not be served from the cache.
         key = _sha256([self.fingerprint, indices, [self.listing.versions[index] for index in indices]])
         final = cache / f"images-{key[:32]}.npy"
+        shape = (len(indices), *self.preprocessing.shape)
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(final.with_suffix(".lock")):
-                if not final.exists():
-                    _write(final, (len(indices), *self.preprocessing.shape), self._rows(indices, progress))
-            return np.load(final, mmap_mode="r")
+                kept = _mapped(final, shape)
+                if kept is None:
+                    _write(final, shape, self._rows(indices, progress))
+                    kept = np.load(final, mmap_mode="r")
+            return kept
         except OSError as error:
             raise DataError(
                 f"cannot keep the decoded images in {cache} ({error.strerror or error}); free space or choose another folder"
@@ -209,6 +212,15 @@ def _list_demo(classes: Classes) -> Listing:
         versions=((images[0].size, 0),) * len(images),
         open=lambda index: Image.fromarray(images[index]),
     )
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """Map an .npy file; None where there is none, or one that is truncated or not of this shape."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return found if isinstance(found, np.memmap) and found.shape == shape and found.dtype == np.float32 else None
 
 
 def _write(final: Path, shape: tuple[int, ...], rows: Iterable[NDArray[np.float32]]) -> None:

@@ -6,6 +6,7 @@ the digest that the trial recorded, or nothing is written. A bundle appears whol
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tvm.support import cc
 
 import qsearch
+from qsearch.build.cache import LEAST_FREE_BYTES
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.build.target import Target
 from qsearch.config import QuantConfig
-from qsearch.errors import BundleError
+from qsearch.errors import BundleError, ToolchainError
 from qsearch.export import runner
 from qsearch.quantize.program import Program
 
@@ -86,7 +89,8 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
     require_vacant(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".bundle-") as scratch_name:
+        _remove_strays(directory.parent)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".bundle-{os.getpid()}-") as scratch_name:
             scratch = Path(scratch_name) / "bundle"
             scratch.mkdir()
             _fill(scratch, linker, program, content)
@@ -94,9 +98,27 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
                 directory.rmdir()
             os.replace(scratch, directory)
     except OSError as error:
-        raise BundleError(
-            f"cannot write bundle {directory}: {error.strerror or error}; free some space or choose another --out"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space or choose another --out" if full else "choose another --out"
+        raise BundleError(f"cannot write bundle {directory}: {error.strerror or error}; {way_out}") from error
+
+
+def _remove_strays(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote a bundle have left."""
+    for stray in folder.glob(".bundle-*-*"):
+        pid = stray.name.split("-")[1]
+        if not pid.isdigit() or not _is_running(int(pid)):
+            shutil.rmtree(stray, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def require_vacant(directory: Path) -> None:
@@ -135,10 +157,19 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
 
 def _export_library(module: CompiledModule, path: Path) -> None:
     """One shared library: the executable, its constants, and the kernels' own object files."""
+    if not cc.get_cc():
+        raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
     try:
         module.executable.export_library(str(path), addons=[str(file) for file in module.objects])
     except RuntimeError as error:
-        raise BundleError(f"linking {path.name} failed: {str(error).strip().splitlines()[-1]}") from error
+        if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        # The first line of the linker's own words; after it comes its whole command.
+        lines = [line for line in str(error).splitlines() if "error" in line.lower() and "Command line" not in line]
+        reason = (lines or str(error).strip().splitlines() or ["unknown"])[-1][:300]
+        raise BundleError(
+            f"linking {path.name} failed: {reason}; run the command again, and search anew if it fails again"
+        ) from error
 
 
 def _write_manifest(directory: Path, target: Target, versions: dict[str, str], metrics: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
     """
     program = lower(evaluator.model, point.config, evaluator.ranges(point.config), evaluator.weights)
     images = evaluator.images("search")
-    logits = run_images(evaluator.linker.build(program).open, images)
+    logits = run_images(evaluator.build(program).open, images)
     measured = point.measurement.accuracy
     found = output_digest(logits)
     if found != measured.output_sha256:

@@ -17,10 +17,6 @@ import re
 import sys
 from pathlib import Path
 
-# The runtime is enough: no compiler is loaded. Both must be set before TVM is imported.
-os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-os.environ.setdefault("TVM_NUM_THREADS", "1")
-
 import numpy as np
 
 WRONG_MACHINE = 3
@@ -47,6 +43,9 @@ def read_manifest(bundle):
         raise BundleProblem(f"{bundle}/manifest.json is damaged: {error!r}; export the bundle again") from error
     if version != FORMAT:
         raise BundleProblem(f"{bundle} has format {version}, this runner reads format {FORMAT}; use the bundle's own run.py")
+    own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
+    if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):
+        raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")
     for name, expected in listed.items():
         try:
             found = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
@@ -56,9 +55,6 @@ def read_manifest(bundle):
             raise BundleProblem(
                 f"{bundle}/{name} was changed (SHA-256 {found[:16]}..., expected {expected[:16]}...); export the bundle again"
             )
-    own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
-    if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):
-        raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")
     return manifest
 
 
@@ -81,6 +77,9 @@ def check_machine(manifest):
 
 def open_module(bundle):
     """A virtual machine of the bundle's module, and the TVM package."""
+    # The runtime is enough: no compiler is loaded. Both must be set before TVM is imported.
+    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    os.environ.setdefault("TVM_NUM_THREADS", "1")
     import tvm
     from tvm.runtime.vm import VirtualMachine
 

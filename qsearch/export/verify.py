@@ -67,8 +67,12 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
     """How a bundle's module wants its images.
 
     Raises:
-        BundleError: The directory is not a bundle.
+        BundleError: The directory is not a bundle, or a file of it was changed.
     """
+    try:
+        runner.read_manifest(directory)
+    except runner.BundleProblem as problem:
+        raise BundleCorruptError(str(problem)) from None
     try:
         return Preprocessing.from_json(json.loads((directory / "preprocessing.json").read_text(encoding="utf-8")))
     except OSError as error:

@@ -15,6 +15,10 @@ __all__ = ["Builder", "FxNode", "argument", "foreign", "foreign_slice", "foreign
 
 # fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
 FxNode = Any
+# Operators that read a tensor's shape and dtype, never its values.
+SHAPE_ONLY = tuple(
+    f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like")
+)
 
 
 @dataclass
@@ -42,12 +46,17 @@ class Builder:
         return self.constants[node.name][1] if node.name in self.constants else self.folded.get(node)
 
     def is_constant(self, node: FxNode) -> bool:
-        """True if no argument depends on the image."""
-        return all(self.tensor(source) is not None for source in node.all_input_nodes)
+        """True if no argument depends on the image, or only its shape matters."""
+        return str(node.target) in SHAPE_ONLY or all(self.tensor(source) is not None for source in node.all_input_nodes)
 
     def fold(self, node: FxNode) -> None:
         """Compute a constant now."""
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self.tensor)
+
+        def given(source: FxNode) -> torch.Tensor:
+            known = self.tensor(source)
+            return torch.zeros(shape_of(source)) if known is None else known
+
+        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), given)
         self.folded[node] = node.target(*arguments, **keywords)
 
     def add(self, fx_node: FxNode, node: Node) -> bool:

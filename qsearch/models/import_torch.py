@@ -6,7 +6,9 @@ lowering of their own become nodes; anything else becomes a foreign node that na
 
 from __future__ import annotations
 
+import io
 import warnings
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -58,7 +60,8 @@ def import_model(name: str, module: nn.Module | torch.export.ExportedProgram, sh
 
 def _exported(name: str, module: nn.Module | torch.export.ExportedProgram, example: torch.Tensor) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        # torch prints the graph it could not trace; the reason below says what the user needs.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             if isinstance(module, nn.Module):
                 module = torch.export.export(module.eval(), (example,))

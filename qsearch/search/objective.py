@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tvm.support import cc
 
 from qsearch.build.cache import KernelCache
 from qsearch.build.link import CompiledModule, Linker
@@ -24,7 +23,7 @@ from qsearch.calibrate.ranges import activation_ranges
 from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
 from qsearch.config import QuantConfig
 from qsearch.data import Dataset, Preprocessing, load_dataset
-from qsearch.errors import BuildError, CalibrationError, DataError, StudyError, TrialError, UnsupportedModelError
+from qsearch.errors import CalibrationError, DataError, TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import measure_interleaved, measure_latency
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
@@ -35,6 +34,7 @@ from qsearch.models.zoo import LoadedModel, load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
+from qsearch.search.cache_folder import CacheFolder
 from qsearch.search.evaluator import Progress, Settings
 from qsearch.search.requirements import check_classes, open_local_target, require_room
 
@@ -120,6 +120,8 @@ class ModelEvaluator:
 
     def __init__(self, settings: Settings, model: Model, dataset: Dataset, target: Target, progress: Progress) -> None:
         self.settings, self.model, self.dataset, self.target, self.progress = settings, model, dataset, target, progress
+        # Kept open as long as the evaluator lives: it tells other processes that the cache is in use.
+        self._cache = CacheFolder(settings.cache_dir)
         self.linker = Linker(KernelCache(settings.cache_dir / "kernels", target))
         self.weights = WeightStore()
         self.seconds: dict[str, float] = {}
@@ -167,18 +169,17 @@ class ModelEvaluator:
         Raises:
             TrialError: It cannot be quantized or built.
         """
-        return self._build(lower(self.model, config, self.ranges(config), self.weights))
+        return self.build(lower(self.model, config, self.ranges(config), self.weights))
 
-    def _build(self, program: Program) -> CompiledModule:
-        """Link a program, telling a failure of the machine, which stops the study, from one of the program."""
+    def build(self, program: Program) -> CompiledModule:
+        """Link a program, if there is room for what it may have to compile.
+
+        Raises:
+            BuildError: It does not link.
+            StudyError: The disk is full.
+        """
         require_room(self.settings.cache_dir)
-        try:
-            return self.linker.build(program)
-        except BuildError as error:
-            if isinstance(error.__cause__, OSError) or not cc.get_cc():
-                raise StudyError(f"{error}; then run the same command again, nothing that was finished is lost") from error
-            require_room(self.settings.cache_dir)
-            raise
+        return self.linker.build(program)
 
     @contextmanager
     def _of_float(self) -> Iterator[None]:
@@ -214,7 +215,7 @@ class ModelEvaluator:
         clock = _Clock()
         program = lower(self.model, config, self.ranges(config), self.weights)
         clock.lap("lower")
-        module = self._build(program)
+        module = self.build(program)
         clock.lap("build")
         machine = module.open()
         latency = measure_latency(machine, self.images("search")[:1])

@@ -15,7 +15,7 @@ from qsearch.models.graph import Model
 __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_local_target", "require_room"]
 
 # Objects and libraries of all kernels of a large model that are missing from the cache, with a margin.
-LEAST_FREE_BYTES = 32_000_000
+LEAST_FREE_BYTES = 16_000_000
 
 
 def open_local_target(name: str) -> Target:

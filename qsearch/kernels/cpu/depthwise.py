@@ -1,6 +1,8 @@
 """Depthwise convolution: lanes are channels, a tile is a run of output columns of one row.
 
-Every input vector of a kernel row is loaded once and used by all the output columns it reaches.
+Every input vector of a kernel row is loaded once and used by all the output columns it reaches. Nothing is
+copied: tiles at the left and right edge know which of their taps are padding, rows above and below are decided
+row by row.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.epilogue import declare_arguments, dequantized, finish
+from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.padding import padded_copy, padded_image
-from qsearch.kernels.cpu.vectors import cast, for_blocks, kernel, load, rounded_product, splat
+from qsearch.kernels.cpu.vectors import cast, for_blocks, kernel, load, rounded_product, splat, vector_type
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -37,11 +38,8 @@ def depthwise(key: OpKey, isa: Isa) -> Kernel | None:
     if key.conv.groups != channels or key.shapes[-1][3] != channels or channels == 1:
         return None
     columns = _tile_columns(key.shapes[-1][2], isa)
-    workspace = 0
-    if any(key.conv.padding):
-        workspace = padded_image(key.shapes[0][1:], key.conv.padding, key.dtypes[0]).bytes
     variant = (isa.name, columns)
-    return Kernel(key, variant, lambda s: _generate(key, isa, columns, s), lambda c: _pack(key, c), workspace, _pack_weight)
+    return Kernel(key, variant, lambda s: _generate(key, isa, columns, s), lambda c: _pack(key, c), 0, _pack_weight)
 
 
 def _tile_columns(width: int, isa: Isa) -> int:
@@ -60,115 +58,192 @@ def _pack_weight(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)).ravel()
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """The kernel's arguments."""
+
+    source: tirx.Buffer
+    residual: tirx.Buffer | None
+    weight: tirx.Buffer
+    bias: tirx.Buffer
+    multiplier: tirx.Buffer | None
+    arguments: Arguments
+    output: tirx.Buffer
+
+
+def _declare(key: OpKey) -> _Buffers:
+    integer, channels = key.precision == "int8", key.shapes[0][3]
+    sizes = [int(np.prod(shape)) for shape in key.shapes]
+    source = T.arg("source", T.Buffer((sizes[0],), key.dtypes[0]))
+    residual = T.arg("residual", T.Buffer((sizes[1],), key.dtypes[1])) if key.residual else None
+    weight = T.arg("weight", T.Buffer((int(np.prod(key.conv.kernel)) * channels,), "int8" if integer else "float32"))
+    bias = T.arg("bias", T.Buffer((channels,), "int32" if integer else "float32"))
+    multiplier = T.arg("multiplier", T.Buffer((channels,), "float32")) if integer else None
+    arguments = declare_arguments()
+    output = T.arg("output", T.Buffer((sizes[-1],), key.dtypes[-1]))
+    return _Buffers(source, residual, weight, bias, multiplier, arguments, output)
+
+
 def _generate(key: OpKey, isa: Isa, columns: int, symbol: str) -> tirx.PrimFunc:
-    return kernel(symbol, lambda: _Depthwise(key, isa, columns).emit())
+    def body() -> None:
+        buffers = _declare(key)
+        images, height, width, channels = key.shapes[0]
+        _, out_height, out_width, _ = key.shapes[-1]
+        with T.serial(0, images) as n, T.serial(0, out_height) as y:
+
+            def block(channel: Expr | int, lanes: int) -> None:
+                source = n * (height * width * channels) + channel
+                output = (n * out_height + y) * (out_width * channels) + channel
+                _Row(key, isa, buffers, y, channel, lanes, source, output).write(columns)
+
+            for_blocks(channels, isa.lanes, block)
+
+    return kernel(symbol, body)
 
 
-@dataclass
-class _Depthwise:
-    """The statements of one depthwise kernel."""
+@dataclass(frozen=True)
+class _Row:
+    """One output row of one block of channels.
+
+    Attributes:
+        key: The operation.
+        isa: Instruction set.
+        buffers: The kernel's arguments.
+        y: Output row.
+        channel: First channel of the block.
+        lanes: Channels of the block.
+        source: Index of the image's first pixel at `channel`.
+        output: Index of the output row's first pixel at `channel`.
+    """
 
     key: OpKey
     isa: Isa
-    columns: int
+    buffers: _Buffers
+    y: Expr
+    channel: Expr | int
+    lanes: int
+    source: Expr
+    output: Expr
 
-    def __post_init__(self) -> None:
-        key = self.key
-        self.integer = key.precision == "int8"
-        self.kind = "int32" if self.integer else "float32"
-        self.images, self.height, self.width, self.channels = key.shapes[0]
-        _, self.out_height, self.out_width, _ = key.shapes[-1]
-        self.row = self.width * self.channels
-        if any(key.conv.padding):
-            self.row = padded_image(key.shapes[0][1:], key.conv.padding, key.dtypes[0]).row
+    @property
+    def integer(self) -> bool:
+        """True for uint8 x int8 -> int32, False for float32."""
+        return self.key.precision == "int8"
 
-    def emit(self) -> None:
-        """Declare the arguments and walk the images."""
-        key, channels = self.key, self.channels
-        size, out_size = int(np.prod(key.shapes[0][1:])), int(np.prod(key.shapes[-1][1:]))
-        weight_kind = "int8" if self.integer else "float32"
-        source = T.arg("source", T.Buffer((self.images * size,), key.dtypes[0]))
-        self.residual = T.arg("residual", T.Buffer((self.images * out_size,), key.dtypes[1])) if key.residual else None
-        self.weight = T.arg("weight", T.Buffer((int(np.prod(key.conv.kernel)) * channels,), weight_kind))
-        self.bias = T.arg("bias", T.Buffer((channels,), self.kind))
-        self.multiplier = T.arg("multiplier", T.Buffer((channels,), "float32")) if self.integer else None
-        self.arguments = declare_arguments()
-        self.output = T.arg("output", T.Buffer((self.images * out_size,), key.dtypes[-1]))
-        if self.images == 1:
-            self._image(source, 0, 0)
-        else:
-            with T.serial(0, self.images) as n:
-                self._image(source, n * size, n * out_size)
+    @property
+    def kind(self) -> str:
+        """Dtype of an accumulator."""
+        return vector_type("int32" if self.integer else "float32", self.lanes)
 
-    def _image(self, source: tirx.Buffer, base: Expr | int, out_base: Expr | int) -> None:
-        if any(self.key.conv.padding):
-            fill = tirx.const(0.0, "float32")
-            if self.integer:
-                fill = tirx.Cast("uint8", self.arguments.integer("a_zero_point"))
-            source = padded_copy(source, base, self.key.shapes[0][1:], self.key.conv.padding, fill)
-            base = 0
-        whole, rest = divmod(self.out_width, self.columns)
-        stride = self.key.conv.stride[1] * self.channels
+    def write(self, columns: int) -> None:
+        """Write the row: tiles that reach the padding one by one, those between them in a loop."""
+        width, stride = self.key.shapes[-1][2], self.key.conv.stride[1]
+        whole = width // columns
+        inside = [i for i in range(whole) if self._inside(i * columns, columns)]
+        first, last = (inside[0], inside[-1] + 1) if inside else (whole, whole)
+        for i in range(first):
+            self._tile(i * columns * stride, i * columns, columns, i * columns)
+        if last > first:
+            with T.serial(first, last) as i:
+                self._tile(i * (columns * stride), i * columns, columns, None)
+        for i in range(last, whole):
+            self._tile(i * columns * stride, i * columns, columns, i * columns)
+        if width % columns:
+            self._tile(whole * columns * stride, whole * columns, width % columns, whole * columns)
 
-        def row(y: Expr, channel: Expr | int, lanes: int) -> None:
-            start = base + y * (self.key.conv.stride[0] * self.row) + channel
-            out = out_base + y * (self.out_width * self.channels) + channel
-            with T.serial(0, whole) as i:
-                x = i * self.columns
-                self._tile(source, start + x * stride, out + x * self.channels, channel, lanes, self.columns)
-            if rest:
-                x = whole * self.columns
-                self._tile(source, start + x * stride, out + x * self.channels, channel, lanes, rest)
-
-        with T.serial(0, self.out_height) as y:
-            for_blocks(self.channels, self.isa.lanes, lambda channel, lanes: row(y, channel, lanes))
-
-    def _tile(self, source: tirx.Buffer, start: Expr, out: Expr, channel: Expr | int, lanes: int, columns: int) -> None:
+    def _inside(self, x: int, columns: int) -> bool:
+        """True if a tile from output column x reads no padding."""
         conv = self.key.conv
-        kind = f"{self.kind}x{lanes}" if lanes > 1 else self.kind
-        accumulators = T.alloc_buffer((columns,), kind, scope="local", layout=None)
-        for j in range(columns):
-            T.buffer_store(accumulators, load(self.bias, channel, lanes), [j])
+        begin = x * conv.stride[1] - conv.padding[1]
+        end = begin + (columns - 1) * conv.stride[1] + (conv.kernel[1] - 1) * conv.dilation[1]
+        return begin >= 0 and end < self.key.shapes[0][2]
 
-        def kernel_row(kh: Expr | int) -> None:
-            at = start + kh * (conv.dilation[0] * self.row)
-            self._row_taps(source, at, kh * conv.kernel[1] * self.channels + channel, accumulators, lanes)
+    def _tile(self, begin: Expr | int, x: Expr | int, columns: int, edge: int | None) -> None:
+        """Compute `columns` output pixels.
 
-        if conv.kernel[0] <= 5:
-            for kh in range(conv.kernel[0]):
-                kernel_row(kh)
-        else:
-            with T.serial(0, conv.kernel[0]) as kh:
-                kernel_row(kh)
+        Args:
+            begin: Padded input column of the first tap.
+            x: Output column of the first pixel.
+            columns: Number of pixels.
+            edge: x as a number where the tile may reach the padding, None where it does not.
+        """
+        conv, (_, height, _, _) = self.key.conv, self.key.shapes[0]
+        accumulators = T.alloc_buffer((columns,), self.kind, scope="local", layout=None)
         for j in range(columns):
-            self._finish(tirx.BufferLoad(accumulators, [j]), out + j * self.channels, channel, lanes)
+            T.buffer_store(accumulators, load(self.buffers.bias, self.channel, self.lanes), [j])
+        with T.serial(0, conv.kernel[0]) as kh:
+            row = self.y * conv.stride[0] + kh * conv.dilation[0] - conv.padding[0]
+            if not (conv.padding[0] or conv.padding[2]):
+                self._taps(accumulators, columns, kh, self._column(row, begin), edge)
+            else:
+                with T.If(tirx.all(row >= 0, row < height)):
+                    with T.Then():
+                        self._taps(accumulators, columns, kh, self._column(row, begin), edge)
+                    # A row of padding adds nothing to a float sum, but zero points to an integer one.
+                    if self.integer:
+                        with T.Else():
+                            self._taps(accumulators, columns, kh, None, edge)
+        for j in range(columns):
+            self._store(tirx.BufferLoad(accumulators, [j]), self.output + (x + j) * self.key.shapes[0][3])
 
-    def _row_taps(self, source: tirx.Buffer, at: Expr, weight: Expr | int, accumulators: tirx.Buffer, lanes: int) -> None:
-        """Add one kernel row: each input column once, for every output column it reaches."""
-        conv, columns = self.key.conv, int(accumulators.shape[0])
-        taps: dict[int, list[tuple[int, int]]] = {}
-        for j in range(columns):
-            for kw in range(conv.kernel[1]):
-                taps.setdefault(j * conv.stride[1] + kw * conv.dilation[1], []).append((j, kw))
-        weights = [self._widened(load(self.weight, weight + kw * self.channels, lanes), lanes) for kw in range(conv.kernel[1])]
-        kind = f"{self.kind}x{lanes}" if lanes > 1 else self.kind
-        for column, uses in sorted(taps.items()):
-            held = T.alloc_buffer((1,), kind, scope="local", layout=None)
-            T.buffer_store(held, self._widened(load(source, at + column * self.channels, lanes), lanes), [0])
+    def _column(self, row: Expr, begin: Expr | int) -> Expr:
+        """Index of a tile's first tap in an input row; may lie before the row where taps there are padding."""
+        _, _, width, channels = self.key.shapes[0]
+        return self.source + (row * width + begin - self.key.conv.padding[1]) * channels
+
+    def _taps(self, accumulators: tirx.Buffer, columns: int, kh: Expr, at: Expr | None, edge: int | None) -> None:
+        """Add one kernel row: each input column once, for every output column it reaches.
+
+        Args:
+            accumulators: One vector per output column.
+            columns: Number of output columns.
+            kh: Kernel row.
+            at: Index of the first tap, None if the whole row is padding.
+            edge: As for `_tile`.
+        """
+        conv, (_, _, width, channels) = self.key.conv, self.key.shapes[0]
+        first = kh * (conv.kernel[1] * channels) + self.channel
+        weights = [self._widened(load(self.buffers.weight, first + kw * channels, self.lanes)) for kw in range(conv.kernel[1])]
+        for column, uses in sorted(_columns_read(self.key, columns).items()):
+            outside = edge is not None and not 0 <= edge * conv.stride[1] - conv.padding[1] + column < width
+            if at is not None and not outside:
+                value = self._widened(load(self.buffers.source, at + column * channels, self.lanes))
+            elif self.integer:
+                value = self._padding()
+            else:
+                continue
+            held = T.alloc_buffer((1,), self.kind, scope="local", layout=None)
+            T.buffer_store(held, value, [0])
             for j, kw in uses:
-                value = tirx.BufferLoad(held, [0])
-                total = self.isa.multiply_add(kind, tirx.BufferLoad(accumulators, [j]), value, weights[kw])
+                total = self.isa.multiply_add(
+                    self.kind, tirx.BufferLoad(accumulators, [j]), tirx.BufferLoad(held, [0]), weights[kw]
+                )
                 T.buffer_store(accumulators, total, [j])
 
-    def _widened(self, value: Expr, lanes: int) -> Expr:
-        return cast(value, "int32", lanes) if self.integer else value
+    def _padding(self) -> Expr:
+        """What a padded position holds: the input's zero point."""
+        return splat(self.buffers.arguments.integer("a_zero_point"), self.lanes)
 
-    def _finish(self, value: Expr, index: Expr, channel: Expr | int, lanes: int) -> None:
-        if self.integer:
-            value = rounded_product(cast(value, "float32", lanes), load(self.multiplier, channel, lanes), lanes)
-        if self.residual is not None:
-            residual = load(self.residual, index, lanes)
-            value = value + dequantized(residual, self.key.dtypes[1], lanes, self.arguments, "b")
-        if not self.integer and self.key.dtypes[-1] == "uint8":
-            value = rounded_product(value, splat(self.arguments.float("multiplier"), lanes), lanes)
-        finish(self.isa, self.output, index, value, lanes, self.arguments, self.key.clipped)
+    def _widened(self, value: Expr) -> Expr:
+        return cast(value, "int32", self.lanes) if self.integer else value
+
+    def _store(self, value: Expr, index: Expr) -> None:
+        key, buffers, lanes = self.key, self.buffers, self.lanes
+        if buffers.multiplier is not None:
+            multiplier = load(buffers.multiplier, self.channel, lanes)
+            value = rounded_product(cast(value, "float32", lanes), multiplier, lanes)
+        if buffers.residual is not None:
+            residual = load(buffers.residual, index, lanes)
+            value = value + dequantized(residual, key.dtypes[1], lanes, buffers.arguments, "b")
+        if not self.integer and key.dtypes[-1] == "uint8":
+            value = rounded_product(value, splat(buffers.arguments.float("multiplier"), lanes), lanes)
+        finish(self.isa, buffers.output, index, value, lanes, buffers.arguments, key.clipped)
+
+
+def _columns_read(key: OpKey, columns: int) -> dict[int, list[tuple[int, int]]]:
+    """Input column of a tile -> the (output column, kernel column) pairs that read it."""
+    reads: dict[int, list[tuple[int, int]]] = {}
+    for j in range(columns):
+        for kw in range(key.conv.kernel[1]):
+            reads.setdefault(j * key.conv.stride[1] + kw * key.conv.dilation[1], []).append((j, kw))
+    return reads
