@@ -23,6 +23,14 @@ def write_image(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 16),
     return path
 
 
+def write_classes(root: Path, mode: str = "RGB", size: tuple[int, int] = (16, 16), classes: str = "ab") -> Path:
+    """Write a folder of 12 images per class, a letter each."""
+    for letter in classes:
+        for index in range(12):
+            write_image(root / letter / f"{index:02d}.png", mode, size, seed=index)
+    return root
+
+
 def write_table(root: Path, rows: list[dict[str, str]]) -> Path:
     """Write labels.csv with the columns of the first row, and the images it names."""
     root.mkdir(exist_ok=True)

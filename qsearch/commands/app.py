@@ -27,6 +27,14 @@ __all__ = ["app", "main"]
 VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, export, verify, run, dashboard)
 
 
+# What an environment may do to any command, and what helps.
+WAYS_OUT = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to its permissions"),
+    errno.EIO: "check the disk",
+}
+
+
 def bounded(verb: Callable[..., None]) -> Callable[..., None]:
     """Turn the errors a user can meet into one message and an exit code.
 
@@ -41,10 +49,11 @@ def bounded(verb: Callable[..., None]) -> Callable[..., None]:
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.errno not in WAYS_OUT:
                 raise
-            where = f" ({error.filename})" if error.filename else ""
-            say(f"error: cannot write{where}: {error.strerror}; make room and run the same command again, nothing is lost")
+            what = error.filename or "a file"
+            way_out = f"{WAYS_OUT[error.errno]}, then run the same command again: nothing is lost"
+            say(f"error: cannot use {what}: {error.strerror}; {way_out}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             say("interrupted; whatever was finished is kept")

@@ -167,9 +167,7 @@ def _export_library(module: CompiledModule, path: Path) -> None:
         # The first line of the linker's own words; after it comes its whole command.
         lines = [line for line in str(error).splitlines() if "error" in line.lower() and "Command line" not in line]
         reason = (lines or str(error).strip().splitlines() or ["unknown"])[-1][:300]
-        raise BundleError(
-            f"linking {path.name} failed: {reason}; run the command again, and search anew if it fails again"
-        ) from error
+        raise BundleError(f"linking {path.name} failed: {reason}; run the command again") from error
 
 
 def _write_manifest(directory: Path, target: Target, versions: dict[str, str], metrics: dict[str, Any]) -> None:

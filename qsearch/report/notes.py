@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
@@ -20,6 +22,7 @@ __all__ = ["TrialNotes", "calibration_text", "note_text", "write_note"]
 
 # The dashboard joins pieces of at most this many characters; databases may bound the length of an attribute.
 PIECE = 2045
+_ARTIFACT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class TrialNotes:
@@ -41,6 +44,7 @@ class TrialNotes:
         folder = artifact_folder(handle.name, handle.url)
         with handle.guard():
             folder.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(folder, handle.study)
         self._store = FileSystemArtifactStore(folder)
 
     def __call__(self, trial: optuna.Trial, config: QuantConfig, measurement: Measurement) -> None:
@@ -54,6 +58,16 @@ class TrialNotes:
             artifact = upload_artifact(artifact_store=self._store, file_path=str(file), study_or_trial=trial)
         picture = f"![precision of every layer](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})"
         write_note(trial, note_text(config, measurement, self._baseline) + "\n\n" + picture)
+
+
+def _remove_orphans(folder: Path, study: optuna.Study) -> None:
+    """Remove pictures that a killed process wrote without telling the study; the caller is the study's only driver."""
+    owners = [study._storage.get_study_system_attrs(study._study_id)]
+    owners += [trial.system_attrs for trial in study.get_trials(deepcopy=False)]
+    known = {key.removeprefix(ARTIFACTS_ATTR_PREFIX) for attributes in owners for key in attributes}
+    for file in folder.iterdir():
+        if _ARTIFACT.fullmatch(file.name) and file.name not in known:
+            file.unlink(missing_ok=True)
 
 
 def note_text(config: QuantConfig, measurement: Measurement, baseline: Measurement) -> str:

@@ -55,6 +55,8 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
         UsageError: The model, the images or the target cannot be used.
     """
     evaluator = prepare_evaluator(settings, progress)
+    # The held-out images are needed last; a bad one among them is better met before the trials than after.
+    evaluator.images("heldout")
     progress("measuring the float module")
     evaluator.measure_baseline()
     return evaluator

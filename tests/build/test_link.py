@@ -11,9 +11,13 @@ from qsearch.build.cache import KernelCache
 from qsearch.build.foreign import run_foreign
 from qsearch.build.link import Linker
 from qsearch.build.target import open_target
+from qsearch.calibrate.observe import observe
+from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
 from qsearch.errors import UsageError
 from qsearch.measure.memory import measure_memory
+from qsearch.models.import_torch import import_model
+from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weights import WeightStore
@@ -127,20 +131,20 @@ def test_an_unknown_target_is_refused():
 )
 def test_torchvision_networks_agree(linker, name, size):
     """Import, lower, link and run real architectures with random weights, in float and in int8."""
-    from qsearch.models.import_torch import import_model
-    from qsearch.models.zoo import load_model
-
     if linker.target.name != "host":
         pytest.skip("one target is enough for whole networks")
     model = import_model(name, load_model(f"torchvision:{name}").module, (1, 3, size, size))
     image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    from qsearch.calibrate.observe import observe
-    from qsearch.calibrate.ranges import activation_ranges
-
     record = observe(model, image, 1)
     for precision in ("fp32", "int8"):
         config = QuantConfig(default_precision=precision)
         program = lower(model, config, activation_ranges(record, model, config.calibration, (-6.0, 6.0)), WeightStore())
         reference = expected(program, image)
-        found = run(linker.build(program), image)
-        assert np.abs(found - reference).max() <= 1e-4 * np.abs(reference).max()
+        # A vision transformer's untrained head gives zeros.
+        scale = max(np.abs(reference).max(), 1e-6)
+        difference = np.abs(run(linker.build(program), image) - reference).max() / scale
+        if all("uint8" in op.key.dtypes for op in program.ops):
+            assert difference == 0
+        else:
+            # Float operators between integer layers round differently, and may tip an integer after them by one.
+            assert difference <= (1e-4 if precision == "fp32" else 0.05)
