@@ -10,7 +10,6 @@ import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 from typer.testing import CliRunner, Result
@@ -113,12 +112,18 @@ def stand_in() -> types.ModuleType:
 
 def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
     """Run a command over this network within this process."""
-    modules = {"qsearch.search.objective": stand_in()}
+    # One name is put back, not all of sys.modules: what libraries imported meanwhile must not be imported twice.
+    name = "qsearch.search.objective"
+    kept = sys.modules.get(name)
     sys.modules.pop("qsearch.commands.search_session", None)
+    sys.modules[name] = stand_in()
     try:
-        with contextlib.chdir(folder), patch.dict(sys.modules, modules):
+        with contextlib.chdir(folder):
             return CliRunner().invoke(app.app, arguments, env=variables)
     finally:
+        del sys.modules[name]
+        if kept is not None:
+            sys.modules[name] = kept
         sys.modules.pop("qsearch.commands.search_session", None)
 
 

@@ -34,7 +34,7 @@ OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
 OBJECTIVE_VERSION = "1"
 MOST_ATTEMPTS = 3
 _IDENTITY = "identity"
-_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_DIGEST = re.compile(r"\w{32,}")
 
 optuna.logging.set_verbosity(logging.WARNING)
 
