@@ -183,6 +183,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_database(folder: Path, tiny_disk: Path, tmp_path: Path) -> None:
     options = ("search", "--model", "broken_networks:Net", "--data", str(folder / "good"), "--study", "s", "--budget", "6")
     options += ("--storage", f"sqlite:///{tiny_disk}/s.db", "--json")
