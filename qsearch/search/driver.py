@@ -176,8 +176,9 @@ class _Loop:
             if self.problem.annotate is not None:
                 self.problem.annotate(trial, config, measurement)
             study.tell(trial, _values(measurement))
-        self.failures = 0
-        self.completed += 1
+            # Within the guard, whose end an interrupt may fall on.
+            self.failures = 0
+            self.completed += 1
         self._finish(trial, digest)
 
     def _fail(self, trial: optuna.Trial, digest: str, error: TrialError) -> None:

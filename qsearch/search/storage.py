@@ -6,10 +6,13 @@ import errno
 import fcntl
 import os
 import re
+import signal
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -115,9 +118,10 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Turn a failure of the database into one StudyError that says what to do."""
+    """Turn a failure of the database into one StudyError that says what to do; Ctrl-C waits until the block is done."""
     try:
-        yield
+        with _interrupt_held():
+            yield
     except ImportError as error:
         # Optuna hides which one behind a message of its own.
         cause = error.__cause__ or error.__context__
@@ -126,6 +130,29 @@ def storage_errors(url: str) -> Iterator[None]:
         raise StudyError(f"storage {shown_url(url)} needs {package}; install it") from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as error:
         raise StudyError(f"cannot use storage {shown_url(url)}: {_reason(error)}") from error
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Put a first Ctrl-C off to the end of the block: in mid-transaction it would leave one half-told, and a traceback."""
+    raising = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(raising):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            raising(number, frame)
+        held.append((number, frame))
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, raising)
+    if held:
+        raising(*held[0])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import optuna
 import pytest
 
 from qsearch.errors import QSearchError, StudyError, StudyMismatchError, UsageError
-from qsearch.search.storage import checked_name, database_file, storage_url
+from qsearch.search.storage import checked_name, database_file, storage_errors, storage_url
 from qsearch.search.study import OBJECTIVES, Identity, load_study, study_to_search
 
 IDENTITY = Identity(
@@ -137,3 +138,18 @@ def test_a_locked_database_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         handle.study.set_user_attr("a", 1)
     other.close()
     handle.study.set_user_attr("a", 2)
+
+
+def test_an_interrupt_waits_for_the_database(tmp_path: Path) -> None:
+    told = []
+    with pytest.raises(KeyboardInterrupt), storage_errors(url_in(tmp_path)):
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append("whole")
+    assert told == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), storage_errors(url_in(tmp_path)):
+        os.kill(os.getpid(), signal.SIGINT)
+        # Who presses twice does not want to wait for a database that another program keeps locked.
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append("half")
+    assert told == ["whole"]
