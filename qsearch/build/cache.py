@@ -113,7 +113,11 @@ class KernelCache:
         if not library_path.exists() or not (self.directory / f"{symbol}.o").exists():
             return False
         if library_path.name not in self._libraries:
-            self._libraries[library_path.name] = tvm.runtime.load_module(str(library_path))
+            try:
+                self._libraries[library_path.name] = tvm.runtime.load_module(str(library_path))
+            except (RuntimeError, OSError):
+                # A damaged library is compiled anew under the same name.
+                return False
         library = self._libraries[library_path.name]
         self._loaded[symbol] = CompiledKernel(symbol, self.directory / f"{symbol}.o", library)
         return True

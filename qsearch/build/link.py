@@ -100,7 +100,6 @@ class Linker:
         Raises:
             BuildError: A kernel or the module does not compile.
         """
-        import tvm
         from tvm import relax
 
         calls = [call for op in program.ops for call in self._calls(op)]
@@ -112,7 +111,7 @@ class Linker:
             module = module.with_attr("external_mods", list(libraries.values()))
         try:
             executable = relax.build(module, target=self.target.tvm())
-        except tvm.error.TVMError as error:
+        except RuntimeError as error:  # what TVM raises for its own failures
             raise BuildError(f"TVM cannot build the module: {str(error).strip().splitlines()[-1]}") from error
         workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
         return CompiledModule(program, executable, module, tuple(compiled.values()), writer.constant_bytes, workspace)
