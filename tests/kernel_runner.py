@@ -15,7 +15,7 @@ TARGETS = ("host", "portable")
 
 def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
     """The operation's output as its kernel computes it."""
-    kernel = describe_kernel(op.key, target.isa)
+    kernel = describe_kernel(op.key, target.isa, target.threads)
     built = tvm.compile(tvm.IRModule({"tested": kernel.generate("tested")}), target=target.tvm())
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:

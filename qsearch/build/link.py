@@ -118,7 +118,7 @@ class Linker:
 
     def _describe(self, key: OpKey) -> tuple[str, Kernel]:
         if key not in self._described:
-            kernel = describe_kernel(key, self.target.isa)
+            kernel = describe_kernel(key, self.target.isa, self.target.threads)
             self._described[key] = kernel_symbol(kernel, self.target), kernel
         return self._described[key]
 

@@ -28,14 +28,14 @@ RULES = (
 )
 
 
-def describe_kernel(key: OpKey, isa: Isa) -> Kernel:
-    """The kernel that carries out an operation on an instruction set.
+def describe_kernel(key: OpKey, isa: Isa, threads: int = 1) -> Kernel:
+    """The kernel that carries out an operation on an instruction set, shared between threads.
 
     Raises:
         BuildError: No rule applies.
     """
     for rule in RULES:
-        kernel = rule(key, isa)
+        kernel = rule(key, isa, threads)
         if kernel is not None:
             return kernel
     raise BuildError(f"no CPU kernel for {key.kind} with dtypes {key.dtypes}; this is a gap in qsearch's kernel set")

@@ -28,12 +28,13 @@ from qsearch.quantize.program import OpKey
 __all__ = ["conv2d"]
 
 
-def conv2d(key: OpKey, isa: Isa) -> Kernel | None:
+def conv2d(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe the kernel of a convolution with float32 or int8 weights, or None for another operation.
 
     Args:
         key: kind 'conv2d'; shapes ((N, H, W, C), [(N, OH, OW, O) residual], (N, OH, OW, O)).
         isa: Instruction set.
+        threads: Threads to share the work between.
     """
     if key.kind != "conv2d" or key.precision not in ("fp32", "int8"):
         return None

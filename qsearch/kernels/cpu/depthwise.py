@@ -25,12 +25,13 @@ __all__ = ["depthwise"]
 MAX_TILE_COLUMNS = 8
 
 
-def depthwise(key: OpKey, isa: Isa) -> Kernel | None:
+def depthwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe the kernel of a depthwise convolution, or None for another operation.
 
     Args:
         key: kind 'conv2d' with groups = input channels = output channels; shapes as for conv2d.
         isa: Instruction set.
+        threads: Threads to share the work between.
     """
     if key.kind != "conv2d" or key.precision not in ("fp32", "int8"):
         return None

@@ -16,7 +16,7 @@ from qsearch.quantize.program import OpKey
 __all__ = ["elementwise", "lookup", "multiply_broadcast"]
 
 
-def elementwise(key: OpKey, isa: Isa) -> Kernel | None:
+def elementwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe quantize, dequantize, add, mul of equal shapes, or a float activation; None for another operation."""
     if key.kind not in ("quantize", "dequantize", "add", "mul", "activation") or len(set(key.shapes)) > 1:
         return None
@@ -105,7 +105,7 @@ def _erf(x: Expr, lanes: int) -> Expr:
     return tirx.Select(x < number(0.0), number(0.0) - value, value)
 
 
-def lookup(key: OpKey, isa: Isa) -> Kernel | None:
+def lookup(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe a 256-entry table lookup, q = table[a]; None for another operation."""
     if key.kind != "lookup":
         return None
@@ -132,7 +132,7 @@ def _lookup(size: int, isa: Isa) -> None:
         store(output, 64 * whole + i, load(table, cast(load(source, 64 * whole + i), "int32", 1)))
 
 
-def multiply_broadcast(key: OpKey, isa: Isa) -> Kernel | None:
+def multiply_broadcast(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe mul of (N, H, W, C) by (N, 1, 1, C), the gate of a squeeze-excite block; None for others."""
     if key.kind != "mul" or len(key.shapes[0]) != 4 or key.shapes[0] != key.shapes[-1]:
         return None

@@ -18,7 +18,7 @@ from qsearch.quantize.program import OpKey
 __all__ = ["concat", "to_channels_first", "to_channels_last"]
 
 
-def to_channels_last(key: OpKey, isa: Isa) -> Kernel | None:
+def to_channels_last(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe (N, C, H, W) -> (N, H, W, C), quantizing on the way where the output is uint8; None for others."""
     if key.kind != "to_channels_last":
         return None
@@ -74,7 +74,7 @@ def _interleave(
     put(base + first * channels, value, lanes * channels)
 
 
-def to_channels_first(key: OpKey, isa: Isa) -> Kernel | None:
+def to_channels_first(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe (N, H, W, C) -> (N, C, H, W), for operators that want torch's layout; None for others."""
     if key.kind != "to_channels_first":
         return None
@@ -94,7 +94,7 @@ def to_channels_first(key: OpKey, isa: Isa) -> Kernel | None:
     return Kernel(key, ("scalar",), generate, lambda constants: ())
 
 
-def concat(key: OpKey, isa: Isa) -> Kernel | None:
+def concat(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe a concatenation over the last axis, each input copied or requantized; None for others."""
     if key.kind != "concat":
         return None

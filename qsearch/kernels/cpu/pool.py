@@ -16,7 +16,7 @@ from qsearch.quantize.program import OpKey
 __all__ = ["pool2d"]
 
 
-def pool2d(key: OpKey, isa: Isa) -> Kernel | None:
+def pool2d(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe max_pool2d or avg_pool2d; None for another operation.
 
     Windows are cut at the image's edge: a maximum never sees the padding, and for a uint8 average a padded
@@ -25,6 +25,7 @@ def pool2d(key: OpKey, isa: Isa) -> Kernel | None:
     Args:
         key: shapes ((N, H, W, C), (N, OH, OW, C)).
         isa: Instruction set.
+        threads: Threads to share the work between.
     """
     if key.kind not in ("max_pool2d", "avg_pool2d"):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -16,6 +17,7 @@ __all__ = [
     "for_vectors",
     "kernel",
     "load",
+    "loop",
     "narrow",
     "rounded_product",
     "splat",
@@ -71,11 +73,19 @@ def narrow(value: Expr, lanes: int, kept: int) -> Expr:
     return tirx.Shuffle([value], [tirx.const(i, "int32") for i in range(kept)])
 
 
-def for_vectors(size: int, lanes: int, body: Callable[[Expr | int, int], None]) -> None:
+def loop(extent: int, threads: int = 1) -> Any:
+    """A loop over `extent`: shared between the threads of TVM's pool where `threads` is above one, else serial.
+
+    Only one parallel loop may be open at a time, and buffers a thread writes are allocated inside it.
+    """
+    return T.parallel(0, extent) if threads > 1 and extent > 1 else T.serial(0, extent)
+
+
+def for_vectors(size: int, lanes: int, body: Callable[[Expr | int, int], None], threads: int = 1) -> None:
     """Call `body(offset, lanes)` over `size` elements, the remainder in one narrower vector."""
     whole = size // lanes
     if whole:
-        with T.serial(0, whole) as i:
+        with loop(whole, threads) as i:
             body(i * lanes, lanes)
     if size % lanes:
         body(whole * lanes, size % lanes)
