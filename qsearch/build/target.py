@@ -64,12 +64,13 @@ def host_flags() -> frozenset[str]:
 
 
 @cache
-def open_target(name: str) -> Target:
+def open_target(name: str, threads: int = 1) -> Target:
     """Resolve a target by name.
 
     Args:
         name: 'host' (or 'llvm', 'cpu') for this machine; 'portable' for any CPU of its architecture; else an
             LLVM CPU name such as 'icelake-server'.
+        threads: Threads its modules run on.
 
     Raises:
         UsageError: LLVM does not know the CPU.
@@ -78,7 +79,7 @@ def open_target(name: str) -> Target:
     from tvm.target.codegen import llvm_cpu_has_features, llvm_get_cpu_archlist
 
     if name == "portable":
-        return Target(name, "", ISAS[-1])
+        return Target(name, "", ISAS[-1], threads)
     if name in ("host", "llvm", "cpu"):
         name, mcpu = "host", _host_cpu()
     elif name in llvm_get_cpu_archlist(TvmTarget({"kind": "llvm"})):
@@ -87,7 +88,7 @@ def open_target(name: str) -> Target:
         raise UsageError(f"unknown target {name!r}: use 'host', 'portable' or an LLVM CPU name such as 'icelake-server'")
     described = TvmTarget({"kind": "llvm", "mcpu": mcpu}) if mcpu else TvmTarget({"kind": "llvm"})
     isa = next(isa for isa in ISAS if not isa.features or llvm_cpu_has_features(list(isa.features), described))
-    return Target(name, mcpu, isa)
+    return Target(name, mcpu, isa, threads)
 
 
 def _host_cpu() -> str:

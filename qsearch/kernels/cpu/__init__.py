@@ -5,6 +5,7 @@ from __future__ import annotations
 from qsearch.errors import BuildError
 from qsearch.kernels.cpu.conv2d import conv2d
 from qsearch.kernels.cpu.depthwise import depthwise
+from qsearch.kernels.cpu.depthwise_quads import depthwise_quads
 from qsearch.kernels.cpu.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.cpu.isa import ISAS, Isa
 from qsearch.kernels.cpu.layout import concat, to_channels_first, to_channels_last
@@ -16,6 +17,7 @@ __all__ = ["ISAS", "RULES", "Isa", "describe_kernel"]
 
 # The first rule that applies wins.
 RULES = (
+    depthwise_quads,
     depthwise,
     conv2d,
     elementwise,

@@ -16,9 +16,10 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
+from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
 from qsearch.kernels.cpu.conv_pack import pack_constants, pack_weight
 from qsearch.kernels.cpu.conv_plan import PREFETCH_STEPS, ConvPlan
-from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
+from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import padded_copy, padded_image
 from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat
@@ -41,43 +42,16 @@ def conv2d(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     plan = ConvPlan(key, isa)
     image = key.shapes[0][1:]
     workspace = padded_image(image, key.conv.padding, key.dtypes[0]).bytes if plan.copies else 0
-    variant = (isa.name, plan.tile, plan.block_rows)
+    variant = (isa.name, plan.tile, plan.block_rows, plan.prefetches)
     return Kernel(
         key, variant, lambda s: _generate(plan, s), lambda c: pack_constants(plan, c), workspace, lambda w: pack_weight(plan, w)
     )
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """The kernel's arguments."""
-
-    source: tirx.Buffer
-    residual: tirx.Buffer | None
-    weight: tirx.Buffer
-    bias: tirx.Buffer
-    multiplier: tirx.Buffer | None
-    arguments: Arguments
-    output: tirx.Buffer
-
-
-def _declare(plan: ConvPlan) -> _Buffers:
-    key, lanes = plan.key, plan.isa.lanes
-    kinds = ("int8", "int32") if plan.integer else ("float32", "float32")
-    total = key.conv.groups * plan.columns
-    flat = [int(np.prod(shape)) for shape in key.shapes]
-    source = T.arg("source", T.Buffer((flat[0],), key.dtypes[0], align=64))
-    residual = T.arg("residual", T.Buffer((flat[1],), key.dtypes[1])) if key.residual else None
-    weight = T.arg("weight", T.Buffer((total * plan.column_weights,), kinds[0], align=64))
-    bias = T.arg("bias", T.Buffer((total * lanes,), kinds[1]))
-    multiplier = T.arg("multiplier", T.Buffer((total * lanes,), "float32")) if plan.integer else None
-    arguments = declare_arguments()
-    output = T.arg("output", T.Buffer((flat[-1],), key.dtypes[-1]))
-    return _Buffers(source, residual, weight, bias, multiplier, arguments, output)
-
-
 def _generate(plan: ConvPlan, symbol: str) -> tirx.PrimFunc:
     def body() -> None:
-        buffers = _declare(plan)
+        total = plan.key.conv.groups * plan.columns
+        buffers = declare_layer(plan.key, total * plan.column_weights, total * plan.isa.lanes)
         images, height, width, channels = plan.key.shapes[0]
         out_size = int(np.prod(plan.key.shapes[-1][1:]))
         if plan.flat or images == 1:
@@ -89,7 +63,7 @@ def _generate(plan: ConvPlan, symbol: str) -> tirx.PrimFunc:
     return kernel(symbol, body)
 
 
-def _one_image(plan: ConvPlan, buffers: _Buffers, source_base: Expr | int, output_base: Expr | int) -> None:
+def _one_image(plan: ConvPlan, buffers: LayerBuffers, source_base: Expr | int, output_base: Expr | int) -> None:
     source = buffers.source
     if plan.copies:
         fill = tirx.const(0.0, "float32")
@@ -111,7 +85,7 @@ class _Walk:
     """The loops over one image's output."""
 
     plan: ConvPlan
-    buffers: _Buffers
+    buffers: LayerBuffers
     source: tirx.Buffer
     source_base: Expr | int
     output_base: Expr | int

@@ -14,7 +14,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
+from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
+from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.vectors import cast, for_blocks, kernel, load, rounded_product, splat, vector_type
 from qsearch.kernels.description import Kernel
@@ -59,36 +60,11 @@ def _pack_weight(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)).ravel()
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """The kernel's arguments."""
-
-    source: tirx.Buffer
-    residual: tirx.Buffer | None
-    weight: tirx.Buffer
-    bias: tirx.Buffer
-    multiplier: tirx.Buffer | None
-    arguments: Arguments
-    output: tirx.Buffer
-
-
-def _declare(key: OpKey) -> _Buffers:
-    integer, channels = key.precision == "int8", key.shapes[0][3]
-    sizes = [int(np.prod(shape)) for shape in key.shapes]
-    source = T.arg("source", T.Buffer((sizes[0],), key.dtypes[0]))
-    residual = T.arg("residual", T.Buffer((sizes[1],), key.dtypes[1])) if key.residual else None
-    weight = T.arg("weight", T.Buffer((int(np.prod(key.conv.kernel)) * channels,), "int8" if integer else "float32"))
-    bias = T.arg("bias", T.Buffer((channels,), "int32" if integer else "float32"))
-    multiplier = T.arg("multiplier", T.Buffer((channels,), "float32")) if integer else None
-    arguments = declare_arguments()
-    output = T.arg("output", T.Buffer((sizes[-1],), key.dtypes[-1]))
-    return _Buffers(source, residual, weight, bias, multiplier, arguments, output)
-
-
 def _generate(key: OpKey, isa: Isa, columns: int, symbol: str) -> tirx.PrimFunc:
     def body() -> None:
-        buffers = _declare(key)
-        images, height, width, channels = key.shapes[0]
+        channels = key.shapes[0][3]
+        buffers = declare_layer(key, int(np.prod(key.conv.kernel)) * channels, channels, align=4)
+        images, height, width, _ = key.shapes[0]
         _, out_height, out_width, _ = key.shapes[-1]
         with T.serial(0, images) as n, T.serial(0, out_height) as y:
 
@@ -119,7 +95,7 @@ class _Row:
 
     key: OpKey
     isa: Isa
-    buffers: _Buffers
+    buffers: LayerBuffers
     y: Expr
     channel: Expr | int
     lanes: int

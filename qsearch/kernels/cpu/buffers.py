@@ -1,0 +1,61 @@
+"""The arguments of a layer's kernel, declared in the order in which every kernel of a layer takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments
+from qsearch.quantize.program import OpKey
+
+__all__ = ["LayerBuffers", "declare_layer"]
+
+WEIGHT_DTYPES = {"fp32": "float32", "int8": "int8", "w4a8": "int8", "int16": "int16"}
+
+
+@dataclass(frozen=True)
+class LayerBuffers:
+    """The arguments of a convolution or linear layer, flat.
+
+    Attributes:
+        source: Input.
+        residual: Second input, if the layer adds one.
+        weight: Packed weights.
+        bias: int32 or float32, one per packed output channel.
+        multiplier: float32, one per packed output channel; None for float layers.
+        arguments: The scalars.
+        output: Output.
+    """
+
+    source: tirx.Buffer
+    residual: tirx.Buffer | None
+    weight: tirx.Buffer
+    bias: tirx.Buffer
+    multiplier: tirx.Buffer | None
+    arguments: Arguments
+    output: tirx.Buffer
+
+
+def declare_layer(key: OpKey, weights: int, channels: int, align: int = 64) -> LayerBuffers:
+    """Declare the arguments.
+
+    Args:
+        key: The operation.
+        weights: Elements of the packed weight.
+        channels: Elements of the packed bias and multiplier.
+        align: Bytes to which input and weight are aligned.
+    """
+    sizes = [int(np.prod(shape)) for shape in key.shapes]
+    integer = key.precision != "fp32"
+    source = T.arg("source", T.Buffer((sizes[0],), key.dtypes[0], align=align))
+    residual = T.arg("residual", T.Buffer((sizes[1],), key.dtypes[1])) if key.residual else None
+    weight = T.arg("weight", T.Buffer((weights,), WEIGHT_DTYPES[key.precision or "fp32"], align=align))
+    bias = T.arg("bias", T.Buffer((channels,), "int32" if integer else "float32"))
+    multiplier = T.arg("multiplier", T.Buffer((channels,), "float32")) if integer else None
+    arguments = declare_arguments()
+    return LayerBuffers(
+        source, residual, weight, bias, multiplier, arguments, T.arg("output", T.Buffer((sizes[-1],), key.dtypes[-1]))
+    )
