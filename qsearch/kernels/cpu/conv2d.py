@@ -17,16 +17,19 @@ from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
+from qsearch.kernels.cpu.byte_vectors import narrow_to_bytes, narrow_to_words, transpose_quarters
 from qsearch.kernels.cpu.conv_pack import pack_constants, pack_weight
 from qsearch.kernels.cpu.conv_plan import PREFETCH_STEPS, ConvPlan
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import padded_copy, padded_image
-from qsearch.kernels.cpu.vectors import cast, kernel, load, narrow, rounded_product, splat
+from qsearch.kernels.cpu.vectors import cast, constant, kernel, load, narrow, rounded_product, splat, store
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["conv2d"]
+
+LARGEST_ROUNDED = 2.0**30
 
 
 def conv2d(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
@@ -151,10 +154,54 @@ class _TileWriter:
         offsets = [i * row_stride + j * col_stride for i, j in pixels]
         self._contract(accumulators, origin, offsets, first)
         base = self.walk.output_base + (y * width + x) * out_channels + self.group * plan.out_channels
-        for p, (i, j) in enumerate(pixels):
-            for c in range(self.columns):
-                value = tirx.BufferLoad(accumulators, [p * self.columns + c])
-                self._store(value, base + (i * width + j) * out_channels, first + c, c)
+        places = [
+            (p * self.columns + c, c, base + (i * width + j) * out_channels + self._channel(c))
+            for p, (i, j) in enumerate(pixels)
+            for c in range(self.columns)
+        ]
+        packed = len(places) // 4 * 4 if plan.packs_bytes else 0
+        for four in range(0, packed, 4):
+            self._store_four(accumulators, places[four : four + 4], first)
+        for index, c, at in places[packed:]:
+            value = self._scaled(tirx.BufferLoad(accumulators, [index]), first + c, at)
+            kept = min(lanes, plan.out_channels)
+            finish(plan.isa, self.walk.buffers.output, at, value, kept, self.walk.buffers.arguments, plan.key.clipped)
+
+    def _channel(self, c: int) -> Expr | int:
+        """First output channel, within the group, of column `c` of the chunk; the very last column overlaps its neighbour."""
+        plan = self.walk.plan
+        lanes, channels = plan.isa.lanes, plan.out_channels
+        offset = (self.column + c) * lanes
+        if self.last and c == self.columns - 1 and channels % lanes and channels > lanes:
+            return tirx.min(offset, channels - lanes) if isinstance(offset, Expr) else channels - lanes
+        return offset
+
+    def _store_four(self, accumulators: tirx.Buffer, places: list[tuple[int, int, Expr]], first: Expr | int) -> None:
+        """Requantize four vectors at once, then store together what is adjacent."""
+        plan, arguments = self.walk.plan, self.walk.buffers.arguments
+        rounded = []
+        for index, c, at in places:
+            value = self._scaled(tirx.BufferLoad(accumulators, [index]), first + c, at)
+            if not plan.integer:
+                # An integer layer's multipliers bound its values; a float one's may not fit int32.
+                value = tirx.min(value, constant(LARGEST_ROUNDED, "float32", 16))
+            rounded.append(plan.isa.round_to_int(value, 16))
+        zero_point = tirx.Cast("int16", arguments.integer("zero_point"))
+        halves = [narrow_to_words(rounded[i], rounded[i + 1], zero_point, 64) for i in (0, 2)]
+        low, high = (splat(tirx.Cast("uint8", arguments.integer(name)), 64) for name in ("qmin", "qmax"))
+        values = tirx.min(tirx.max(transpose_quarters(narrow_to_bytes(halves[0], halves[1], 64)), low), high)
+        held = T.alloc_buffer((1,), "uint8x64", scope="local", layout=None)
+        T.buffer_store(held, values, [0])
+        start = 0
+        for end in range(1, 5):
+            # Whole columns of one pixel are adjacent; the overlapping one is stored by itself.
+            adjacent = (
+                end < 4 and places[end][1] == places[end - 1][1] + 1 and not (self.last and places[end][1] == self.columns - 1)
+            )
+            if not adjacent:
+                part = narrow(tirx.BufferLoad(held, [0]), 64, 16 * (end - start), 16 * start)
+                store(self.walk.buffers.output, places[start][2], part, 16 * (end - start))
+                start = end
 
     def _contract(self, accumulators: tirx.Buffer, origin: Expr, offsets: list[int], first: Expr | int) -> None:
         """Add every contraction step to the accumulators."""
@@ -189,15 +236,17 @@ class _TileWriter:
                     value = plan.isa.multiply_add(f"float32x{plan.isa.lanes}", current, splat(activation, plan.isa.lanes), weight)
                 T.buffer_store(accumulators, value, [index])
 
-    def _store(self, value: Expr, base: Expr, column: Expr | int, c: int) -> None:
-        """Requantize one vector of accumulators and store it at its channels."""
+    def _scaled(self, value: Expr, column: Expr | int, index: Expr) -> Expr:
+        """One vector of accumulators in the unit of the output, residual added.
+
+        Args:
+            value: int32 or float32 x lanes.
+            column: Packed column, for its multipliers.
+            index: Where the output is stored, and the residual read.
+        """
         plan, buffers = self.walk.plan, self.walk.buffers
-        lanes, channels = plan.isa.lanes, plan.out_channels
-        kept = min(lanes, channels)
-        offset = (self.column + c) * lanes
-        if self.last and c == self.columns - 1 and channels % lanes and channels > lanes:
-            offset = tirx.min(offset, channels - lanes) if isinstance(offset, Expr) else channels - lanes
-        index = base + offset
+        lanes = plan.isa.lanes
+        kept = min(lanes, plan.out_channels)
         if plan.integer:
             multiplier = load(buffers.multiplier, column * lanes, lanes)
             value = rounded_product(cast(value, "float32", lanes), multiplier, lanes)
@@ -207,7 +256,7 @@ class _TileWriter:
             value = value + dequantized(residual, plan.key.dtypes[1], kept, buffers.arguments, "b")
         if not plan.integer and plan.key.dtypes[-1] == "uint8":
             value = rounded_product(value, splat(buffers.arguments.float("multiplier"), kept), kept)
-        finish(plan.isa, buffers.output, index, value, kept, buffers.arguments, plan.key.clipped)
+        return value
 
 
 def _nest(extents: tuple[int, ...], body: Callable[..., None], *indices: Expr | int) -> None:

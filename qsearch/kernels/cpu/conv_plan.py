@@ -17,9 +17,9 @@ __all__ = ["PREFETCH_STEPS", "ConvPlan"]
 # An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
 BLOCK_ABOVE_BYTES = 512 * 1024
 BLOCK_BYTES = 128 * 1024
-# Weights are prefetched this many steps ahead where few tiles reuse them.
+# Weights are prefetched this many steps ahead where those of a tile do not stay in the first cache.
 PREFETCH_STEPS = 8
-PREFETCH_BELOW_PIXELS = 64
+PREFETCH_ABOVE_BYTES = 24 * 1024
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class ConvPlan:
     @cached_property
     def tile(self) -> Tile:
         """The register tile."""
-        return choose_tile(*self.grid, self.columns, self.isa)
+        itemsize = 1 if self.integer else 4
+        return choose_tile(self.grid, self.columns, self.column_weights * itemsize, self.isa)
 
     @cached_property
     def block_rows(self) -> int:
@@ -126,6 +127,11 @@ class ConvPlan:
         return min(rows, max(1, BLOCK_BYTES // row_bytes // self.tile.rows) * self.tile.rows)
 
     @property
+    def packs_bytes(self) -> bool:
+        """True if four vectors of results are narrowed to bytes together."""
+        return self.isa.lanes == 16 and self.key.dtypes[-1] == "uint8" and self.out_channels >= 16
+
+    @property
     def prefetches(self) -> bool:
-        """True if weights stream and are worth fetching ahead."""
-        return self.grid[0] * self.grid[1] < PREFETCH_BELOW_PIXELS
+        """True if a tile's weights stream from beyond the first cache and are worth fetching ahead."""
+        return self.tile.columns * self.column_weights * (1 if self.integer else 4) > PREFETCH_ABOVE_BYTES

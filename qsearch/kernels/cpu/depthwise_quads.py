@@ -301,7 +301,7 @@ class _Block:
         rounded = [self._vector(v, x, r) for v in range(4)]
         halves = [narrow_to_words(rounded[i], rounded[i + 1], zero_point, self.width) for i in (0, 2)]
         low, high = (splat(tirx.Cast("uint8", integer(name)), self.width) for name in ("qmin", "qmax"))
-        return tirx.min(tirx.max(narrow_to_bytes(*halves, self.width), low), high)
+        return tirx.min(tirx.max(narrow_to_bytes(halves[0], halves[1], self.width), low), high)
 
     def _vector(self, v: int, x: Expr, r: int) -> Expr:
         """Vector `v` of four of an output pixel, scaled and rounded to int32."""

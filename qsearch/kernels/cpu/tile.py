@@ -11,9 +11,15 @@ __all__ = ["Tile", "choose_tile"]
 # Cycles a chain of dependent dot steps needs per step, however few accumulators are in flight.
 DOT_LATENCY = 5
 MAX_TILE_PIXELS = 14
-# Cycles a weight vector costs per step because it comes from the second cache; measured on 7 x 7 images, where
-# tiles of 14 pixels x 2 vectors beat tiles of 5 x 5 by a quarter at the same number of dots.
-WEIGHT_STREAM = 0.2
+# Measured over 25 shapes of 1 x 1 and 3 x 3 layers. Cycles that every load of a step costs beside its dots; cycles
+# to fetch one weight vector from the second cache, which bounds tiles and remainders of few pixels; and what a tile
+# of many pixels loses on small images, where few tiles reuse its weights.
+LOAD = 0.05
+FETCH = 2.5
+FIRST_CACHE_BYTES = 24 * 1024
+MANY_PIXELS, SMALL_GRID, WIDE_PENALTY = 9, 100, 1.4
+# Tiles that leave no remainder of pixels were faster than this formula alone predicts.
+REMAINDER_PENALTY = 1.2
 
 
 @dataclass(frozen=True)
@@ -30,20 +36,20 @@ class Tile:
         return self.rows * self.cols
 
 
-def choose_tile(rows: int, cols: int, columns: int, isa: Isa) -> Tile:
+def choose_tile(grid: tuple[int, int], columns: int, column_bytes: int, isa: Isa) -> Tile:
     """Pick the tile with the least predicted time for a grid of output pixels.
 
     A step of a tile issues pixels * columns dot instructions (two a cycle), and loads pixels activations and
-    `columns` weight vectors (two a cycle); it cannot be shorter than the latency of a dot. Weights stream from
-    beyond the first cache, so wide tiles are charged for them. Remainder tiles along both pixel axes and the
-    channel axis are charged what they cost.
+    `columns` weight vectors; it cannot be shorter than the latency of a dot. Remainder tiles along both pixel axes
+    and the channel axis are charged what they cost.
 
     Args:
-        rows: Rows of the output grid.
-        cols: Columns of the output grid.
+        grid: Rows and columns of output pixels.
         columns: Vectors of output channels.
+        column_bytes: Bytes of one vector's weights over the whole contraction.
         isa: Instruction set.
     """
+    rows, cols = grid
     candidates = [
         Tile(ty, tx, nr)
         for nr in range(1, 7)
@@ -51,18 +57,21 @@ def choose_tile(rows: int, cols: int, columns: int, isa: Isa) -> Tile:
         for ty in range(1, MAX_TILE_PIXELS // tx + 1)
         if nr <= columns and tx <= cols and ty <= rows and ty * tx * nr + nr + 1 < isa.registers
     ]
-    return min(candidates, key=lambda tile: (_cost(tile, rows, cols, columns), tile.rows, -tile.columns))
+    return min(candidates, key=lambda tile: (_cost(tile, grid, columns, column_bytes), tile.rows, -tile.columns))
 
 
-def _cost(tile: Tile, rows: int, cols: int, columns: int) -> float:
+def _cost(tile: Tile, grid: tuple[int, int], columns: int, column_bytes: int) -> float:
+    streams = tile.columns * column_bytes > FIRST_CACHE_BYTES
+    wide = streams and tile.pixels > MANY_PIXELS and grid[0] * grid[1] < SMALL_GRID
     total = 0.0
-    for ty, row_tiles in _pieces(rows, tile.rows):
-        for tx, col_tiles in _pieces(cols, tile.cols):
+    for ty, row_tiles in _pieces(grid[0], tile.rows):
+        for tx, col_tiles in _pieces(grid[1], tile.cols):
             for nr, column_tiles in _pieces(columns, tile.columns):
                 pixels = ty * tx
-                step = max(pixels * nr / 2, (pixels + nr) / 2, DOT_LATENCY)
-                total += row_tiles * col_tiles * column_tiles * (step + WEIGHT_STREAM * nr)
-    return total
+                step = max(pixels * nr / 2, DOT_LATENCY, FETCH * nr if streams else 0.0) + LOAD * (pixels + nr)
+                total += row_tiles * col_tiles * column_tiles * step
+    uneven = grid[0] % tile.rows or grid[1] % tile.cols
+    return total * (WIDE_PENALTY if wide else 1.0) * (REMAINDER_PENALTY if uneven else 1.0)
 
 
 def _pieces(total: int, size: int) -> list[tuple[int, int]]:

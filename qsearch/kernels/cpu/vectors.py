@@ -66,11 +66,11 @@ def cast(value: Expr, dtype: str, lanes: int) -> Expr:
     return tirx.Cast(vector_type(dtype, lanes), value)
 
 
-def narrow(value: Expr, lanes: int, kept: int) -> Expr:
-    """The first `kept` lanes."""
+def narrow(value: Expr, lanes: int, kept: int, start: int = 0) -> Expr:
+    """`kept` lanes from lane `start`."""
     if kept == lanes:
         return value
-    return tirx.Shuffle([value], [tirx.const(i, "int32") for i in range(kept)])
+    return tirx.Shuffle([value], [tirx.const(start + i, "int32") for i in range(kept)])
 
 
 def loop(extent: int, threads: int = 1) -> Any:
