@@ -10,8 +10,12 @@ __all__ = ["pack_constants", "pack_weight"]
 
 
 def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Bias and multiplier by group, column and lane; then the scalars."""
+    """Bias and multiplier by group, part, column and lane; then the scalars."""
     channel, used = _channels(plan)
+    offset = plan.isa.activation_offset if plan.weight_dtype == "int8" else 0
+    if offset:
+        sums = constants["weight"].reshape(len(constants["bias"]), -1).sum(1, dtype=np.int32)
+        constants = constants | {"bias": constants["bias"] + offset * sums}
     rows = []
     for name in ("bias", "multiplier") if plan.integer else ("bias",):
         per_group = constants[name].reshape(plan.key.conv.groups, plan.out_channels)
@@ -20,24 +24,27 @@ def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np
 
 
 def _channels(plan: ConvPlan) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, lanes): the output channel of every lane, and whether the lane is used at all."""
+    """(packed columns of a group, lanes): the output channel of every lane, and whether the lane is used at all."""
     lanes = plan.isa.lanes
-    channel = np.arange(plan.columns * lanes).reshape(plan.columns, lanes)
+    channel = np.arange(plan.all_columns * lanes).reshape(plan.all_columns, lanes)
     if plan.out_channels >= lanes:
         channel[-1] = np.arange(plan.out_channels - lanes, plan.out_channels)
+    starts = [plan.first_column(part) for part in range(plan.parts)]
+    channel = np.concatenate([channel[start : start + plan.columns] for start in starts])
     used = channel < plan.out_channels
     return np.where(used, channel, 0), used
 
 
 def pack_weight(plan: ConvPlan, weight: np.ndarray) -> np.ndarray:
-    """Lay weights out in the order the kernel reads them: group, chunk of columns, step, column, lane, element.
+    """Lay weights out in the order the kernel reads them: group, part, chunk of columns, step, column, lane, element.
 
     Args:
         plan: The kernel.
-        weight: int8 or float32 (O, kh, kw, I/groups).
+        weight: int8, int16 or float32 (O, kh, kw, I/groups).
 
     Returns:
-        Flat array, zero where a column or a contraction group is incomplete.
+        Flat array, zero where a column or a contraction group is incomplete. For 4-bit weights a byte holds the
+        same place of two adjacent vectors, each plus eight: the earlier in its low half.
     """
     channel, used = _channels(plan)
     groups, (rows, count, steps) = plan.key.conv.groups, plan.steps
@@ -46,10 +53,18 @@ def pack_weight(plan: ConvPlan, weight: np.ndarray) -> np.ndarray:
     padded = np.zeros((*dense.shape[:-1], steps * plan.group), weight.dtype)
     padded[..., :elements] = dense
     columns = padded[:, channel] * used[None, :, :, None, None, None].astype(weight.dtype)
-    columns = columns.reshape(groups, plan.columns, plan.isa.lanes, rows * count * steps, plan.group)
+    columns = columns.reshape(groups * plan.parts, plan.columns, plan.isa.lanes, rows * count * steps, plan.group)
     chunks = []
-    for g in range(groups):
+    for run in columns:
         for first in range(0, plan.columns, plan.tile.columns):
-            chunk = columns[g, first : first + plan.tile.columns]
-            chunks.append(chunk.transpose(2, 0, 1, 3).ravel())
+            chunk = run[first : first + plan.tile.columns].transpose(2, 0, 1, 3).reshape(-1, plan.isa.lanes * plan.group)
+            chunks.append(_nibbles(chunk) if plan.nibbles else chunk.ravel())
     return np.concatenate(chunks)
+
+
+def _nibbles(vectors: np.ndarray) -> np.ndarray:
+    """int8 (vectors, elements) in -8..7 -> two to a byte."""
+    if len(vectors) % 2:
+        vectors = np.concatenate([vectors, np.zeros_like(vectors[:1])])
+    halves = (vectors + 8).astype(np.uint8)
+    return (halves[0::2] | halves[1::2] << 4).view(np.int8).ravel()

@@ -1,4 +1,4 @@
-"""Every static number of a dense or grouped convolution kernel: contraction, output grid, tile, blocks."""
+"""Every static number of a dense or grouped convolution kernel: contraction, output grid, tile, blocks, sharing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from functools import cached_property
 import numpy as np
 
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.padding import padded_image
+from qsearch.kernels.cpu.padding import PaddedImage, padded_image
 from qsearch.kernels.cpu.tile import Tile, choose_tile
 from qsearch.quantize.program import OpKey
 
-__all__ = ["PREFETCH_STEPS", "ConvPlan"]
+__all__ = ["LAYER_PRECISIONS", "PREFETCH_STEPS", "ConvPlan"]
 
+LAYER_PRECISIONS = ("fp32", "int8", "int16", "w4a8")
 # An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
 BLOCK_ABOVE_BYTES = 512 * 1024
 BLOCK_BYTES = 128 * 1024
 # Weights are prefetched this many steps ahead where those of a tile do not stay in the first cache.
 PREFETCH_STEPS = 8
 PREFETCH_ABOVE_BYTES = 24 * 1024
+# A layer of fewer multiplications is not worth waking another thread for.
+SHARED_ABOVE = 1_000_000
+# Threads share rows of pixels if each gets at least so many tiles of them, else channels.
+TILES_FOR_EACH = 4
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,39 @@ class ConvPlan:
     Attributes:
         key: The operation: shapes ((N, H, W, C), [residual], (N, OH, OW, O)).
         isa: Instruction set.
+        threads: Threads to share the work between.
+        forced: A tile to use instead of the one with the least predicted time.
     """
 
     key: OpKey
     isa: Isa
+    threads: int = 1
+    forced: Tile | None = None
 
     @property
     def integer(self) -> bool:
-        """True for uint8 x int8 -> int32, False for float32."""
-        return self.key.precision == "int8"
+        """True if products are summed in int32, False for float32."""
+        return self.key.precision != "fp32"
+
+    @property
+    def nibbles(self) -> bool:
+        """True if weights are stored as 4 bits and unpacked into scratch memory."""
+        return self.key.precision == "w4a8"
 
     @property
     def group(self) -> int:
         """Elements of one contraction step."""
-        return self.isa.dot_group if self.integer else 1
+        return {"fp32": 1, "int16": 2}.get(self.key.precision or "", self.isa.dot_group)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an input element, and of an unpacked weight."""
+        return np.dtype(self.key.dtypes[0]).itemsize
+
+    @property
+    def weight_dtype(self) -> str:
+        """Dtype of an unpacked weight."""
+        return {"fp32": "float32", "int16": "int16"}.get(self.key.precision or "", "int8")
 
     @property
     def in_channels(self) -> int:
@@ -62,21 +86,71 @@ class ConvPlan:
             return 1, conv.kernel[1] * channels, 0
         return conv.kernel[1], self.in_channels, conv.dilation[1] * channels
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, int, int]:
         """(kernel rows, segments, groups of a segment): the contraction."""
         count, elements, _ = self.segments
         return self.key.conv.kernel[0], count, -(-elements // self.group)
 
     @property
-    def columns(self) -> int:
-        """Vectors of output channels per convolution group."""
-        return -(-self.out_channels // self.isa.lanes)
-
-    @property
     def column_weights(self) -> int:
         """Weight elements of one column over the whole contraction."""
         return int(np.prod(self.steps)) * self.isa.lanes * self.group
+
+    @cached_property
+    def sharing(self) -> str:
+        """What the threads share: 'images', 'rows', 'groups' or 'columns'; '' where one thread does everything."""
+        multiplications = int(np.prod(self.key.shapes[-1])) * int(np.prod(self.key.conv.kernel)) * self.in_channels
+        if self.threads == 1 or multiplications < SHARED_ABOVE:
+            return ""
+        if not self.flat and self.key.shapes[0][0] >= self.threads:
+            return "images"
+        rows, cols = self.grid
+        if rows * cols >= TILES_FOR_EACH * self.threads * 7 and rows >= 2 * self.threads:
+            return "rows"
+        if self.key.conv.groups >= self.threads:
+            return "groups"
+        return "columns" if self.all_columns >= self.threads else ""
+
+    @property
+    def all_columns(self) -> int:
+        """Vectors that hold the output channels of a group."""
+        return -(-self.out_channels // self.isa.lanes)
+
+    @property
+    def parts(self) -> int:
+        """Runs of columns that are packed and computed apart, one for each thread that shares columns."""
+        return self.threads if self.sharing == "columns" else 1
+
+    @property
+    def columns(self) -> int:
+        """Vectors of output channels of one part."""
+        return -(-self.all_columns // self.parts)
+
+    def first_column(self, part: int) -> int:
+        """First vector of output channels of a part; where they do not divide evenly, the last part overlaps."""
+        return min(part * self.columns, self.all_columns - self.columns)
+
+    @property
+    def packed_columns(self) -> int:
+        """Columns in the packed weight, over all groups and parts."""
+        return self.key.conv.groups * self.parts * self.columns
+
+    @property
+    def chunk_vectors(self) -> list[int]:
+        """Weight vectors of every chunk of columns of a part, rounded up to pairs where they are nibbles."""
+        steps, found = int(np.prod(self.steps)), []
+        for first in range(0, self.columns, self.tile.columns):
+            vectors = steps * min(self.tile.columns, self.columns - first)
+            found.append(vectors + vectors % 2 if self.nibbles else vectors)
+        return found
+
+    @property
+    def packed_elements(self) -> int:
+        """Elements of the packed weight."""
+        vector = self.isa.lanes * self.group
+        total = self.key.conv.groups * self.parts * sum(self.chunk_vectors) * vector
+        return total // 2 if self.nibbles else total
 
     @property
     def copies(self) -> bool:
@@ -98,40 +172,60 @@ class ConvPlan:
     @cached_property
     def strides(self) -> tuple[int, int]:
         """Input elements between adjacent output rows and output columns."""
-        _, _, width, channels = self.key.shapes[0]
+        channels = self.key.shapes[0][3]
         if self.flat:
             return channels, 0
         return self.key.conv.stride[0] * self.row, self.key.conv.stride[1] * channels
 
-    @cached_property
+    @property
     def row(self) -> int:
         """Input elements of one image row, padded where copied."""
-        _, height, width, channels = self.key.shapes[0]
-        if not self.copies:
-            return width * channels
-        return padded_image((height, width, channels), self.key.conv.padding, self.key.dtypes[0]).row
+        return self.scratch_image(1).row if self.copies else self.key.shapes[0][2] * self.key.shapes[0][3]
+
+    def scratch_image(self, rows: int) -> PaddedImage:
+        """The padded copy that `rows` output rows need."""
+        conv = self.key.conv
+        needed = (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
+        return padded_image(needed, self.key.shapes[0][1:], conv.padding, self.key.dtypes[0])
 
     @cached_property
     def tile(self) -> Tile:
         """The register tile."""
-        itemsize = 1 if self.integer else 4
-        return choose_tile(self.grid, self.columns, self.column_weights * itemsize, self.isa)
+        if self.forced is not None:
+            return self.forced
+        grid = self.grid
+        if self.sharing == "rows":
+            grid = (-(-grid[0] // self.threads), grid[1])
+        return choose_tile(grid, self.columns, self.column_weights * self.itemsize, self.isa)
 
     @cached_property
     def block_rows(self) -> int:
-        """Output rows walked for all channels before the next rows."""
-        rows, cols = self.grid
-        row_bytes = max(1, abs(self.strides[0])) * (4 if self.key.dtypes[0] == "float32" else 1)
-        if rows * row_bytes <= BLOCK_ABOVE_BYTES:
-            return rows
-        return min(rows, max(1, BLOCK_BYTES // row_bytes // self.tile.rows) * self.tile.rows)
+        """Output rows walked for all channels before the next rows; the last block overlaps where they do not divide."""
+        rows, tile = self.grid[0], self.tile.rows
+        row_bytes = max(1, abs(self.strides[0])) * self.itemsize
+        blocks = 1
+        if rows * row_bytes > BLOCK_ABOVE_BYTES:
+            blocks = -(-rows * row_bytes // BLOCK_BYTES)
+        if self.sharing == "rows":
+            blocks = -(-blocks // self.threads) * self.threads
+        return min(rows, -(-rows // blocks // tile) * tile if rows >= blocks * tile else tile)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory of all threads."""
+        total = 0
+        if self.copies:
+            total += self.scratch_image(self.block_rows).bytes * (self.threads if self.sharing in ("images", "rows") else 1)
+        if self.nibbles:
+            total += max(self.chunk_vectors) * self.isa.lanes * self.group * (self.threads if self.sharing else 1)
+        return total
 
     @property
     def packs_bytes(self) -> bool:
         """True if four vectors of results are narrowed to bytes together."""
-        return self.isa.lanes == 16 and self.key.dtypes[-1] == "uint8" and self.out_channels >= 16
+        return self.isa.narrows_four and self.key.dtypes[-1] == "uint8" and self.out_channels >= self.isa.lanes
 
     @property
     def prefetches(self) -> bool:
         """True if a tile's weights stream from beyond the first cache and are worth fetching ahead."""
-        return self.tile.columns * self.column_weights * (1 if self.integer else 4) > PREFETCH_ABOVE_BYTES
+        return not self.nibbles and self.tile.columns * self.column_weights * self.itemsize > PREFETCH_ABOVE_BYTES

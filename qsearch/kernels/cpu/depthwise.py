@@ -15,15 +15,18 @@ from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
+from qsearch.kernels.cpu.conv_plan import LAYER_PRECISIONS
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, for_blocks, kernel, load, rounded_product, splat, vector_type
+from qsearch.kernels.cpu.vectors import cast, constant, for_blocks, kernel, load, loop, rounded_product, splat, vector_type
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
 __all__ = ["depthwise"]
 
 MAX_TILE_COLUMNS = 8
+# Outputs below which another thread is not worth waking.
+SHARED_ABOVE = 32 * 1024
 
 
 def depthwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
@@ -34,14 +37,14 @@ def depthwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
         isa: Instruction set.
         threads: Threads to share the work between.
     """
-    if key.kind != "conv2d" or key.precision not in ("fp32", "int8"):
+    if key.kind != "conv2d" or key.precision not in LAYER_PRECISIONS:
         return None
     channels = key.shapes[0][3]
     if key.conv.groups != channels or key.shapes[-1][3] != channels or channels == 1:
         return None
     columns = _tile_columns(key.shapes[-1][2], isa)
     variant = (isa.name, columns)
-    return Kernel(key, variant, lambda s: _generate(key, isa, columns, s), lambda c: _pack(key, c), 0, _pack_weight)
+    return Kernel(key, variant, lambda s: _generate(key, isa, threads, s), lambda c: _pack(key, c), 0, _pack_weight)
 
 
 def _tile_columns(width: int, isa: Isa) -> int:
@@ -51,7 +54,7 @@ def _tile_columns(width: int, isa: Isa) -> int:
 
 
 def _pack(key: OpKey, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    names = ("bias", "multiplier") if key.precision == "int8" else ("bias",)
+    names = ("bias",) if key.precision == "fp32" else ("bias", "multiplier")
     return (*(constants[name] for name in names), constants["integers"], constants["floats"])
 
 
@@ -60,18 +63,20 @@ def _pack_weight(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)).ravel()
 
 
-def _generate(key: OpKey, isa: Isa, columns: int, symbol: str) -> tirx.PrimFunc:
+def _generate(key: OpKey, isa: Isa, threads: int, symbol: str) -> tirx.PrimFunc:
     def body() -> None:
         channels = key.shapes[0][3]
         buffers = declare_layer(key, int(np.prod(key.conv.kernel)) * channels, channels, align=4)
         images, height, width, _ = key.shapes[0]
         _, out_height, out_width, _ = key.shapes[-1]
-        with T.serial(0, images) as n, T.serial(0, out_height) as y:
+        shared = threads if images * out_height * out_width * channels > SHARED_ABOVE else 1
+        with loop(images * out_height, shared) as i:
+            n, y = tirx.floordiv(i, out_height), tirx.floormod(i, out_height)
 
             def block(channel: Expr | int, lanes: int) -> None:
                 source = n * (height * width * channels) + channel
                 output = (n * out_height + y) * (out_width * channels) + channel
-                _Row(key, isa, buffers, y, channel, lanes, source, output).write(columns)
+                _Row(key, isa, buffers, y, channel, lanes, source, output).write(_tile_columns(out_width, isa))
 
             for_blocks(channels, isa.lanes, block)
 
@@ -105,7 +110,7 @@ class _Row:
     @property
     def integer(self) -> bool:
         """True for uint8 x int8 -> int32, False for float32."""
-        return self.key.precision == "int8"
+        return self.key.precision != "fp32"
 
     @property
     def kind(self) -> str:
@@ -192,13 +197,17 @@ class _Row:
             held = T.alloc_buffer((1,), self.kind, scope="local", layout=None)
             T.buffer_store(held, value, [0])
             for j, kw in uses:
-                total = self.isa.multiply_add(
-                    self.kind, tirx.BufferLoad(accumulators, [j]), tirx.BufferLoad(held, [0]), weights[kw]
-                )
+                total = self._add(tirx.BufferLoad(accumulators, [j]), tirx.BufferLoad(held, [0]), weights[kw])
                 T.buffer_store(accumulators, total, [j])
+
+    def _add(self, total: Expr, value: Expr, weight: Expr) -> Expr:
+        # Activations of 16 bits have a sign, which `multiply_add` does not take.
+        return total + value * weight if self.key.precision == "int16" else self.isa.multiply_add(self.kind, total, value, weight)
 
     def _padding(self) -> Expr:
         """What a padded position holds: the input's zero point."""
+        if self.key.precision == "int16":
+            return constant(0, "int32", self.lanes)
         return splat(self.buffers.arguments.integer("a_zero_point"), self.lanes)
 
     def _widened(self, value: Expr) -> Expr:
@@ -212,7 +221,7 @@ class _Row:
         if buffers.residual is not None:
             residual = load(buffers.residual, index, lanes)
             value = value + dequantized(residual, key.dtypes[1], lanes, buffers.arguments, "b")
-        if not self.integer and key.dtypes[-1] == "uint8":
+        if not self.integer and key.dtypes[-1] != "float32":
             value = rounded_product(value, splat(buffers.arguments.float("multiplier"), lanes), lanes)
         finish(self.isa, buffers.output, index, value, lanes, buffers.arguments, key.clipped)
 

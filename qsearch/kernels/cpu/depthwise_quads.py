@@ -29,6 +29,8 @@ __all__ = ["depthwise_quads"]
 
 WIDTHS = (64, 32, 16)
 MAX_ROWS = 4
+# Outputs below which another thread is not worth waking.
+SHARED_ABOVE = 64 * 1024
 # Vector instructions to turn four accumulators into bytes, and to interleave four rows.
 EPILOGUE, INTERLEAVE = 15, 8
 
@@ -38,11 +40,11 @@ def depthwise_quads(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
 
     Args:
         key: kind 'conv2d' with groups = input channels = output channels >= 16; shapes as for conv2d.
-        isa: Instruction set; needs 4-byte dots.
+        isa: Instruction set; must dot bytes.
         threads: Threads to share the work between.
     """
     channels = key.shapes[0][-1]
-    if key.kind != "conv2d" or key.precision not in ("int8", "w4a8") or isa.lanes != 16 or isa.dot_group != 4:
+    if key.kind != "conv2d" or key.precision not in ("int8", "w4a8") or not isa.dots_quads:
         return None
     if key.conv.groups != channels or key.shapes[-1][3] != channels or channels < WIDTHS[-1]:
         return None
@@ -167,7 +169,8 @@ def _generate(plan: _Plan, threads: int) -> None:
     packed = sum(block[1] for block in plan.blocks)
     buffers = declare_layer(plan.key, packed * len(plan.terms) * 4, packed, align=16)
     tiles = -(-out_height // plan.rows)
-    with loop(images * tiles, threads) as i:
+    shared = threads if images * out_height * out_width * channels > SHARED_ABOVE else 1
+    with loop(images * tiles, shared) as i:
         scratch = T.alloc_buffer((plan.scratch_bytes,), "uint8", scope="global", layout=None, align=64)
         n, y = tirx.floordiv(i, tiles), tirx.floormod(i, tiles) * plan.rows
         at, first = n * (height * width * channels), n * (out_height * out_width * channels)

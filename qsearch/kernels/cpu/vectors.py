@@ -20,6 +20,7 @@ __all__ = [
     "loop",
     "narrow",
     "rounded_product",
+    "smallest",
     "splat",
     "store",
     "vector_type",
@@ -54,6 +55,11 @@ def store(buffer: tirx.Buffer, index: Expr | int, value: Expr, lanes: int = 1) -
 def splat(value: Expr, lanes: int) -> Expr:
     """A scalar in every lane."""
     return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def smallest(a: Expr | int, b: int) -> Expr | int:
+    """The smaller of an index and a number."""
+    return min(a, b) if isinstance(a, int) else tirx.min(a, b)
 
 
 def vector_type(dtype: str, lanes: int) -> str:
