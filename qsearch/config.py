@@ -26,7 +26,8 @@ __all__ = [
 CalibrationMode = Literal["max", "percentile", "kl_divergence", "mse", "global_scale"]
 Granularity = Literal["channel_wise", "layer_wise"]
 WeightScale = Literal["max", "power_of_two"]
-PrecisionName = Literal["fp32", "int8"]
+# In the order of `qsearch.qtype.PRECISIONS`: from the most precise to the smallest.
+PrecisionName = Literal["fp32", "int16", "int8", "w4a8"]
 
 
 class Calibration(BaseModel):

@@ -1,14 +1,14 @@
 """Precisions a layer can run in.
 
-A precision names how a layer's activations and weights are held. New ones (16-bit activations, 4-bit
-weights) are added here; lowering and kernels look precisions up by name.
+A precision names how a layer's activations and weights are held. New ones are added here; lowering and
+kernels look precisions up by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FP32", "INT8", "PRECISIONS", "UINT8", "IntRange", "Precision"]
+__all__ = ["FP32", "INT16", "INT8", "PRECISIONS", "UINT8", "W4A8", "IntRange", "Precision"]
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,10 @@ UINT8 = IntRange("uint8", 0, 255)
 FP32 = Precision("fp32", FLOAT32, FLOAT32)
 # Weights stay within +-127 so that every scale is symmetric and -128 never occurs.
 INT8 = Precision("int8", UINT8, IntRange("int8", -127, 127))
+# The widest ranges: how much of them is used is bounded per tensor and channel, so that sums fit 32 bits.
+INT16 = Precision("int16", IntRange("int16", -32767, 32767), IntRange("int16", -32767, 32767))
+# Four-bit weights beside int8's activations; held one to a byte until a kernel packs them.
+W4A8 = Precision("w4a8", UINT8, IntRange("int8", -7, 7))
 
-PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, INT8)}
+# From the most precise to the smallest.
+PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, INT16, INT8, W4A8)}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import tvm
 
 from qsearch.build.target import Target, open_target
+from qsearch.errors import BuildError
 from qsearch.kernels.cpu import describe_kernel
+from qsearch.kernels.description import Kernel
+from qsearch.models.graph import Conv
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Value
 
@@ -15,8 +22,7 @@ TARGETS = ("host", "portable")
 
 def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
     """The operation's output as its kernel computes it."""
-    kernel = describe_kernel(op.key, target.isa, target.threads)
-    built = tvm.compile(tvm.IRModule({"tested": kernel.generate("tested")}), target=target.tvm())
+    kernel, built = _compiled(op.key, target)
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:
         constants.insert(0, kernel.pack_weight(op.constants["weight"]))
@@ -26,18 +32,46 @@ def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
     return output.numpy().reshape(op.output.shape)
 
 
+@lru_cache(maxsize=256)
+def _compiled(key: OpKey, target: Target) -> tuple[Kernel, Any]:
+    kernel = describe_kernel(key, target.isa, target.threads)
+    return kernel, tvm.compile(tvm.IRModule({"tested": kernel.generate("tested")}), target=target.tvm())
+
+
 def make_op(key: OpKey, **constants: np.ndarray) -> Op:
     """An operation with neutral scalars unless given."""
     names = tuple(f"x{i}" for i in range(len(key.shapes) - 1))
     return Op("tested", key, names, Value("y", key.shapes[-1], key.dtypes[-1]), scalars() | constants)
 
 
-def random_inputs(rng: np.random.Generator, key: OpKey) -> list[np.ndarray]:
-    """Values of the inputs' dtypes: all of uint8, or normal floats."""
-    return [
-        rng.integers(0, 256, shape, dtype=np.uint8) if dtype == "uint8" else (3 * rng.standard_normal(shape)).astype(np.float32)
-        for shape, dtype in zip(key.shapes[:-1], key.dtypes[:-1], strict=True)
-    ]
+def random_inputs(rng: np.random.Generator, key: OpKey, largest: int = 2**15 - 1) -> list[np.ndarray]:
+    """Values of the inputs' dtypes: all of uint8, int16 up to `largest` (the first input only), or normal floats."""
+    inputs = []
+    for i, (shape, dtype) in enumerate(zip(key.shapes[:-1], key.dtypes[:-1], strict=True)):
+        if dtype == "uint8":
+            inputs.append(rng.integers(0, 256, shape, dtype=np.uint8))
+        elif dtype == "int16":
+            limit = 2**15 - 1 if i else largest
+            inputs.append(rng.integers(-limit, limit + 1, shape, dtype=np.int16))
+        else:
+            inputs.append((3 * rng.standard_normal(shape)).astype(np.float32))
+    return inputs
+
+
+def has_kernel(key: OpKey, target: Target) -> bool:
+    """True if some rule describes the operation."""
+    try:
+        describe_kernel(key, target.isa, target.threads)
+    except BuildError:
+        return False
+    return True
+
+
+def has_convolutions(precision: str) -> bool:
+    """True if dense and depthwise convolutions of a precision have kernels on every tested target."""
+    dtype = PRECISIONS[precision].activation.dtype
+    keys = [OpKey("conv2d", ((1, 4, 4, 16),) * 2, (dtype, dtype), precision, Conv(groups=groups)) for groups in (1, 16)]
+    return all(has_kernel(key, target_named(name)) for key in keys for name in TARGETS)
 
 
 def target_named(name: str) -> Target:

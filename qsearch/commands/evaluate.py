@@ -18,7 +18,7 @@ def evaluate(
     weights: Weights = None,
     data: Data = None,
     target: Target = "llvm",
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int8, or configuration files (JSON).")] = "fp32,int8",
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int16, int8, w4a8, or JSON files.")] = "fp32,int8",
     split: Annotated[str, typer.Option(help="search or heldout: which images.")] = "search",
     seed: Seed = 0,
     preprocessing: Preprocessing = None,

@@ -1,7 +1,8 @@
 """Affine quantization: real = scale * (integer - zero_point).
 
 Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
-2018. Activations use the unsigned 8-bit range and an integer zero point, so that zero is exact.
+2018. 8-bit activations use the unsigned range and an integer zero point, so that zero is exact; 16-bit ones
+are symmetric around a zero point of zero.
 """
 
 from __future__ import annotations
@@ -11,35 +12,36 @@ from dataclasses import dataclass
 import numpy as np
 
 from qsearch.errors import QuantizeError
-from qsearch.qtype import UINT8
+from qsearch.qtype import UINT8, IntRange
 
-__all__ = ["Affine", "affine_from_range", "dequantize", "quantize"]
-
-QMIN, QMAX = UINT8.qmin, UINT8.qmax
+__all__ = ["Affine", "affine_from_range", "dequantize", "quantize", "symmetric_from_range"]
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Scale and zero point of a uint8 tensor.
+    """Scale and zero point of an integer tensor.
 
     Attributes:
         scale: Real distance of neighbouring integers, float32.
-        zero_point: The integer that stands for zero, in [0, 255].
+        zero_point: The integer that stands for zero, within `limits`.
+        limits: The tensor's integers.
     """
 
     scale: np.float32
     zero_point: int
+    limits: IntRange = UINT8
 
     def clip_bounds(self, clip: tuple[float, float] | None) -> tuple[int, int]:
-        """The integers that a real clip (low, high) maps to, within [0, 255]."""
+        """The integers that a real clip (low, high) maps to, within the tensor's limits."""
+        qmin, qmax = self.limits.qmin, self.limits.qmax
         if clip is None:
-            return QMIN, QMAX
+            return qmin, qmax
         low, high = (np.rint(np.float64(bound) / np.float64(self.scale)) + self.zero_point for bound in clip)
-        return int(np.clip(low, QMIN, QMAX)), int(np.clip(high, QMIN, QMAX))
+        return int(np.clip(low, qmin, qmax)), int(np.clip(high, qmin, qmax))
 
 
 def affine_from_range(name: str, low: float, high: float) -> Affine:
-    """Spread [low, high], widened to contain zero, over the 256 integers.
+    """Spread [low, high], widened to contain zero, over the 256 integers of uint8.
 
     Args:
         name: Tensor name, for the message.
@@ -50,19 +52,40 @@ def affine_from_range(name: str, low: float, high: float) -> Affine:
         QuantizeError: The range is not finite or is empty.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = np.float32((high - low) / (QMAX - QMIN))
-    if not np.isfinite(scale) or scale < np.finfo(np.float32).tiny:
-        raise QuantizeError(f"the range of {name!r} is [{low}, {high}]: it must be finite and not empty to be quantized")
-    zero_point = int(np.clip(np.rint(QMIN - low / np.float64(scale)), QMIN, QMAX))
+    scale = _checked_scale(name, low, high, (high - low) / (UINT8.qmax - UINT8.qmin))
+    zero_point = int(np.clip(np.rint(UINT8.qmin - low / np.float64(scale)), UINT8.qmin, UINT8.qmax))
     return Affine(scale, zero_point)
 
 
+def symmetric_from_range(name: str, low: float, high: float, qmax: int) -> Affine:
+    """Spread the larger magnitude of [low, high] over the integers -qmax to qmax of int16.
+
+    Args:
+        name: Tensor name, for the message.
+        low: Smallest real value.
+        high: Largest real value.
+        qmax: Largest integer, at most 32767.
+
+    Raises:
+        QuantizeError: The range is not finite or is empty.
+    """
+    scale = _checked_scale(name, low, high, max(-low, high, 0.0) / qmax)
+    return Affine(scale, 0, IntRange("int16", -qmax, qmax))
+
+
+def _checked_scale(name: str, low: float, high: float, scale: float) -> np.float32:
+    rounded = np.float32(scale)
+    if not np.isfinite(rounded) or rounded < np.finfo(np.float32).tiny:
+        raise QuantizeError(f"the range of {name!r} is [{low}, {high}]: it must be finite and not empty to be quantized")
+    return rounded
+
+
 def quantize(values: np.ndarray, affine: Affine) -> np.ndarray:
-    """Float -> uint8, rounding half to even."""
+    """Float -> the tensor's integers, rounding half to even."""
     whole = np.rint(values.astype(np.float64) / np.float64(affine.scale)) + affine.zero_point
-    return np.clip(whole, QMIN, QMAX).astype(np.uint8)
+    return np.clip(whole, affine.limits.qmin, affine.limits.qmax).astype(affine.limits.dtype)
 
 
 def dequantize(values: np.ndarray, affine: Affine) -> np.ndarray:
-    """uint8 -> float32."""
+    """Integers -> float32."""
     return (values.astype(np.int32) - affine.zero_point).astype(np.float32) * affine.scale

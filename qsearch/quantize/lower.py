@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from qsearch.config import QuantConfig
 from qsearch.models.graph import Model, Node
-from qsearch.quantize.affine import Affine, affine_from_range
-from qsearch.quantize.assign import FIRST, FLOAT, UINT8_FORM, Assignment, assign_forms
-from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, scalars
+from qsearch.qtype import INT16
+from qsearch.quantize.affine import Affine, affine_from_range, symmetric_from_range
+from qsearch.quantize.assign import FIRST, FLOAT, INT16_FORM, INTEGER_FORMS, SHARED, UINT8_FORM, Assignment, assign_forms
+from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.weights import WeightStore
 
@@ -48,7 +51,7 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     """
     chosen = precisions(model, config)
     assignment = assign_forms(model.graph, chosen)
-    writer = _Writer(model, assignment, _affines(model, assignment, ranges))
+    writer = _Writer(model, assignment, _affines(model, assignment, ranges, weights))
     for node in model.graph.nodes:
         context = Context(model, config, chosen, assignment, writer.affines, weights)
         writer.write(node, context)
@@ -56,17 +59,43 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     return Program(writer.input, tuple(writer.ops), output)
 
 
-def _affines(model: Model, assignment: Assignment, ranges: Ranges) -> dict[str, Affine]:
-    """Scale and zero point of every value that exists as uint8."""
-    affines: dict[str, Affine] = {}
+def _affines(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[tuple[str, str], Affine]:
+    """Scale and zero point of every value, by form, that exists in integers."""
+    affines: dict[tuple[str, str], Affine] = {}
+    limits = _int16_limits(model, assignment, weights)
     for node in model.graph.nodes:
-        if UINT8_FORM not in assignment.wanted[node.name] and node.name not in assignment.integer:
-            continue
-        if node.op in ("max_pool2d", "flatten") and node.name in assignment.integer:
-            affines[node.name] = affines[node.inputs[0]]
-        else:
-            affines[node.name] = affine_from_range(node.name, *ranges[node.name])
+        computes = assignment.computes[node.name]
+        for form in INTEGER_FORMS:
+            key = node.name, form
+            if form not in assignment.wanted[node.name] and form != computes:
+                continue
+            if node.op in SHARED and form == computes:
+                affines[key] = affines[node.inputs[0], form]
+            elif form == UINT8_FORM:
+                affines[key] = affine_from_range(node.name, *ranges[node.name])
+            else:
+                affines[key] = symmetric_from_range(node.name, *ranges[node.name], limits[node.name])
     return affines
+
+
+def _int16_limits(model: Model, assignment: Assignment, weights: WeightStore) -> dict[str, int]:
+    """Largest integer of every value's int16 form, such that no int16 layer that reads it can overflow."""
+    limits: dict[str, int] = {}
+    for node in reversed(model.graph.nodes):
+        limit = INT16.activation.qmax
+        for reader in model.graph.consumers[node.name]:
+            if assignment.computes[reader.name] != INT16_FORM:
+                continue
+            if reader.op in SHARED:
+                limit = min(limit, limits[reader.name])
+            elif reader.is_layer and reader.inputs[0] == node.name:
+                limit = min(limit, weights.activation_limit(reader.name, model.parameters.weight[reader.name]))
+        limits[node.name] = limit
+    return limits
+
+
+def _dtype(form: str) -> str:
+    return form if form in INTEGER_FORMS else "float32"
 
 
 def physical(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,7 +109,7 @@ class _Writer:
 
     model: Model
     assignment: Assignment
-    affines: dict[str, Affine]
+    affines: dict[tuple[str, str], Affine]
     ops: list[Op] = field(default_factory=list)
     forms: dict[tuple[str, str], Value] = field(default_factory=dict)
 
@@ -94,7 +123,7 @@ class _Writer:
         """Write a node's operation, then the other forms its readers want."""
         form = self.assignment.produced[node.name]
         shape = node.shape if form == FIRST else physical(node.shape)
-        value = Value(f"{node.name}:{form}", shape, "uint8" if form == UINT8_FORM else "float32")
+        value = Value(f"{node.name}:{form}", shape, _dtype(form))
         if node.op == "input":
             self._input(node, value)
         elif node.op == "flatten":
@@ -113,12 +142,12 @@ class _Writer:
             self.forms[node.name, FLOAT] = self.forms[node.name, FIRST] = first
             return
         self.forms[node.name, FIRST] = first
-        if not self.assignment.wanted[node.name] & {FLOAT, UINT8_FORM}:
+        if not self.assignment.wanted[node.name] & {FLOAT, *INTEGER_FORMS}:
             return
         constants = scalars()
-        if value.dtype == "uint8":
-            affine = self.affines[node.name]
-            constants = scalars(zero_point=affine.zero_point, multiplier=1 / float(affine.scale))
+        if value.dtype != "float32":
+            affine = self.affines[node.name, value.dtype]
+            constants = scalars(multiplier=1 / float(affine.scale), **integer_scalars(affine))
         key = OpKey("to_channels_last", (first.shape, value.shape), (first.dtype, value.dtype))
         self.ops.append(Op(node.name, key, (first.name,), value, constants))
 
@@ -133,28 +162,37 @@ class _Writer:
         self.ops.append(Op(node.name, key, (source.name,), value))
 
     def _convert(self, node: Node, form: str) -> None:
-        """Make a form of a value exist, by way of channels-last float32 where it must."""
+        """Make a form of a value exist, from the form its operation wrote where one step leads there."""
         if (node.name, form) in self.forms:
             return
         made = Value(
             f"{node.name}:{form}",
             node.shape if form == FIRST else physical(node.shape),
-            "uint8" if form == UINT8_FORM else "float32",
+            _dtype(form),
         )
         if form == FIRST or (form == FLOAT and (node.name, FIRST) in self.forms):
             self._relayout(node, made, form)
             return
-        if form == UINT8_FORM:
+        produced = self.assignment.produced[node.name]
+        if produced == FIRST:
+            produced = FLOAT
             self._convert(node, FLOAT)
-        source = self.forms[node.name, FLOAT if form == UINT8_FORM else UINT8_FORM]
-        affine = self.affines[node.name]
-        if form == UINT8_FORM:
-            kind, constants = "quantize", scalars(zero_point=affine.zero_point, multiplier=1 / float(affine.scale))
-        else:
-            kind, constants = "dequantize", scalars(a_zero_point=affine.zero_point, a_multiplier=float(affine.scale))
+        source = self.forms[node.name, produced]
+        kind, constants = self._conversion(node.name, produced, form)
         key = OpKey(kind, (source.shape, made.shape), (source.dtype, made.dtype))
         self.ops.append(Op(f"{node.name}.{kind}", key, (source.name,), made, constants))
         self.forms[node.name, form] = made
+
+    def _conversion(self, name: str, source: str, form: str) -> tuple[str, dict[str, np.ndarray]]:
+        """Kind and constants of the operation between two channels-last forms of a value."""
+        target = integer_scalars(self.affines[name, form]) if form != FLOAT else {}
+        unit = float(self.affines[name, form].scale) if form != FLOAT else 1.0
+        if source == FLOAT:
+            return "quantize", scalars(multiplier=1 / unit, **target)
+        given = self.affines[name, source]
+        multiplier = np.float64(given.scale) / unit
+        kind = "dequantize" if form == FLOAT else "requantize"
+        return kind, scalars(a_zero_point=given.zero_point, a_multiplier=multiplier, **target)
 
     def _relayout(self, node: Node, made: Value, form: str) -> None:
         """Between channels-last and channels-first float32; free for values that are not images."""

@@ -10,18 +10,24 @@ import numpy as np
 from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
-from qsearch.qtype import INT8
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine, dequantize, quantize
 from qsearch.quantize.assign import Assignment
 from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
 from qsearch.quantize.reference import activation
-from qsearch.quantize.weights import QuantizedWeight, WeightStore, quantize_weight
+from qsearch.quantize.weights import (
+    MAX_ACCUMULATOR,
+    AccumulatorBound,
+    QuantizedWeight,
+    WeightStore,
+    fit_weight,
+    quantize_weight,
+)
 
-__all__ = ["NODE_LOWERINGS", "Context", "scalars"]
+__all__ = ["NODE_LOWERINGS", "Context", "integer_scalars", "scalars"]
 
 # A bias beyond this would leave an int32 accumulator no room; its channel's weight scale is raised instead.
 MAX_BIAS = 2**29
-MAX_ACCUMULATOR = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Context:
         config: The configuration.
         precision: Layer name -> precision name.
         assignment: Forms of every value.
-        affines: Node name -> scale and zero point, for values that exist as uint8.
+        affines: (node name, form) -> scale and zero point, for values that exist in integers.
         weights: Prepared weights.
     """
 
@@ -41,7 +47,7 @@ class Context:
     config: QuantConfig
     precision: dict[str, str]
     assignment: Assignment
-    affines: dict[str, Affine]
+    affines: dict[tuple[str, str], Affine]
     weights: WeightStore
 
 
@@ -54,26 +60,30 @@ def scalars(**values: float) -> dict[str, np.ndarray]:
         return {"integers": integers, "floats": np.array([defaults.get(name, 0) for name in FLOATS], np.float32)}
 
 
+def integer_scalars(affine: Affine, clip: tuple[float, float] | None = None) -> dict[str, float]:
+    """Zero point and clip bounds of an integer output."""
+    qmin, qmax = affine.clip_bounds(clip)
+    return {"zero_point": affine.zero_point, "qmin": qmin, "qmax": qmax}
+
+
 def _output_scalars(context: Context, node: Node, output: Value) -> dict[str, float]:
-    """Zero point and clip bounds of a uint8 output, or the real clip of a float32 one."""
-    if output.dtype == "uint8":
-        affine = context.affines[node.name]
-        qmin, qmax = affine.clip_bounds(node.clip)
-        return {"zero_point": affine.zero_point, "qmin": qmin, "qmax": qmax}
+    """Zero point and clip bounds of an integer output, or the real clip of a float32 one."""
+    if output.dtype != "float32":
+        return integer_scalars(context.affines[node.name, output.dtype], node.clip)
     return {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
 
 
 def _operand(context: Context, node: Node, index: int, value: Value, which: str, unit: float) -> dict[str, float]:
     """Zero point and multiplier that bring an operand into the output's unit."""
-    if value.dtype == "uint8":
-        affine = context.affines[node.inputs[index]]
+    if value.dtype != "float32":
+        affine = context.affines[node.inputs[index], value.dtype]
         return {f"{which}_zero_point": affine.zero_point, f"{which}_multiplier": np.float64(affine.scale) / unit}
     return {f"{which}_multiplier": 1 / unit}
 
 
 def _unit(context: Context, node: Node, output: Value) -> float:
     """Real size of one step of the output: its scale, or one for float32."""
-    return float(context.affines[node.name].scale) if output.dtype == "uint8" else 1.0
+    return float(context.affines[node.name, output.dtype].scale) if output.dtype != "float32" else 1.0
 
 
 def _clipped(node: Node, output: Value) -> bool:
@@ -100,22 +110,23 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     else:
         if node.residual:
             values |= _operand(context, node, 1, inputs[1], "b", unit)
-        affine = context.affines[node.inputs[0]]
+        affine = context.affines[node.inputs[0], inputs[0].dtype]
         constants = _integer_layer(context, node, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
     return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
 
 
 def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) -> dict[str, np.ndarray]:
-    """Weight, bias and multiplier of an int8 layer.
+    """Weight, bias and multiplier of an integer layer.
 
     The input's zero point is folded into the bias: sum (a - z) w = sum a w - z sum w.
     """
     name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
-    prepared = _prepared_weight(context, name, affine, bias)
+    prepare = _bounded_weight if context.precision[name] == "int16" else _prepared_weight
+    prepared = prepare(context, name, affine, bias)
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
     values = prepared.values.reshape(len(bias), -1)
     corrected = np.rint(bias / scale) - affine.zero_point * values.sum(1, dtype=np.int64)
-    reach = np.abs(values).sum(1, dtype=np.int64) * 255 + np.abs(corrected)
+    reach = np.abs(values).sum(1, dtype=np.int64) * affine.limits.qmax + np.abs(corrected)
     if reach.max() > MAX_ACCUMULATOR:
         raise QuantizeError(
             f"layer {name!r} can overflow its int32 accumulator (reach {int(reach.max())}): keep it in fp32 with --skip or `skip`"
@@ -127,11 +138,22 @@ def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) ->
 def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
     """Integer weights; a channel whose weights are tiny beside its bias gets a scale that its bias fits."""
     weight = context.model.parameters.weight[name]
-    prepared = context.weights.quantized(name, weight, context.config.granularity, context.config.weight_scale)
+    limits = PRECISIONS[context.precision[name]].weight
+    prepared = context.weights.quantized(name, weight, context.config.granularity, context.config.weight_scale, limits)
     least = np.abs(bias) / (np.float64(affine.scale) * MAX_BIAS)
     if (prepared.scale >= least).all():
         return prepared
-    return quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), INT8.weight)
+    return quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), limits)
+
+
+def _bounded_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
+    """int16 weights with which no sum overflows, bias included."""
+    weight, config = context.model.parameters.weight[name], context.config
+    prepared = context.weights.bounded(name, weight, config.granularity, config.weight_scale, affine.limits.qmax)
+    bound = AccumulatorBound(affine.limits.qmax, MAX_ACCUMULATOR, bias, affine.scale)
+    if (bound.reach(prepared) <= bound.limit).all():
+        return prepared
+    return fit_weight(name, weight, prepared.scale, config.granularity, config.weight_scale, bound)
 
 
 def _add(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
@@ -146,8 +168,8 @@ def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op
     values = _output_scalars(context, node, output)
     multiplier = 1 / _unit(context, node, output)
     for i, which in enumerate("ab"):
-        if inputs[i].dtype == "uint8":
-            affine = context.affines[node.inputs[i]]
+        if inputs[i].dtype != "float32":
+            affine = context.affines[node.inputs[i], inputs[i].dtype]
             values[f"{which}_zero_point"] = affine.zero_point
             multiplier *= float(affine.scale)
     return _plain(node, "mul", inputs, output, scalars(multiplier=multiplier, **values))
@@ -156,8 +178,8 @@ def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op
 def _avg_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
     values = _output_scalars(context, node, output)
     multiplier = 1 / _unit(context, node, output)
-    if inputs[0].dtype == "uint8":
-        affine = context.affines[node.inputs[0]]
+    if inputs[0].dtype != "float32":
+        affine = context.affines[node.inputs[0], inputs[0].dtype]
         values["a_zero_point"] = affine.zero_point
         multiplier *= float(affine.scale) / float(np.prod(node.pool.kernel))
     return _plain(node, "avg_pool2d", inputs, output, scalars(multiplier=multiplier, **values))
@@ -168,16 +190,16 @@ def _max_pool2d(context: Context, node: Node, inputs: list[Value], output: Value
 
 
 def _activation(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
-    if output.dtype == "float32":
-        values = {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
-        return _plain(node, "activation", inputs, output, scalars(**values))
-    real = dequantize(np.arange(256, dtype=np.uint8), context.affines[node.inputs[0]])
+    if inputs[0].dtype != "uint8":
+        values = _output_scalars(context, node, output) | _operand(context, node, 0, inputs[0], "a", 1.0)
+        return _plain(node, "activation", inputs, output, scalars(multiplier=1 / _unit(context, node, output), **values))
+    real = dequantize(np.arange(256, dtype=np.uint8), context.affines[node.inputs[0], "uint8"])
     if node.activation == "clip":
         assert node.clip is not None
         result = np.clip(real, *node.clip)
     else:
         result = activation(node.activation or "", real)
-    table = quantize(result, context.affines[node.name])
+    table = quantize(result, context.affines[node.name, "uint8"])
     return _plain(node, "lookup", inputs, output, {"table": table})
 
 
@@ -186,11 +208,11 @@ def _concat(context: Context, node: Node, inputs: list[Value], output: Value) ->
     constants = {"multipliers": np.ones(count, np.float32), "zero_points": np.zeros(count, np.int32)}
     copies = [True] * count
     values: dict[str, float] = {}
-    if output.dtype == "uint8":
-        target = context.affines[node.name]
-        values = {"zero_point": target.zero_point}
+    if output.dtype != "float32":
+        target = context.affines[node.name, output.dtype]
+        values = integer_scalars(target)
         for i, name in enumerate(node.inputs):
-            affine = context.affines[name]
+            affine = context.affines[name, output.dtype]
             copies[i] = affine == target
             constants["multipliers"][i] = np.float64(affine.scale) / np.float64(target.scale)
             constants["zero_points"][i] = affine.zero_point

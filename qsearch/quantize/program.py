@@ -2,19 +2,22 @@
 
 Lowering writes it, the NumPy reference executes it, kernels implement it operation by operation. Values are
 held channels-last: an image value of logical shape (N, C, H, W) lies in memory as (N, H, W, C); feature
-values (N, F) lie as they are. A value is 'uint8' or 'float32'.
+values (N, F) lie as they are. A value is 'uint8', 'int16' or 'float32'; the zero point of an int16 value is 0.
 
-Arithmetic (one definition for every target; f32(.) rounds to float32, rint rounds half to even):
+Arithmetic (one definition for every target; f32(.) rounds to float32, rint rounds half to even; a, b, q and r
+are uint8 or int16 unless it says otherwise):
 
-    quantize     q = clip(rint(f32(x * inv_scale)) + zero_point, 0, 255)
+    quantize     q = clip(rint(f32(x * inv_scale)) + zero_point, qmin, qmax)
     dequantize   x = f32(f32(q - zero_point) * scale)
-    conv, int8   acc = bias + sum (a * w) over int32, padded positions hold a = input zero point
+    requantize   q = clip(rint(f32(f32(a - a_zp) * m)) + zero_point, qmin, qmax)
+    conv, integer (int16: a and w int16; int8: a uint8, w int8; w4a8: as int8, w within +-7)
+                 acc = bias + sum (a * w) over int32, padded positions hold a = input zero point
                  v   = f32(f32(acc) * multiplier[o])
-                 v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with a residual, r uint8
+                 v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with an integer residual r
                  v   = f32(v + f32(r * r_multiplier))                              with a residual, r float32
-                 q   = clip(rint(v) + zero_point, qmin, qmax)                      uint8 output
+                 q   = clip(rint(v) + zero_point, qmin, qmax)                      integer output
                  x   = clip(v, low, high)                                          float32 output
-    conv, fp32   x   = clip(sum + bias + residual, low, high); uint8 output: quantize x. Not bit exact
+    conv, fp32   x   = clip(sum + bias + residual, low, high); integer output: quantize x. Not bit exact
                  between targets: only integer layers are.
     add          v = f32(f32(f32(a - a_zp) * a_m) + f32(f32(b - b_zp) * b_m)); then as conv's output
     mul          v = f32(f32((a - a_zp) * (b - b_zp)) * m); then as conv's output
@@ -22,6 +25,21 @@ Arithmetic (one definition for every target; f32(.) rounds to float32, rint roun
     concat       v = f32(f32(a - a_zp) * a_m), per input; the input is copied where scale and zero point agree
     lookup       q = table[a]
     max_pool     q = max(a)
+    activation   v = f32(f(x) * m), x float32 or f32(f32(a) * a_m) with a int16; then as conv's output. Not bit
+                 exact between targets, f being transcendental; where f only clips, it is.
+
+No sum leaves int32. For int16 that takes a bound on the bits, shared about equally between activations and
+weights. The integers of a value that int16 layers read lie within +-qmax,
+
+    qmax = min over those layers of floor(sqrt(2**31 / r)), at most 32767,
+    r    = max over the layer's output channels of sum |w| / max |w|              (float weights)
+
+and each output channel's weight scale is the smallest, max |w| / 32767 or more, with
+
+    qmax * sum |w_q| + max(|bias_q|, 2**28) <= 2**31 - 1                          (checked on the integers)
+
+before granularity and power-of-two rounding may raise it. Thanks to the 2**28 set aside, a new calibration changes
+the weights of only those channels whose bias is larger.
 
 rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multipliers so that |v| < 2**30.
 """
@@ -44,7 +62,7 @@ class Value:
     Attributes:
         name: Unique within the program.
         shape: Physical shape: (N, H, W, C) for images (the program's input excepted: (N, C, H, W)), else logical.
-        dtype: 'uint8' or 'float32'.
+        dtype: 'uint8', 'int16' or 'float32'.
     """
 
     name: str
@@ -67,7 +85,7 @@ class OpKey:
     """What a kernel must know when it is generated; two operations with equal keys share one kernel.
 
     Attributes:
-        kind: 'to_channels_last', 'to_channels_first', 'quantize', 'dequantize', 'conv2d', 'add', 'mul',
+        kind: 'to_channels_last', 'to_channels_first', 'quantize', 'dequantize', 'requantize', 'conv2d', 'add', 'mul',
             'avg_pool2d', 'max_pool2d', 'concat', 'lookup', 'activation' or 'foreign'.
         shapes: Physical shapes of the inputs, then of the output.
         dtypes: Dtypes of the inputs, then of the output.
@@ -76,7 +94,7 @@ class OpKey:
         pool: Geometry of a pool.
         residual: conv2d adds its second input.
         clipped: A float32 output is clipped to (low, high).
-        function: Name of a float activation.
+        function: Name of an activation that computes in float.
         copies: concat: per input, True if its bytes are copied unchanged.
         foreign: What a foreign operation calls.
     """
@@ -104,8 +122,8 @@ class Op:
         inputs: Names of the values it reads.
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
-            conv2d: weight int8 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (int8 only); and for all kinds, where they apply:
+            conv2d: weight int8, int16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
+            multiplier float32 (O,) (integer layers only); and for all kinds, where they apply:
             integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
             floats float32 (5,): scalar multipliers, see `FLOATS`;
             table uint8 (256,) for lookup; multipliers float32 (n,) and zero_points int32 (n,) for concat;

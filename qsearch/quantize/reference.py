@@ -56,22 +56,22 @@ def _float(op: Op, name: str) -> np.float32:
 
 def _finish(op: Op, value: Array) -> Array:
     """float32 -> the output: clip(rint(value) + zero_point, qmin, qmax), or clip(value, low, high)."""
-    if op.output.dtype == "uint8":
+    if op.output.dtype != "float32":
         whole = np.rint(value).astype(np.float64) + _integer(op, "zero_point")
-        return np.clip(whole, _integer(op, "qmin"), _integer(op, "qmax")).astype(np.uint8)
+        return np.clip(whole, _integer(op, "qmin"), _integer(op, "qmax")).astype(op.output.dtype)
     return np.clip(value, _float(op, "low"), _float(op, "high")) if op.key.clipped else value
 
 
 def _dequantized(op: Op, value: Array, which: str) -> Array:
-    if value.dtype == np.uint8:
+    if value.dtype != np.float32:
         value = (value.astype(np.int32) - _integer(op, f"{which}_zero_point")).astype(np.float32)
     return value * _float(op, f"{which}_multiplier")
 
 
 def _conv2d(op: Op, inputs: list[Array]) -> Array:
-    integer = op.key.precision == "int8"
+    integer = op.key.precision != "fp32"
     fill = _integer(op, "a_zero_point") if integer else 0
-    # float64 holds every partial sum of int8 products exactly (below 2**31), and uses BLAS.
+    # float64 holds every partial sum of integer products exactly (below 2**31), and uses BLAS.
     total = _convolve(inputs[0], op.constants["weight"], op, fill)
     if integer:
         accumulated = total.astype(np.int64) + op.constants["bias"]
@@ -80,7 +80,7 @@ def _conv2d(op: Op, inputs: list[Array]) -> Array:
         value = (total + op.constants["bias"]).astype(np.float32)
     if op.key.residual:
         value = value + _dequantized(op, inputs[1], "b")
-    if not integer and op.output.dtype == "uint8":
+    if not integer and op.output.dtype != "float32":
         value = value * _float(op, "multiplier")
     return _finish(op, value)
 
@@ -143,13 +143,13 @@ def _windows(x: Array, pool: Pool, out: tuple[int, ...], fill: float) -> Array:
 
 
 def _max_pool2d(op: Op, inputs: list[Array]) -> Array:
-    fill = 0 if inputs[0].dtype == np.uint8 else -np.inf
+    fill = -np.inf if inputs[0].dtype == np.float32 else np.iinfo(inputs[0].dtype).min
     return _windows(inputs[0], op.key.pool, op.output.shape, fill).max(0)
 
 
 def _avg_pool2d(op: Op, inputs: list[Array]) -> Array:
     pool = op.key.pool
-    if inputs[0].dtype == np.uint8:
+    if inputs[0].dtype != np.float32:
         zero_point = _integer(op, "a_zero_point")
         total = _windows(inputs[0].astype(np.int32), pool, op.output.shape, zero_point).sum(0, dtype=np.int32)
         total = total - pool.kernel[0] * pool.kernel[1] * zero_point
@@ -184,7 +184,9 @@ def activation(function: str, x: Array) -> Array:
 
 
 def _activation(op: Op, inputs: list[Array]) -> Array:
-    return _finish(op, inputs[0] if op.key.function == "clip" else activation(op.key.function or "", inputs[0]))
+    x = _dequantized(op, inputs[0], "a")
+    value = x if op.key.function == "clip" else activation(op.key.function or "", x)
+    return _finish(op, value * _float(op, "multiplier"))
 
 
 def _sigmoid(x: Array) -> Array:
@@ -211,6 +213,7 @@ _KINDS: dict[str, Callable[[Op, list[Array]], Array]] = {
     "to_channels_first": _to_channels_first,
     "quantize": _quantize,
     "dequantize": _dequantize,
+    "requantize": _dequantize,
     "conv2d": _conv2d,
     "add": _add,
     "mul": _mul,

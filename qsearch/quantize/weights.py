@@ -1,4 +1,8 @@
-"""Weight preparation: symmetric int8 weights and their scales."""
+"""Weight preparation: symmetric integer weights and their scales.
+
+int16 weights are bounded so that no sum leaves int32, whatever the layer reads: activations and weights share
+the accumulator's bits about equally. See `qsearch.quantize.program` for the formula.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from qsearch.config import Granularity, WeightScale
-from qsearch.qtype import INT8, IntRange
+from qsearch.errors import QuantizeError
+from qsearch.qtype import INT8, INT16, IntRange
 
-__all__ = ["QuantizedWeight", "WeightStore", "quantize_weight", "weight_scales"]
+__all__ = [
+    "MAX_ACCUMULATOR",
+    "AccumulatorBound",
+    "QuantizedWeight",
+    "WeightStore",
+    "activation_limit",
+    "fit_weight",
+    "quantize_weight",
+    "weight_scales",
+]
+
+MAX_ACCUMULATOR = 2**31 - 1
+# What int16 weights leave of the accumulator to the bias. With it weights depend on no calibration, and can be
+# kept from trial to trial; only a channel whose bias needs more is prepared anew.
+BIAS_ROOM = 2**28
+# The least by which a scale grows when its integers do not fit, and how often it may.
+GROWTH, ROUNDS = 1.001, 100
 
 # The scale of a channel whose weights are all zero; any positive number represents zero exactly.
 DEAD_SCALE = np.float32(1.0)
@@ -20,7 +41,7 @@ class QuantizedWeight:
     """A layer's integer weights.
 
     Attributes:
-        values: int8 (O, kh, kw, I/groups).
+        values: int8 or int16 (O, kh, kw, I/groups).
         scale: float32 (O,).
     """
 
@@ -41,9 +62,13 @@ def weight_scales(weight: np.ndarray, limits: IntRange, granularity: Granularity
         float32 (O,).
     """
     largest = np.abs(weight).reshape(len(weight), -1).max(1)
+    return _shaped((largest / limits.qmax).astype(np.float32), granularity, rule)
+
+
+def _shaped(scale: np.ndarray, granularity: Granularity, rule: WeightScale) -> np.ndarray:
+    """The least scales of the wanted form that are not below the given ones; float32 (O,)."""
     if granularity == "layer_wise":
-        largest = np.full_like(largest, largest.max())
-    scale = (largest / limits.qmax).astype(np.float32)
+        scale = np.full_like(scale, scale.max())
     scale = np.where(scale < np.finfo(np.float32).tiny, DEAD_SCALE, scale)
     if rule == "power_of_two":
         scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
@@ -63,6 +88,77 @@ def quantize_weight(weight: np.ndarray, scale: np.ndarray, limits: IntRange) -> 
     return QuantizedWeight(np.ascontiguousarray(values.transpose(0, 2, 3, 1)), scale)
 
 
+def activation_limit(weight: np.ndarray) -> int:
+    """The largest integer that an int16 layer's input may hold, by its weights alone.
+
+    Args:
+        weight: float32 (O, I/groups, kh, kw).
+
+    Returns:
+        floor(sqrt(2**31 / r)), at most 32767, with r = max over output channels of sum |w| / max |w|.
+    """
+    magnitude = np.abs(weight).reshape(len(weight), -1).astype(np.float64)
+    largest = magnitude.max(1)
+    live = (largest > 0) & np.isfinite(largest)
+    ratio = float((magnitude[live].sum(1) / largest[live]).max()) if live.any() else 1.0
+    return min(INT16.activation.qmax, int(np.sqrt(2**31 / ratio)))
+
+
+@dataclass(frozen=True)
+class AccumulatorBound:
+    """What the sums of an int16 layer are held to: largest * sum |w| + |bias| <= limit in every output channel.
+
+    Attributes:
+        largest: Largest magnitude of the input's integers.
+        limit: Largest magnitude of a sum.
+        bias: float64 (O,), or None to leave it out.
+        input_scale: Scale of the input; means something beside a bias only.
+    """
+
+    largest: int
+    limit: int = MAX_ACCUMULATOR
+    bias: np.ndarray | None = None
+    input_scale: np.float32 = np.float32(1)
+
+    def reach(self, prepared: QuantizedWeight) -> np.ndarray:
+        """Largest magnitude that a sum can have, float64 (O,), exact where it fits an int32."""
+        total = np.abs(prepared.values).reshape(len(prepared.values), -1).sum(1, dtype=np.int64)
+        reach = total.astype(np.float64) * self.largest
+        if self.bias is not None:
+            reach += np.abs(np.rint(self.bias / (prepared.scale.astype(np.float64) * np.float64(self.input_scale))))
+        return reach
+
+
+def fit_weight(
+    name: str, weight: np.ndarray, scale: np.ndarray, granularity: Granularity, rule: WeightScale, bound: AccumulatorBound
+) -> QuantizedWeight:
+    """Round weights to int16, raising the scales of channels that would break a bound.
+
+    Args:
+        name: Layer name, for the message.
+        weight: float32 (O, I/groups, kh, kw).
+        scale: float32 (O,), where to start.
+        granularity: One scale per output channel or one for the layer.
+        rule: As for `weight_scales`.
+        bound: The bound, checked on the integers themselves.
+
+    Raises:
+        QuantizeError: No scale was found.
+    """
+    for _ in range(ROUNDS):
+        scale = _shaped(scale, granularity, rule)
+        prepared = quantize_weight(weight, scale, INT16.weight)
+        reach = bound.reach(prepared)
+        fits = reach <= bound.limit
+        if fits.all():
+            return prepared
+        growth = np.where(fits, 1.0, np.maximum(reach / bound.limit, GROWTH))
+        scale = (scale * growth).astype(np.float32)
+    raise QuantizeError(
+        f"layer {name!r}: no weight scale keeps int16 sums within 32 bits (reach {reach.max():.3g}): keep it in fp32 with `skip`"
+    )
+
+
 class WeightStore:
     """Prepared weights by layer and rule, computed once and shared between trials.
 
@@ -70,16 +166,38 @@ class WeightStore:
     """
 
     def __init__(self) -> None:
-        self._prepared: dict[tuple[str, str, str], QuantizedWeight] = {}
+        self._prepared: dict[tuple[str, str, str, int], QuantizedWeight] = {}
+        self._bounded: dict[tuple[str, str, str, int], QuantizedWeight] = {}
+        self._limits: dict[str, int] = {}
         self._floats: dict[str, np.ndarray] = {}
 
-    def quantized(self, name: str, weight: np.ndarray, granularity: Granularity, rule: WeightScale) -> QuantizedWeight:
-        """Integer weights of a layer."""
-        key = (name, granularity, rule)
+    def quantized(
+        self, name: str, weight: np.ndarray, granularity: Granularity, rule: WeightScale, limits: IntRange = INT8.weight
+    ) -> QuantizedWeight:
+        """Integer weights of a layer that reads 8-bit activations."""
+        key = (name, granularity, rule, limits.qmax)
         if key not in self._prepared:
-            limits = INT8.weight
             self._prepared[key] = quantize_weight(weight, weight_scales(weight, limits, granularity, rule), limits)
         return self._prepared[key]
+
+    def bounded(
+        self, name: str, weight: np.ndarray, granularity: Granularity, rule: WeightScale, largest: int
+    ) -> QuantizedWeight:
+        """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
+        key = (name, granularity, rule, largest)
+        if key not in self._bounded:
+            bound = AccumulatorBound(largest, MAX_ACCUMULATOR - BIAS_ROOM)
+            magnitude = np.abs(weight).reshape(len(weight), -1)
+            least = magnitude.sum(1, dtype=np.float64) * largest / bound.limit
+            start = np.maximum(magnitude.max(1) / INT16.weight.qmax, least).astype(np.float32)
+            self._bounded[key] = fit_weight(name, weight, start, granularity, rule, bound)
+        return self._bounded[key]
+
+    def activation_limit(self, name: str, weight: np.ndarray) -> int:
+        """`activation_limit` of a layer."""
+        if name not in self._limits:
+            self._limits[name] = activation_limit(weight)
+        return self._limits[name]
 
     def floats(self, name: str, weight: np.ndarray) -> np.ndarray:
         """float32 weights of a layer as (O, kh, kw, I/groups)."""

@@ -48,8 +48,8 @@ def weight_count(graph: Graph, layer: Node) -> int:
 def make_anchors(space: BoundSpace) -> list[Anchor]:
     """Choose the starting points of a space, about twenty, always the same.
 
-    They come in the order of what they teach: the two ends, the calibrations at int8, mixtures of layers, and
-    last the other granularities.
+    They come in the order of what they teach: the two ends, the calibrations at int8, the other precisions that
+    the space opens, mixtures of layers, and last the other granularities.
 
     Returns:
         Anchors with distinct configurations.
@@ -79,6 +79,11 @@ def _candidates(space: BoundSpace) -> Iterator[tuple[str, dict[str, Any]]]:
     for mode in modes:
         yield f"all int8, {mode}, {first}", _values_of(space, set(names), {CALIBRATION: mode, GRANULARITY: first})
     mode = min(modes, key=PREFERRED_MODES.index)
+    for precision in sorted({value for layer in space.layers for value in layer.values} - {"fp32", "int8"}):
+        # What is clipped to spare an 8-bit value its rounding error is lost to a 16-bit one for nothing.
+        widest = "max" if precision == "int16" and "max" in modes else mode
+        chosen = {CALIBRATION: widest, GRANULARITY: first}
+        yield f"all {precision}, {widest}, {first}", _values_of(space, set(names), chosen, precision)
     for label, lowered in _mixtures(space):
         yield label, _values_of(space, lowered, {CALIBRATION: mode, GRANULARITY: first})
     for granularity in others:
@@ -108,13 +113,14 @@ def _values(space: BoundSpace, name: str) -> tuple[Any, ...]:
     return next(one.values for one in space.settings if one.name == name)
 
 
-def _values_of(space: BoundSpace, lowered: set[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """A value for every parameter: fp32 outside `lowered` and the cheapest precision inside, where allowed."""
+def _values_of(space: BoundSpace, lowered: set[str], settings: dict[str, Any], precision: str = "int8") -> dict[str, Any]:
+    """A value for every parameter: fp32 outside `lowered` and `precision` inside, or what comes nearest of the allowed."""
     values: dict[str, Any] = {}
     for one in space.settings:
         middle = one.values[len(one.values) // 2] if isinstance(one, LogRange) else one.values[0]
         values[one.name] = settings.get(one.name, middle)
     for layer in space.layers:
-        values[layer.name] = layer.values[-1] if layer.name in lowered else layer.values[0]
+        inside = precision if precision in layer.values else layer.values[-1]
+        values[layer.name] = inside if layer.name in lowered else layer.values[0]
     free = {parameter.name for parameter in space.parameters}
     return {name: value for name, value in values.items() if name in free}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
+from kernel_runner import TARGETS, has_convolutions, make_op, random_inputs, run_kernel, target_named
 
 from qsearch.models.graph import Conv
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey
 from qsearch.quantize.reference import run_op
@@ -14,39 +15,60 @@ from qsearch.quantize.reference import run_op
 RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def convolution(conv: Conv, image: tuple[int, int, int, int], channels: int, dtypes: tuple[str, ...], seed: int) -> Op:
-    """A random int8 or float convolution; dtypes are input, [residual], output."""
+def convolution(
+    conv: Conv, image: tuple[int, int, int, int], channels: int, dtypes: tuple[str, ...], seed: int, precision: str = ""
+) -> Op:
+    """A random convolution; dtypes are input, [residual], output; the precision follows from the input's."""
+    precision = precision or {"uint8": "int8", "int16": "int16", "float32": "fp32"}[dtypes[0]]
     n, height, width, _ = image
     top, left, bottom, right = conv.padding
     rows = (height + top + bottom - conv.dilation[0] * (conv.kernel[0] - 1) - 1) // conv.stride[0] + 1
     cols = (width + left + right - conv.dilation[1] * (conv.kernel[1] - 1) - 1) // conv.stride[1] + 1
     out = (n, rows, cols, channels)
-    residual, integer = len(dtypes) == 3, dtypes[0] == "uint8"
+    residual = len(dtypes) == 3
     shapes = (image, out, out) if residual else (image, out)
-    key = OpKey("conv2d", shapes, dtypes, "int8" if integer else "fp32", conv, residual=residual, clipped=True)
+    key = OpKey("conv2d", shapes, dtypes, precision, conv, residual=residual, clipped=True)
     rng = np.random.default_rng(seed)
     weight_shape = (channels, *conv.kernel, image[3] // conv.groups)
-    zero_points = rng.integers(0, 256, 3)
+    zero_points = [rng.integers(0, 256) if dtype != "int16" else 0 for dtype in (dtypes[0], dtypes[residual], dtypes[-1])]
     constants = scalars(
         a_zero_point=zero_points[0],
         b_zero_point=zero_points[1],
         zero_point=zero_points[2],
-        qmin=int(zero_points[2]) // 2,
-        qmax=250,
+        qmin=int(zero_points[2]) // 2 if dtypes[-1] != "int16" else -20_000,
+        qmax=250 if dtypes[-1] != "int16" else 30_000,
         b_multiplier=0.37,
         multiplier=3.1,
         low=-4.0,
         high=60.0,
     )
-    if integer:
-        reach = 127 * 255 * np.prod(weight_shape[1:])
-        constants["weight"] = rng.integers(-127, 128, weight_shape, dtype=np.int8)
+    if precision != "fp32":
+        activation, weight = largest_integers(key, seed)
+        reach, steps = activation * weight * int(np.prod(weight_shape[1:])), 400 if dtypes[-1] != "int16" else 60_000
+        constants["weight"] = rng.integers(-weight, weight + 1, weight_shape, dtype=PRECISIONS[precision].weight.dtype)
         constants["bias"] = rng.integers(-reach // 4, reach // 4 + 1, channels).astype(np.int32)
-        constants["multiplier"] = (rng.random(channels) * 400 / reach).astype(np.float32)
+        constants["multiplier"] = (rng.random(channels) * steps / reach).astype(np.float32)
     else:
         constants["weight"] = rng.standard_normal(weight_shape).astype(np.float32)
         constants["bias"] = rng.standard_normal(channels).astype(np.float32)
     return make_op(key, **constants)
+
+
+def largest_integers(key: OpKey, seed: int) -> tuple[int, int]:
+    """Largest activation and weight; for int16 the sums' bits are shared unevenly, and a quarter is left to the bias."""
+    precision = PRECISIONS[key.precision or ""]
+    if precision.name != "int16":
+        return precision.activation.qmax, precision.weight.qmax
+    products = int(np.prod(key.conv.kernel)) * (key.shapes[0][3] // key.conv.groups)
+    room = 0.75 * (2**31 - 1) / products
+    activation = min(2**15 - 1, int(room**0.5 * 2 ** np.random.default_rng(seed).uniform(-2, 2)))
+    return activation, min(2**15 - 1, int(room / activation))
+
+
+def assert_exact(op: Op, seed: int, target: str) -> None:
+    largest = largest_integers(op.key, seed)[0]
+    inputs = random_inputs(np.random.default_rng(seed + 1), op.key, largest)
+    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
 
 
 @st.composite
@@ -109,20 +131,103 @@ def test_int8_linear_is_exact(target, rows, features, outputs, seed):
     np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
 
 
+# Whatever precedes or follows: int8 layers that read or write int16, int16 layers that read or write anything.
+INT8_MIXED_DTYPES = [("uint8", "int16"), ("uint8", "int16", "uint8"), ("uint8", "uint8", "int16")]
+INT16_DTYPES = [
+    ("int16", "int16"),
+    ("int16", "uint8"),
+    ("int16", "float32"),
+    ("int16", "int16", "int16"),
+    ("int16", "uint8", "int16"),
+    ("int16", "float32", "uint8"),
+]
+
+
+CASES = {"int8": INT8_MIXED_DTYPES, "int16": INT16_DTYPES, "w4a8": INTEGER_DTYPES + INT8_MIXED_DTYPES}
+NEEDS = {name: pytest.mark.skipif(not has_convolutions(name), reason=f"no {name} kernels on every target") for name in CASES}
+EVERY_PRECISION = pytest.mark.parametrize("precision", [pytest.param(name, marks=NEEDS[name]) for name in CASES])
+NEW_PRECISIONS = pytest.mark.parametrize("precision", [pytest.param(name, marks=NEEDS[name]) for name in ("int16", "w4a8")])
+
+
+@st.composite
+def depthwise_convolutions(draw: st.DrawFn) -> tuple[Conv, tuple[int, int, int, int], int]:
+    """As `convolutions`, one input channel for each output channel."""
+    (conv, image, _), channels = draw(convolutions()), draw(st.sampled_from([2, 7, 16, 17, 40, 64]))
+    return Conv(conv.kernel, conv.stride, conv.padding, conv.dilation, channels), (*image[:3], channels), channels
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@EVERY_PRECISION
+@settings(RELAXED, max_examples=8)
+@given(case=convolutions(), data=st.data(), seed=st.integers(0, 2**16))
+def test_integer_convolution_is_exact(target, precision, case, data, seed):
+    assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@NEW_PRECISIONS
+@settings(RELAXED, max_examples=5)
+@given(case=depthwise_convolutions(), data=st.data(), seed=st.integers(0, 2**16))
+def test_integer_depthwise_is_exact(target, precision, case, data, seed):
+    assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@NEW_PRECISIONS
+@settings(RELAXED, max_examples=4)
+@given(rows=st.integers(1, 9), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=st.integers(0, 2**16))
+def test_integer_linear_is_exact(target, precision, rows, features, outputs, seed):
+    dtypes = (PRECISIONS[precision].activation.dtype, "float32")
+    assert_exact(convolution(Conv(), (rows, 1, 1, features), outputs, dtypes, seed, precision), seed, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@EVERY_PRECISION
+@settings(RELAXED, max_examples=80)
+@given(case=st.one_of(convolutions(), depthwise_convolutions()), data=st.data(), seed=st.integers(0, 2**16))
+def test_many_integer_convolutions_are_exact(target, precision, case, data, seed):
+    assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
+
+
+@NEEDS["int16"]
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+@pytest.mark.parametrize("conv", [Conv(), Conv((1, 2), groups=16)], ids=["dense", "depthwise"])
+def test_int16_sums_may_fill_the_accumulator(target, signs, conv):
+    """Two products of the largest integers are the largest pair there is; nothing may saturate or wrap."""
+    image = (1, 3, 5, 16 if conv.groups > 1 else 2)
+    op = convolution(conv, image, 16, ("int16", "float32"), 1, "int16")
+    op.constants["weight"][:] = signs[1] * (2**15 - 1)
+    op.constants["bias"][:] = signs[0] * signs[1] * (2**31 - 1 - 2 * (2**15 - 1) ** 2)
+    op.constants["floats"][-2:] = -np.inf, np.inf
+    out = op.output.shape
+    inputs = [np.full(image, signs[0] * (2**15 - 1), np.int16)]
+    expected = run_op(op, inputs)
+    # float32 rounds 2**31 - 1 up.
+    np.testing.assert_array_equal(expected, signs[0] * signs[1] * np.broadcast_to(2.0**31 * op.constants["multiplier"], out))
+    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), expected)
+
+
+FLOAT_DTYPES = [("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float32", "uint8")]
+if has_convolutions("int16"):
+    FLOAT_DTYPES += [("float32", "int16"), ("float32", "int16", "float32")]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @settings(RELAXED, max_examples=10)
 @given(
     case=convolutions(),
-    dtypes=st.sampled_from([("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float32", "uint8")]),
+    dtypes=st.sampled_from(FLOAT_DTYPES),
     seed=st.integers(0, 2**16),
 )
 def test_float_convolution_agrees(target, case, dtypes, seed):
     """Float sums are ordered differently on every target: rounding apart, not bit for bit."""
     conv, image, channels = case
     op = convolution(conv, image, channels, dtypes, seed)
-    inputs = random_inputs(np.random.default_rng(seed + 1), op.key)
+    inputs = random_inputs(np.random.default_rng(seed + 1), op.key, 100)
     found, expected = (x.astype(np.float64) for x in (run_kernel(op, inputs, target_named(target)), run_op(op, inputs)))
-    tolerance = 1 if dtypes[-1] == "uint8" else 1e-3
+    tolerance = 1 if dtypes[-1] != "float32" else 1e-3
     assert np.abs(found - expected).max() <= tolerance
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_runner import run_kernel, target_named
+from kernel_runner import has_convolutions, has_kernel, run_kernel, target_named
 from networks import NETWORKS, images, network, ranges_of
 
 from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError, SpaceError
 from qsearch.models.interpret import interpret
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower import lower, precisions
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weights import WeightStore
@@ -56,14 +57,21 @@ def test_int8_program_is_near_the_model(name, granularity, weight_scale):
 def test_every_integer_operation_is_exact_in_any_mixture(name, data):
     """Whatever the mixture of precisions, each kernel gives the reference's bits on the reference's inputs."""
     names = [layer.name for layer in MODELS[name].graph.layers]
-    chosen = {layer: data.draw(st.sampled_from(["fp32", "int8"])) for layer in names}
+    chosen = {layer: data.draw(st.sampled_from(list(PRECISIONS))) for layer in names}
     program = lowered(name, precision=chosen)
     values = reference(program, images(1, 4))
     for op in program.ops:
-        if op.key.kind == "foreign" or (op.key.precision == "fp32") or "uint8" not in op.key.dtypes:
+        if op.key.kind == "foreign" or (op.key.precision == "fp32") or set(op.key.dtypes) == {"float32"}:
+            continue
+        if op.key.precision and not has_convolutions(op.key.precision):
+            assert not has_kernel(op.key, target_named("host"))
             continue
         inputs = [values[given_name] for given_name in op.inputs]
-        np.testing.assert_array_equal(run_kernel(op, inputs, target_named("host")), values[op.output.name], err_msg=op.name)
+        found, expected = run_kernel(op, inputs, target_named("host")), values[op.output.name]
+        if op.key.kind == "activation":
+            assert np.abs(found.astype(np.float64) - expected).max() <= (1 if op.output.dtype != "float32" else 1e-5)
+        else:
+            np.testing.assert_array_equal(found, expected, err_msg=op.name)
 
 
 def test_neighbouring_integer_layers_never_pass_through_float():

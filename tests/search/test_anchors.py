@@ -41,6 +41,15 @@ def test_anchors_stay_within_the_space() -> None:
         assert all(value in allowed[name] for name, value in bound.config(anchor.values).precision.items())
 
 
+def test_every_precision_that_a_space_opens_is_tried() -> None:
+    space = SearchSpace.model_validate({"version": 1, "precisions": {"default": ["w4a8", "int8", "int16", "fp32"]}})
+    bound = bind_space(space, GRAPH)
+    assert bound.layers[0].values == ("fp32", "int16", "int8", "w4a8")
+    labels = {anchor.label.split(",")[0]: bound.config(anchor.values) for anchor in make_anchors(bound)}
+    for precision in bound.layers[0].values:
+        assert set(labels[f"all {precision}"].precision.values()) == {precision}
+
+
 def test_a_single_configuration_is_a_single_anchor() -> None:
     assert len(make_anchors(bind_space(SearchSpace(version=1, skip=("*",)), GRAPH))) == 1
 

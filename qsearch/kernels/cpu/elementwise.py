@@ -17,8 +17,8 @@ __all__ = ["elementwise", "lookup", "multiply_broadcast"]
 
 
 def elementwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
-    """Describe quantize, dequantize, add, mul of equal shapes, or a float activation; None for another operation."""
-    if key.kind not in ("quantize", "dequantize", "add", "mul", "activation") or len(set(key.shapes)) > 1:
+    """Describe a conversion, add, mul of equal shapes, or an activation in float; None for another operation."""
+    if key.kind not in ("quantize", "dequantize", "requantize", "add", "mul", "activation") or len(set(key.shapes)) > 1:
         return None
     return Kernel(key, (isa.name,), lambda symbol: _generate(key, isa, symbol), _scalars)
 
@@ -48,19 +48,22 @@ def _value(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> 
     """The operation on one vector, as float32 before clipping and rounding."""
     if key.kind == "quantize":
         return rounded_product(values[0], splat(arguments.float("multiplier"), lanes), lanes)
-    if key.kind == "dequantize":
+    if key.kind in ("dequantize", "requantize"):
         return dequantized(values[0], key.dtypes[0], lanes, arguments, "a")
     if key.kind == "add":
         a, b = (dequantized(v, key.dtypes[i], lanes, arguments, "ab"[i]) for i, v in enumerate(values))
         return a + b
     if key.kind == "mul":
         return _product(key, values, lanes, arguments)
-    return _activation(key.function or "", values[0], lanes)
+    if key.dtypes[0] == "float32":
+        return _activation(key.function or "", values[0], lanes)
+    value = _activation(key.function or "", dequantized(values[0], key.dtypes[0], lanes, arguments, "a"), lanes)
+    return rounded_product(value, splat(arguments.float("multiplier"), lanes), lanes)
 
 
 def _product(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> Expr:
     """(a - a_zero_point) * (b - b_zero_point) in int32, or a * b in float32, times the multiplier."""
-    if key.dtypes[0] == "uint8":
+    if key.dtypes[0] != "float32":
         zero_points = (splat(arguments.integer(f"{which}_zero_point"), lanes) for which in "ab")
         a, b = (cast(v, "int32", lanes) - z for v, z in zip(values, zero_points, strict=True))
         product = cast(a * b, "float32", lanes)

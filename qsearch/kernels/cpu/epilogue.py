@@ -41,13 +41,13 @@ def dequantized(value: Expr, dtype: str, lanes: int, arguments: Arguments, which
     """f32(f32(value - zero_point) * multiplier), or f32(value * multiplier) for float values.
 
     Args:
-        value: uint8 or float32 x lanes.
-        dtype: 'uint8' or 'float32'.
+        value: uint8, int16 or float32 x lanes.
+        dtype: 'uint8', 'int16' or 'float32'.
         lanes: Number of lanes.
         arguments: The kernel's scalars.
         which: 'a' or 'b': whose zero point and multiplier.
     """
-    if dtype == "uint8":
+    if dtype != "float32":
         centred = cast(value, "int32", lanes) - splat(arguments.integer(f"{which}_zero_point"), lanes)
         value = cast(centred, "float32", lanes)
     return rounded_product(value, splat(arguments.float(f"{which}_multiplier"), lanes), lanes)
@@ -56,16 +56,16 @@ def dequantized(value: Expr, dtype: str, lanes: int, arguments: Arguments, which
 def finish(isa: Isa, buffer: tirx.Buffer, index: Expr, value: Expr, lanes: int, arguments: Arguments, clipped: bool) -> None:
     """Clip, round and store a float32 value.
 
-    For a uint8 buffer: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives
+    For an integer buffer: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives
     the same integers because its bounds are integers, and keeps the conversion to int32 from overflowing.
     For a float32 buffer: clip(value, low, high) where `clipped`, else value.
     """
-    if buffer.dtype == "uint8":
+    if buffer.dtype != "float32":
         zero_point = arguments.integer("zero_point")
         bounds = (tirx.Cast("float32", arguments.integer(name) - zero_point) for name in ("qmin", "qmax"))
         low, high = (splat(bound, lanes) for bound in bounds)
         whole = isa.round_to_int(tirx.min(tirx.max(value, low), high), lanes)
-        value = cast(whole + splat(zero_point, lanes), "uint8", lanes)
+        value = cast(whole + splat(zero_point, lanes), buffer.dtype, lanes)
     elif clipped:
         low, high = (splat(arguments.float(name), lanes) for name in ("low", "high"))
         value = tirx.min(tirx.max(value, low), high)

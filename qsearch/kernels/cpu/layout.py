@@ -19,7 +19,7 @@ __all__ = ["concat", "to_channels_first", "to_channels_last"]
 
 
 def to_channels_last(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
-    """Describe (N, C, H, W) -> (N, H, W, C), quantizing on the way where the output is uint8; None for others."""
+    """Describe (N, C, H, W) -> (N, H, W, C), quantizing on the way to an integer output; None for others."""
     if key.kind != "to_channels_last":
         return None
     n, channels, height, width = key.shapes[0]
@@ -132,6 +132,6 @@ def _concat(key: OpKey, isa: Isa) -> None:
         offset = 0
         for i in range(count):
             channels = key.shapes[i][-1]
-            lanes = 4 * isa.lanes if key.copies[i] and key.dtypes[i] == "uint8" else isa.lanes
+            lanes = isa.lanes * (4 // np.dtype(key.dtypes[i]).itemsize) if key.copies[i] else isa.lanes
             for_vectors(channels, lanes, mover(i, pixel * channels, pixel * total + offset))
             offset += channels

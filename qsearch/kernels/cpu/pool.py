@@ -19,7 +19,7 @@ __all__ = ["pool2d"]
 def pool2d(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe max_pool2d or avg_pool2d; None for another operation.
 
-    Windows are cut at the image's edge: a maximum never sees the padding, and for a uint8 average a padded
+    Windows are cut at the image's edge: a maximum never sees the padding, and for an integer average a padded
     position, being the zero point, adds nothing to the centred sum.
 
     Args:
@@ -77,10 +77,10 @@ def _reduce(
 ) -> Expr:
     """The maximum or sum over a window, for one block of channels."""
     first_row, width, channels = extents
-    maximum, integer = key.kind == "max_pool2d", key.dtypes[0] == "uint8"
+    maximum, integer = key.kind == "max_pool2d", key.dtypes[0] != "float32"
     dtype = key.dtypes[0] if maximum or not integer else "int32"
     total = T.alloc_buffer((1,), vector_type(dtype, lanes), scope="local", layout=None)
-    smallest = 0.0 if integer else -3.402823466e38
+    smallest = {"uint8": 0, "int16": -(2**15)}.get(key.dtypes[0], -3.402823466e38)
     T.buffer_store(total, constant(smallest if maximum else 0, dtype, lanes), [0])
     with T.serial(0, rows[1]) as i, T.serial(0, cols[1]) as j:
         pixel = (first_row + rows[0] + i) * width + cols[0] + j
@@ -99,7 +99,7 @@ def _value(
     """From the window's sum to its float32 average (a maximum is left as it is)."""
     if key.kind == "max_pool2d":
         return total
-    if key.dtypes[0] == "uint8":
+    if key.dtypes[0] != "float32":
         count = tirx.Cast("int32", rows[1] * cols[1]) if isinstance(rows[1], Expr) else constant(rows[1] * cols[1], "int32")
         centred = total - splat(count * arguments.integer("a_zero_point"), lanes)
         return rounded_product(cast(centred, "float32", lanes), splat(arguments.float("multiplier"), lanes), lanes)
