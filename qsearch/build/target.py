@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -10,12 +12,26 @@ from pathlib import Path
 from qsearch.errors import UsageError
 from qsearch.kernels.cpu import ISAS, Isa
 
-__all__ = ["Target", "host_flags", "open_target"]
+__all__ = ["Target", "host_architecture", "host_flags", "open_target", "require_runnable"]
 
 # Tried in order after the machine's own name: the x86-64 micro-architecture levels, then anything.
 FALLBACK_CPUS = ("x86-64-v4", "x86-64-v3", "x86-64-v2")
 # Feature families whose absence under a hypervisor must change the choice of the CPU name.
 CHECKED_FEATURES = re.compile(r"avx|fma|sse4|f16c")
+# AArch64 features that LLVM uses unasked -> the kernel's name for them.
+ARM_FLAGS = {
+    "neon": "asimd",
+    "dotprod": "asimddp",
+    "fullfp16": "asimdhp",
+    "rdm": "asimdrdm",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "lse": "atomics",
+    "complxnum": "fcma",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 
 
 @dataclass(frozen=True)
@@ -23,33 +39,47 @@ class Target:
     """A CPU to compile for.
 
     Attributes:
-        name: What the user asked for: 'host' or 'portable' or an LLVM CPU name.
+        name: What the user asked for: 'host' or 'portable' or a CPU's name.
         mcpu: LLVM CPU name; '' for the generic CPU of the architecture.
         isa: Instruction set the kernels are written for.
         threads: Threads a module runs on.
+        triple: LLVM triple; '' for that of the machine which compiles.
     """
 
     name: str
     mcpu: str
     isa: Isa
     threads: int = 1
+    triple: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """'x86_64' or 'aarch64', or what else the machine is."""
+        return self.triple.partition("-")[0] or host_architecture()
 
     @property
     def description(self) -> str:
         """One line for reports and identities."""
-        return f"llvm -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {self.threads} thread)"
+        where = f" -mtriple={self.triple}" if self.triple else ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"llvm{where} -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {threads})"
 
     @property
     def cpu_flags(self) -> list[str]:
-        """Vector features the compiled code may use, in plain spelling (avx512vnni, sse42), sorted."""
-        return sorted(_vector_features(self.mcpu)) if self.mcpu else []
+        """Vector features the compiled code may use, as the kernel names them in plain spelling (avx512vnni, sse42), sorted."""
+        return sorted(_vector_features(self.mcpu, self.triple)) if self.mcpu else []
 
     def tvm(self) -> object:
         """The TVM target."""
         from tvm.target import Target as TvmTarget
 
-        options: dict[str, object] = {"kind": "llvm", "num-cores": self.threads}
-        return TvmTarget(options | ({"mcpu": self.mcpu} if self.mcpu else {}))
+        return TvmTarget(_options(self.mcpu, self.triple) | {"num-cores": self.threads})
+
+
+def host_architecture() -> str:
+    """Architecture of this machine, as in an LLVM triple."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 @cache
@@ -64,30 +94,85 @@ def host_flags() -> frozenset[str]:
 
 
 @cache
-def open_target(name: str) -> Target:
-    """Resolve a target by name.
+def open_target(name: str, threads: int = 1) -> Target:
+    """Resolve a target by name; whether this machine can run it is another matter, see `require_runnable`.
 
     Args:
-        name: 'host' (or 'llvm', 'cpu') for this machine; 'portable' for any CPU of its architecture; else an
-            LLVM CPU name such as 'icelake-server'.
+        name: 'host' (or 'llvm', 'cpu') for this machine; 'portable' for any CPU of its architecture; an LLVM name
+            of an x86-64 CPU such as 'icelake-server'; 'aarch64:' and one of an AArch64 CPU, such as
+            'aarch64:neoverse-n1'.
+        threads: Threads its modules run on.
 
     Raises:
         UsageError: LLVM does not know the CPU.
     """
-    from tvm.target import Target as TvmTarget
-    from tvm.target.codegen import llvm_cpu_has_features, llvm_get_cpu_archlist
-
     if name == "portable":
-        return Target(name, "", ISAS[-1])
+        return Target(name, "", ISAS[-1], threads)
     if name in ("host", "llvm", "cpu"):
-        name, mcpu = "host", _host_cpu()
-    elif name in llvm_get_cpu_archlist(TvmTarget({"kind": "llvm"})):
-        mcpu = name
-    else:
-        raise UsageError(f"unknown target {name!r}: use 'host', 'portable' or an LLVM CPU name such as 'icelake-server'")
-    described = TvmTarget({"kind": "llvm", "mcpu": mcpu}) if mcpu else TvmTarget({"kind": "llvm"})
-    isa = next(isa for isa in ISAS if not isa.features or llvm_cpu_has_features(list(isa.features), described))
-    return Target(name, mcpu, isa)
+        mcpu = _host_cpu()
+        return Target("host", mcpu, _best_isa(mcpu, "", host_architecture()), threads)
+    prefix, _, mcpu = name.rpartition(":")
+    architecture = prefix or "x86_64"
+    triple = "" if architecture == host_architecture() else TRIPLES.get(architecture, "unknown")
+    if prefix not in ("", "aarch64") or mcpu not in _known_cpus(triple):
+        raise UsageError(
+            f"unknown target {name!r}: use 'host', 'portable', an LLVM name of an x86-64 CPU such as 'icelake-server', or "
+            "'aarch64:' and one of an AArch64 CPU, such as 'aarch64:neoverse-n1'"
+        )
+    return Target(name, mcpu, _best_isa(mcpu, triple, architecture), threads, triple)
+
+
+def require_runnable(target: Target) -> None:
+    """Refuse a target whose modules this machine cannot run: they would die of an illegal instruction.
+
+    Raises:
+        UsageError: It is of another architecture, has instructions that this machine lacks, or wants more threads.
+    """
+    here = {_plain(flag) for flag in host_flags()}
+    way_out = "use host (this machine), portable, or run the command on such a machine"
+    if target.architecture != host_architecture():
+        raise UsageError(
+            f"target {target.name!r} is of architecture {target.architecture} and this machine is {host_architecture()}, so its "
+            f"modules cannot be measured here; {way_out}"
+        )
+    missing = [flag for flag in target.cpu_flags if here and flag not in here]
+    if missing:
+        raise UsageError(
+            f"target {target.name!r} has instructions that this machine lacks ({', '.join(missing)}; it has "
+            f"{', '.join(_widest(here)) or 'none of their kind'}), so its modules cannot be measured here; {way_out}"
+        )
+    processors = os.cpu_count() or target.threads
+    if target.threads > processors:
+        raise UsageError(f"{target.threads} threads are asked for and this machine has {processors} processors; give fewer")
+
+
+def _widest(flags: set[str]) -> list[str]:
+    """Those flags that some instruction set of qsearch's asks for."""
+    known = {ARM_FLAGS.get(feature, feature) for isa in ISAS for feature in isa.features}
+    return sorted(known & flags)
+
+
+def _options(mcpu: str, triple: str) -> dict[str, object]:
+    options: dict[str, object] = {"kind": "llvm"}
+    return options | ({"mcpu": mcpu} if mcpu else {}) | ({"mtriple": triple} if triple else {})
+
+
+@cache
+def _known_cpus(triple: str) -> frozenset[str]:
+    from tvm.target import Target as TvmTarget
+    from tvm.target.codegen import llvm_get_cpu_archlist
+
+    return frozenset() if triple == "unknown" else frozenset(llvm_get_cpu_archlist(TvmTarget(_options("", triple))))
+
+
+def _best_isa(mcpu: str, triple: str, architecture: str) -> Isa:
+    """The first instruction set whose features the CPU has."""
+    from tvm.target import Target as TvmTarget
+    from tvm.target.codegen import llvm_cpu_has_features
+
+    described = TvmTarget(_options(mcpu, triple))
+    fitting = (isa for isa in ISAS if isa.architecture in ("", architecture))
+    return next(isa for isa in fitting if not isa.features or llvm_cpu_has_features(list(isa.features), described))
 
 
 def _host_cpu() -> str:
@@ -95,18 +180,19 @@ def _host_cpu() -> str:
     from tvm.target.codegen import llvm_get_system_cpu
 
     flags = {_plain(flag) for flag in host_flags()}
-    for mcpu in (llvm_get_system_cpu(), *FALLBACK_CPUS):
-        if not flags or _vector_features(mcpu) <= flags:
-            return mcpu
-    return ""
+    names = (llvm_get_system_cpu(), *(FALLBACK_CPUS if host_architecture() == "x86_64" else ()))
+    return next((mcpu for mcpu in names if not flags or _vector_features(mcpu, "") <= flags), "")
 
 
-def _vector_features(mcpu: str) -> set[str]:
+@cache
+def _vector_features(mcpu: str, triple: str) -> frozenset[str]:
     from tvm.target import Target as TvmTarget
     from tvm.target.codegen import llvm_get_cpu_features
 
-    features = llvm_get_cpu_features(TvmTarget({"kind": "llvm", "mcpu": mcpu}))
-    return {_plain(feature) for feature in features if CHECKED_FEATURES.match(feature)}
+    features = {str(feature) for feature in llvm_get_cpu_features(TvmTarget(_options(mcpu, triple)))}
+    if (triple.partition("-")[0] or host_architecture()) == "aarch64":
+        return frozenset(ARM_FLAGS[feature] for feature in features & ARM_FLAGS.keys())
+    return frozenset(_plain(feature) for feature in features if CHECKED_FEATURES.match(feature))
 
 
 def _plain(feature: str) -> str:

@@ -12,6 +12,9 @@ __all__ = ["pack_constants", "pack_weight"]
 def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """Bias and multiplier by group, column and lane; then the scalars."""
     channel, used = _channels(plan)
+    if plan.integer and plan.isa.activation_offset:
+        sums = constants["weight"].reshape(len(constants["bias"]), -1).sum(1, dtype=np.int32)
+        constants = constants | {"bias": constants["bias"] + plan.isa.activation_offset * sums}
     rows = []
     for name in ("bias", "multiplier") if plan.integer else ("bias",):
         per_group = constants[name].reshape(plan.key.conv.groups, plan.out_channels)
