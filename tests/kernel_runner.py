@@ -6,7 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pytest
 import tvm
+from targets import OTHER_CPUS, runnable
 
 from qsearch.build.target import Target, open_target
 from qsearch.errors import BuildError
@@ -17,7 +19,8 @@ from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Value
 
-TARGETS = ("host", "portable")
+# All instruction sets pass the same tests; in the default run, test_isa.py has fewer of them for other CPUs'.
+TARGETS = ("host", "portable", *(runnable(name, pytest.mark.slow) for name in OTHER_CPUS))
 
 
 def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:

@@ -48,7 +48,7 @@ def kernel_symbol(kernel: Kernel, target: Target) -> str:
     """The content-derived name of a kernel."""
     import tvm
 
-    content = repr((kernel.key, kernel.variant, target.mcpu, target.threads, tvm.__version__, _generator_digest()))
+    content = repr((kernel.key, kernel.variant, target.mcpu, target.triple, target.threads, tvm.__version__, _generator_digest()))
     return "qs_" + hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

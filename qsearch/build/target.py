@@ -61,7 +61,8 @@ class Target:
     def description(self) -> str:
         """One line for reports and identities."""
         where = f" -mtriple={self.triple}" if self.triple else ""
-        return f"llvm{where} -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {self.threads} threads)"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"llvm{where} -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {threads})"
 
     @property
     def cpu_flags(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""TVM's thread pool: how many threads run a module's kernels, and how they wait for work."""
+"""How many threads compiled modules run on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ __all__ = ["use_threads"]
 
 
 def use_threads(count: int) -> None:
-    """Give this process's pool `count` threads, the caller's included.
+    """Give TVM's pool this many threads.
 
-    Must be called before the first kernel runs: TVM reads the variables when it starts the pool.
+    Args:
+        count: Threads, the calling one included.
     """
+    if os.environ.get("TVM_NUM_THREADS") == str(count):
+        return
+    # Read when the pool starts; a pool that has started must be told as well.
     os.environ["TVM_NUM_THREADS"] = str(count)
+    import tvm
+
+    configure = tvm.get_global_func("runtime.config_threadpool", allow_missing=True)
+    if configure is not None:
+        configure(1, count)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Weights
+from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 __all__ = ["evaluate"]
@@ -18,6 +18,7 @@ def evaluate(
     weights: Weights = None,
     data: Data = None,
     target: Target = "llvm",
+    threads: Threads = 1,
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int16, int8, w4a8, or JSON files.")] = "fp32,int8",
     split: Annotated[str, typer.Option(help="search or heldout: which images.")] = "search",
     seed: Seed = 0,
@@ -36,7 +37,7 @@ def evaluate(
     if not names:
         raise UsageError("--precision names nothing: use for example fp32,int8")
     configs = {name: named_config(name) for name in names}
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed)
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
     with stdout_reserved():
         from dataclasses import asdict
 

@@ -18,6 +18,7 @@ __all__ = [
     "Storage",
     "Study",
     "Target",
+    "Threads",
     "Weights",
     "default_study",
 ]
@@ -28,7 +29,10 @@ Data = Annotated[
     Path | None,
     typer.Option(help="Directory of images: one folder per class, or labels.csv. Default: the model's own images."),
 ]
-Target = Annotated[str, typer.Option(help="What to compile for.")]
+Target = Annotated[
+    str, typer.Option(help="CPU to compile for: host (or llvm), portable, or an LLVM name such as icelake-server.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that a module runs on.")]
 ConvertChannels = Annotated[
     bool, typer.Option("--convert-channels", help="Convert grey images to colour, or the reverse, where the model needs it.")
 ]

@@ -15,6 +15,7 @@ from qsearch.commands.options import (
     Seed,
     Storage,
     Target,
+    Threads,
     Weights,
     default_study,
 )
@@ -28,6 +29,7 @@ def search(
     weights: Weights = None,
     data: Data = None,
     target: Target = "llvm",
+    threads: Threads = 1,
     space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
     budget: Annotated[int, typer.Option(min=1, help="Completed trials that the study shall have in total.")] = 200,
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
@@ -50,7 +52,7 @@ def search(
     database_file(storage_url(name, storage))
     make_sampler(sampler, seed, 0)
     chosen = load_space(space)
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed)
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
     from qsearch.commands.search_session import SearchRequest, run_session
 

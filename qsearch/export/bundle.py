@@ -177,6 +177,7 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], m
         "versions": versions,
         "target": {
             "name": target.name,
+            "architecture": target.architecture,
             "mcpu": target.mcpu,
             "isa": target.isa.name,
             "threads": target.threads,

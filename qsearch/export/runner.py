@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -60,6 +61,10 @@ def read_manifest(bundle):
 
 def check_machine(manifest):
     """Refuse a module that uses instructions this machine does not have: it would die of an illegal instruction."""
+    here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    wanted = manifest["target"].get("architecture", here)
+    if wanted != here:
+        raise BundleProblem(f"the module was compiled for {wanted}; this machine is {here}", WRONG_MACHINE)
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -75,11 +80,11 @@ def check_machine(manifest):
         )
 
 
-def open_module(bundle):
-    """A virtual machine of the bundle's module, and the TVM package."""
+def open_module(bundle, manifest):
+    """A virtual machine of the bundle's module, on as many threads as it was measured with, and the TVM package."""
     # The runtime is enough: no compiler is loaded. Both must be set before TVM is imported.
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-    os.environ.setdefault("TVM_NUM_THREADS", "1")
+    os.environ["TVM_NUM_THREADS"] = str(manifest["target"]["threads"])
     import tvm
     from tvm.runtime.vm import VirtualMachine
 
@@ -98,7 +103,7 @@ def verify(bundle):
     check_machine(manifest)
     inputs = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
     expected = np.load(bundle / "recorded_outputs.npy", allow_pickle=False)
-    machine, tvm = open_module(bundle)
+    machine, tvm = open_module(bundle, manifest)
     outputs = run_images(machine, tvm, inputs)
     different = np.bitwise_xor(outputs.view(np.uint8), expected.view(np.uint8))
     latency = time_module(machine, tvm, inputs[:1])
@@ -124,9 +129,10 @@ def time_module(machine, tvm, image):
 
 def predict(bundle, images, best=5):
     """The best classes of every image, with softmax probabilities."""
-    check_machine(read_manifest(bundle))
+    manifest = read_manifest(bundle)
+    check_machine(manifest)
     classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
-    machine, tvm = open_module(bundle)
+    machine, tvm = open_module(bundle, manifest)
     rows = []
     for logits in run_images(machine, tvm, images.astype(np.float32, copy=False)):
         weights = np.exp(logits.astype(np.float64) - logits.max())

@@ -83,7 +83,7 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
 
 def _run_fresh(directory: Path, *arguments: str) -> Any:
     """Run this package's own runner, never the bundle's copy: a changed bundle must not run code of its own."""
-    environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1", "TVM_NUM_THREADS": "1"}
+    environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     command = [sys.executable, str(Path(runner.__file__)), str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)

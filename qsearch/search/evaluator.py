@@ -30,11 +30,12 @@ class Settings:
         model: 'demo', 'efficientnet_lite0', 'torchvision:NAME', 'package.module:factory' or a .pt2 file.
         weights: A local checkpoint; None for the model's own.
         data: A directory of labelled images; None for the model's own.
-        target: TVM target to compile for.
+        target: CPU to compile for.
         convert_channels: Accept images whose channel count is not the model's and convert them.
         preprocessing: A file that overrides the model's preprocessing.
         seed: Of every random choice: the split of the images, the sampler.
         cache_dir: Where kernels and statistics are kept between runs.
+        threads: Threads a module runs on.
     """
 
     model: str = "demo"
@@ -45,6 +46,7 @@ class Settings:
     preprocessing: Path | None = None
     seed: int = 0
     cache_dir: Path = CACHE
+    threads: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""

@@ -64,7 +64,7 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
 
 def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
-    target = open_local_target(settings.target)
+    target = open_local_target(settings.target, settings.threads)
     progress(f"loading model {settings.model}")
     loaded = load_model(settings.model, settings.weights)
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing

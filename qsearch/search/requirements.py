@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from qsearch.build.target import Target, host_flags, open_target
+from qsearch.build.target import Target, open_target, require_runnable
+from qsearch.build.threads import use_threads
 from qsearch.data import Dataset
-from qsearch.errors import DataError, StudyError, UnsupportedModelError, UsageError
+from qsearch.errors import DataError, StudyError, UnsupportedModelError
 from qsearch.models.graph import Model
 
 __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_local_target", "require_room"]
@@ -18,20 +18,19 @@ __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_local_target", "require_ro
 LEAST_FREE_BYTES = 16_000_000
 
 
-def open_local_target(name: str) -> Target:
-    """Resolve a target whose modules this machine can run, since every trial is measured on it.
+def open_local_target(name: str, threads: int) -> Target:
+    """Resolve a target whose modules this machine can run, since every trial is measured on it, and ready its threads.
+
+    Args:
+        name: As for `open_target`.
+        threads: Threads its modules run on.
 
     Raises:
         UsageError: There is no such target, or it has instructions that this machine lacks.
     """
-    target = open_target(name)
-    here = {re.sub(r"[._-]", "", flag) for flag in host_flags()}
-    missing = [flag for flag in target.cpu_flags if here and flag not in here]
-    if missing:
-        raise UsageError(
-            f"target {name!r} has instructions that this machine lacks ({', '.join(missing)}), so its modules cannot be measured "
-            "here; use llvm (this machine), portable, or run the command on such a machine"
-        )
+    target = open_target(name, threads)
+    require_runnable(target)
+    use_threads(threads)
     return target
 
 

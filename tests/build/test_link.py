@@ -7,15 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import has_convolutions
 from networks import NETWORKS, images, network, ranges_of
+from targets import AARCH64_CPUS, OTHER_CPUS, runnable
 
-from qsearch.build.cache import KernelCache
+from qsearch.build.cache import KernelCache, kernel_symbol
 from qsearch.build.foreign import run_foreign
 from qsearch.build.link import Linker
 from qsearch.build.target import open_target
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
-from qsearch.errors import UsageError
+from qsearch.kernels.cpu import describe_kernel
 from qsearch.measure.memory import measure_memory
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
@@ -28,7 +29,7 @@ MODELS = {name: network(name)[0] for name in NETWORKS}
 RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
 
 
-@pytest.fixture(scope="module", params=["host", "portable"])
+@pytest.fixture(scope="module", params=["host", "portable", *(runnable(name, pytest.mark.slow) for name in OTHER_CPUS)])
 def linker(request, tmp_path_factory):
     return Linker(KernelCache(tmp_path_factory.mktemp("kernels"), open_target(request.param)))
 
@@ -111,9 +112,19 @@ def test_memory_counts_weights_activations_and_workspace(linker):
     assert whole.peak_bytes == whole.weight_bytes + whole.activation_bytes + whole.workspace_bytes
 
 
-def test_an_unknown_target_is_refused():
-    with pytest.raises(UsageError, match="pentium-ix"):
-        open_target("pentium-ix")
+@pytest.mark.parametrize("target", map(open_target, AARCH64_CPUS), ids=AARCH64_CPUS)
+def test_a_network_compiles_for_another_architecture(target, tmp_path):
+    """Its objects need that architecture's linker; that they compute the right thing is for the tests of kernels."""
+    kernels = {}
+    for op in lowered("excite").ops:
+        kernel = describe_kernel(op.key, target.isa, target.threads)
+        symbol = kernel_symbol(kernel, target)
+        kernels[symbol] = kernel.generate(symbol)
+        assert all(isinstance(array, np.ndarray) for array in kernel.pack(op.constants))
+    compiled = tvm.compile(tvm.IRModule(kernels), target=target.tvm())
+    compiled.mod.write_to_file(str(tmp_path / "kernels.o"), "o")
+    machine = (tmp_path / "kernels.o").read_bytes()[18:20]
+    assert int.from_bytes(machine, "little") == 183  # EM_AARCH64
 
 
 @pytest.mark.slow

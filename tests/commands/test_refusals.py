@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from image_folders import write_classes
-from real_search import command, completed, fails, refused
+from real_search import SMALL, command, completed, fails, refused
 
-from qsearch.search import requirements
+from qsearch.build import target
 
 
 def table(root: Path, labels: list[int]) -> Path:
@@ -124,8 +124,16 @@ def test_a_bad_image_held_out_is_met_before_the_search(tmp_path: Path) -> None:
 
 
 def test_a_target_that_this_machine_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements, "host_flags", lambda: frozenset({"sse4_2"}))
+    monkeypatch.setattr(target, "host_flags", lambda: frozenset({"sse4_2"}))
     fails(folder, 2, ("'x86-64-v3'", "avx2", "portable"), "evaluate", "--target", "x86-64-v3")
+    fails(folder, 2, ("'aarch64:neoverse-n1'", "portable"), "evaluate", "--target", "aarch64:neoverse-n1")
+
+
+def test_threads(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    fails(small, 2, ("3 threads", "2 processors"), *SMALL, "--threads", "3")
+    fails(small, 1, ("target was", "1 thread)", "2 threads)", "--study"), *SMALL, "--threads", "2")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def test_a_bundle_for_another_machine(copy: Path, pictures: list[Path]) -> None:
     rewrite_manifest(copy, lambda manifest: manifest["target"]["cpu_flags"].append("avx9000"))
     refused(command(copy.parent, "verify", str(copy)), 1, "avx9000", "--target portable")
     refused(command(copy.parent, "run", str(copy), str(pictures[0])), 1, "avx9000")
+    rewrite_manifest(copy, lambda manifest: manifest["target"].update(architecture="sparc"))
+    refused(command(copy.parent, "verify", str(copy)), 1, "sparc")
 
 
 def test_outputs_that_do_not_replay(copy: Path) -> None:
