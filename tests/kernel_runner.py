@@ -11,11 +11,8 @@ import tvm
 from targets import OTHER_CPUS, runnable
 
 from qsearch.build.target import Target, open_target
-from qsearch.errors import BuildError
 from qsearch.kernels.cpu import describe_kernel
 from qsearch.kernels.description import Kernel
-from qsearch.models.graph import Conv
-from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Value
 
@@ -59,22 +56,6 @@ def random_inputs(rng: np.random.Generator, key: OpKey, largest: int = 2**15 - 1
         else:
             inputs.append((3 * rng.standard_normal(shape)).astype(np.float32))
     return inputs
-
-
-def has_kernel(key: OpKey, target: Target) -> bool:
-    """True if some rule describes the operation."""
-    try:
-        describe_kernel(key, target.isa, target.threads)
-    except BuildError:
-        return False
-    return True
-
-
-def has_convolutions(precision: str) -> bool:
-    """True if dense and depthwise convolutions of a precision have kernels on every tested target."""
-    dtype = PRECISIONS[precision].activation.dtype
-    keys = [OpKey("conv2d", ((1, 4, 4, 16),) * 2, (dtype, dtype), precision, Conv(groups=groups)) for groups in (1, 16)]
-    return all(has_kernel(key, target_named(name)) for key in keys for name in TARGETS)
 
 
 def target_named(name: str) -> Target:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_runner import TARGETS, has_convolutions, make_op, random_inputs, run_kernel, target_named
+from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
 
 from qsearch.models.graph import Conv
 from qsearch.qtype import PRECISIONS
@@ -144,9 +144,8 @@ INT16_DTYPES = [
 
 
 CASES = {"int8": INT8_MIXED_DTYPES, "int16": INT16_DTYPES, "w4a8": INTEGER_DTYPES + INT8_MIXED_DTYPES}
-NEEDS = {name: pytest.mark.skipif(not has_convolutions(name), reason=f"no {name} kernels on every target") for name in CASES}
-EVERY_PRECISION = pytest.mark.parametrize("precision", [pytest.param(name, marks=NEEDS[name]) for name in CASES])
-NEW_PRECISIONS = pytest.mark.parametrize("precision", [pytest.param(name, marks=NEEDS[name]) for name in ("int16", "w4a8")])
+EVERY_PRECISION = pytest.mark.parametrize("precision", CASES)
+NEW_PRECISIONS = pytest.mark.parametrize("precision", ["int16", "w4a8"])
 
 
 @st.composite
@@ -190,7 +189,6 @@ def test_many_integer_convolutions_are_exact(target, precision, case, data, seed
     assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
 
 
-@NEEDS["int16"]
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
 @pytest.mark.parametrize("conv", [Conv(), Conv((1, 2), groups=16)], ids=["dense", "depthwise"])
@@ -209,9 +207,13 @@ def test_int16_sums_may_fill_the_accumulator(target, signs, conv):
     np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), expected)
 
 
-FLOAT_DTYPES = [("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float32", "uint8")]
-if has_convolutions("int16"):
-    FLOAT_DTYPES += [("float32", "int16"), ("float32", "int16", "float32")]
+FLOAT_DTYPES = [
+    ("float32", "float32"),
+    ("float32", "uint8", "float32"),
+    ("float32", "float32", "uint8"),
+    ("float32", "int16"),
+    ("float32", "int16", "float32"),
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)
