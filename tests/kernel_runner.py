@@ -10,6 +10,7 @@ import pytest
 import tvm
 from targets import OTHER_CPUS, runnable
 
+from qsearch.build.cache import compile_kernel
 from qsearch.build.target import Target, open_target
 from qsearch.kernels.cpu import describe_kernel
 from qsearch.kernels.description import Kernel
@@ -35,7 +36,7 @@ def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
 @lru_cache(maxsize=256)
 def _compiled(key: OpKey, target: Target) -> tuple[Kernel, Any]:
     kernel = describe_kernel(key, target.isa, target.threads)
-    return kernel, tvm.compile(tvm.IRModule({"tested": kernel.generate("tested")}), target=target.tvm())
+    return kernel, compile_kernel(kernel, "tested", target)
 
 
 def make_op(key: OpKey, **constants: np.ndarray) -> Op:

@@ -23,7 +23,7 @@ from qsearch.build.target import Target
 from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
 
-__all__ = ["CompiledKernel", "KernelCache", "kernel_symbol", "link_shared"]
+__all__ = ["CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared"]
 
 # Less than this left on the disk explains a failed link.
 LEAST_FREE_BYTES = 4 * 1024 * 1024
@@ -124,13 +124,10 @@ class KernelCache:
 
     def _compile(self, kernels: dict[str, Kernel]) -> None:
         """Compile each kernel to an object, link the batch into one library, then publish it by renaming."""
-        import tvm
-
-        target = self.target.tvm()
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
             scratch = Path(scratch_name)
             for symbol, kernel in kernels.items():
-                module = tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target)
+                module = compile_kernel(kernel, symbol, self.target)
                 module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
             self._publish(scratch, list(kernels))
         for symbol in kernels:
@@ -145,6 +142,17 @@ class KernelCache:
         # Pointers go last: whoever finds one finds everything it points to.
         for file in (name, *(f"{symbol}.o" for symbol in symbols), *(f"{symbol}.lib" for symbol in symbols)):
             os.replace(scratch / file, self.directory / file)
+
+
+def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
+    """Compile one kernel to a TVM executable.
+
+    Without TVM's storage rewriting, which forgets that registers are to stay on the stack (see `registers`).
+    """
+    import tvm
+
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target.tvm())
 
 
 def link_shared(output: Path, objects: list[Path]) -> None:

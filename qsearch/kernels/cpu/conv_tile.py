@@ -17,7 +17,7 @@ from qsearch.kernels.cpu.buffers import LayerBuffers
 from qsearch.kernels.cpu.byte_vectors import narrow_to_bytes, narrow_to_words, transpose_quarters
 from qsearch.kernels.cpu.conv_plan import PREFETCH_STEPS, ConvPlan
 from qsearch.kernels.cpu.epilogue import dequantized, finish
-from qsearch.kernels.cpu.vectors import cast, constant, load, narrow, rounded_product, smallest, splat, store
+from qsearch.kernels.cpu.vectors import cast, constant, load, narrow, registers, rounded_product, smallest, splat, store
 
 __all__ = ["TileSource", "TileWriter", "unpack_nibbles"]
 
@@ -73,7 +73,7 @@ class TileWriter:
         row_stride, col_stride = plan.strides
         width, out_channels = (1 if plan.flat else plan.key.shapes[-1][2]), plan.key.shapes[-1][3]
         kind = "int32" if plan.integer else "float32"
-        accumulators = T.alloc_buffer((len(pixels) * self.columns,), f"{kind}x{lanes}", scope="local", layout=None)
+        accumulators = registers(len(pixels) * self.columns, f"{kind}x{lanes}")
         first = self.chunk[1]
         for p in range(len(pixels)):
             for c in range(self.columns):
@@ -119,7 +119,7 @@ class TileWriter:
         halves = [narrow_to_words(rounded[i], rounded[i + 1], zero_point, 64) for i in (0, 2)]
         low, high = (splat(tirx.Cast("uint8", arguments.integer(name)), 64) for name in ("qmin", "qmax"))
         values = tirx.min(tirx.max(transpose_quarters(narrow_to_bytes(halves[0], halves[1], 64)), low), high)
-        held = T.alloc_buffer((1,), "uint8x64", scope="local", layout=None)
+        held = registers(1, "uint8x64")
         T.buffer_store(held, values, [0])
         start = 0
         for end in range(1, 5):

@@ -18,7 +18,18 @@ from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
 from qsearch.kernels.cpu.conv_plan import LAYER_PRECISIONS
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, constant, for_blocks, kernel, load, loop, rounded_product, splat, vector_type
+from qsearch.kernels.cpu.vectors import (
+    cast,
+    constant,
+    for_blocks,
+    kernel,
+    load,
+    loop,
+    registers,
+    rounded_product,
+    splat,
+    vector_type,
+)
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -150,7 +161,7 @@ class _Row:
             edge: x as a number where the tile may reach the padding, None where it does not.
         """
         conv, (_, height, _, _) = self.key.conv, self.key.shapes[0]
-        accumulators = T.alloc_buffer((columns,), self.kind, scope="local", layout=None)
+        accumulators = registers(columns, self.kind)
         for j in range(columns):
             T.buffer_store(accumulators, load(self.buffers.bias, self.channel, self.lanes), [j])
         with T.serial(0, conv.kernel[0]) as kh:
@@ -194,7 +205,7 @@ class _Row:
                 value = self._padding()
             else:
                 continue
-            held = T.alloc_buffer((1,), self.kind, scope="local", layout=None)
+            held = registers(1, self.kind)
             T.buffer_store(held, value, [0])
             for j, kw in uses:
                 total = self._add(tirx.BufferLoad(accumulators, [j]), tirx.BufferLoad(held, [0]), weights[kw])

@@ -21,7 +21,7 @@ from tvm.tirx.script import builder as T
 from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
 from qsearch.kernels.cpu.byte_vectors import channel_order, dot_quads, interleave, narrow_to_bytes, narrow_to_words, round_lanes
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, constant, kernel, load, loop, rounded_product, splat, store
+from qsearch.kernels.cpu.vectors import cast, constant, kernel, load, loop, registers, rounded_product, splat, store
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -258,7 +258,7 @@ class _Block:
     def _row(self, column: Expr, row: Expr, partly: bool, zero: Expr) -> Expr:
         """The block's channels of one pixel, or zero points."""
         _, height, width, channels = self.plan.key.shapes[0]
-        held = T.alloc_buffer((1,), f"uint8x{self.width}", scope="local", layout=None)
+        held = registers(1, f"uint8x{self.width}")
         if not partly:
             T.buffer_store(held, load(self.buffers.source, column + row * (width * channels), self.width), [0])
             return tirx.BufferLoad(held, [0])

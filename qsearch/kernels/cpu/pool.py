@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, finish
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, constant, for_blocks, kernel, load, rounded_product, splat, vector_type
+from qsearch.kernels.cpu.vectors import cast, constant, for_blocks, kernel, load, registers, rounded_product, splat, vector_type
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -79,7 +79,7 @@ def _reduce(
     first_row, width, channels = extents
     maximum, integer = key.kind == "max_pool2d", key.dtypes[0] != "float32"
     dtype = key.dtypes[0] if maximum or not integer else "int32"
-    total = T.alloc_buffer((1,), vector_type(dtype, lanes), scope="local", layout=None)
+    total = registers(1, vector_type(dtype, lanes))
     smallest = {"uint8": 0, "int16": -(2**15)}.get(key.dtypes[0], -3.402823466e38)
     T.buffer_store(total, constant(smallest if maximum else 0, dtype, lanes), [0])
     with T.serial(0, rows[1]) as i, T.serial(0, cols[1]) as j:

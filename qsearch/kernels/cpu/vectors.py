@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "loop",
     "narrow",
+    "registers",
     "rounded_product",
     "smallest",
     "splat",
@@ -55,6 +56,15 @@ def store(buffer: tirx.Buffer, index: Expr | int, value: Expr, lanes: int = 1) -
 def splat(value: Expr, lanes: int) -> Expr:
     """A scalar in every lane."""
     return tirx.Broadcast(value, lanes) if lanes > 1 else value
+
+
+def registers(count: int, dtype: str) -> tirx.Buffer:
+    """Local variables of a vector dtype, addressed by constants.
+
+    They are kept on the stack, from where LLVM moves them to registers. Left to TVM they become workspace: memory
+    that, in a parallel loop, LLVM must write at every step because it cannot rule out that others see it.
+    """
+    return T.alloc_buffer((count,), dtype, scope="local", layout=None, annotations={"disable_lower_builtin": True})
 
 
 def smallest(a: Expr | int, b: int) -> Expr | int:
