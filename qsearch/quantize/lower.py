@@ -14,6 +14,7 @@ from qsearch.quantize.affine import Affine, affine_from_range
 from qsearch.quantize.assign import FIRST, FLOAT, UINT8_FORM, Assignment, assign_forms
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
+from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weights import WeightStore
 
 __all__ = ["lower", "precisions"]
@@ -48,6 +49,8 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     """
     chosen = precisions(model, config)
     assignment = assign_forms(model.graph, chosen)
+    if assignment.integer:
+        ranges = shared_ranges(model.graph, assignment.integer, ranges)
     writer = _Writer(model, assignment, _affines(model, assignment, ranges))
     for node in model.graph.nodes:
         context = Context(model, config, chosen, assignment, writer.affines, weights)
