@@ -55,7 +55,7 @@ class Excite(nn.Module):
 
 
 class Foreign(nn.Module):
-    """Operators without a lowering of their own between integer layers: channel shuffle, layer norm, leaky ReLU."""
+    """Operators without a lowering of their own between integer layers: layer norm, leaky ReLU; a channel shuffle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,29 @@ class Foreign(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
-NETWORKS = {"residual": Residual, "excite": Excite, "foreign": Foreign}
+class Shuffle(nn.Module):
+    """Two shuffled units, a slice, nested concatenation: selections of channels that compose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20), nn.ReLU())
+        self.units = nn.ModuleList(nn.Conv2d(10, 10, 1) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Conv2d(20, width, 1) for width in (3, 5, 4))
+        self.head = nn.Linear(14, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        for unit in self.units:
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, torch.relu(unit(right))], 1)
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        a, b, d = (mix(x) for mix in self.mix)
+        x = torch.cat([torch.cat([a, b], 1), d, x[:, 3:5]], 1)
+        return self.head(x.mean((2, 3)))
+
+
+NETWORKS = {"residual": Residual, "excite": Excite, "foreign": Foreign, "shuffle": Shuffle}
 
 
 def network(name: str) -> tuple[Model, nn.Module]:

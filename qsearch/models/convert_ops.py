@@ -12,6 +12,7 @@ from dataclasses import replace
 from qsearch.models.convert_layers import convert_batch_norm, convert_conv2d, convert_linear
 from qsearch.models.graph import Node, Pool
 from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, foreign_slice, pair, place, shape_of
+from qsearch.models.select_channels import convert_channel_shuffle, convert_concat, convert_shuffled_view, convert_slice, select
 
 __all__ = ["CONVERTERS", "convert", "convert_element"]
 
@@ -21,6 +22,8 @@ SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.defa
 
 def convert(builder: Builder, node: FxNode) -> None:
     """Convert one operator: by its own converter, or as a foreign one."""
+    if convert_shuffled_view(builder, node):
+        return
     converter = CONVERTERS.get(str(node.target))
     if converter is None or not converter(builder, node):
         foreign(builder, node)
@@ -34,7 +37,8 @@ def convert_element(builder: Builder, node: FxNode, source: FxNode, index: int) 
         builder.folded[node] = builder.folded[source][index]
         return
     if str(source.target) in SPLITS:
-        foreign_slice(builder, node, source, index)
+        if not _split_channels(builder, node, source, index):
+            foreign_slice(builder, node, source, index)
         return
     converter = CONVERTERS.get(str(source.target)) if index == 0 else None
     builder.values.pop(source, None)
@@ -88,12 +92,13 @@ def _binary(op: str) -> Converter:
     return convert
 
 
-def _concat(builder: Builder, node: FxNode) -> bool:
-    sources, axis = node.args[0], argument(node, 1, "dim", 0)
-    rank = len(shape_of(node))
-    if rank not in (2, 4) or axis % rank != 1 or any(source not in builder.values for source in sources):
+def _split_channels(builder: Builder, node: FxNode, source: FxNode, index: int) -> bool:
+    """Part `index` of a split of channels is a selection of them."""
+    axis, parts = int(argument(source, 2, "dim", 0)), source.meta["val"]
+    if axis % parts[0].dim() != 1:
         return False
-    return builder.add(node, Node(place(node), "concat", tuple(builder.values[s] for s in sources), shape_of(node)))
+    start = sum(int(part.shape[1]) for part in parts[:index])
+    return select(builder, node, source.args[0], range(start, start + int(parts[index].shape[1])), source)
 
 
 def _pool(builder: Builder, node: FxNode, op: str, pool: Pool) -> bool:
@@ -187,7 +192,10 @@ CONVERTERS: dict[str, Converter] = {
     "aten.tanh.default": _activation("tanh"),
     "aten.add.Tensor": _binary("add"),
     "aten.mul.Tensor": _binary("mul"),
-    "aten.cat.default": _concat,
+    "aten.cat.default": convert_concat,
+    "aten.slice.Tensor": convert_slice,
+    "aten.channel_shuffle.default": convert_channel_shuffle,
+    "aten.native_channel_shuffle.default": convert_channel_shuffle,
     "aten.max_pool2d.default": _max_pool2d,
     "aten.max_pool2d_with_indices.default": _max_pool2d,
     "aten.avg_pool2d.default": _avg_pool2d,

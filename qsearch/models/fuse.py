@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qsearch.models.graph import Graph, Node, Parameters
+from qsearch.models.select_channels import compose_selections
 
 __all__ = ["fuse"]
 
@@ -17,7 +18,7 @@ def fuse(graph: Graph, parameters: Parameters) -> tuple[Graph, Parameters]:
 
     A fused node keeps the layer's name; its value is the one after the addition and the clip.
     """
-    graph = _without_dead(graph)
+    graph = _without_dead(compose_selections(_without_dead(graph)))
     graph = _fuse_each(graph, _residual_of)
     graph = _fuse_each(graph, _clip_of)
     alive = {node.name for node in graph.layers}

@@ -105,6 +105,8 @@ class Node:
         activation: Function name, for activation; for conv2d, linear and add a fused clip applied last.
         clip: (low, high) of a fused or plain clip; None where unbounded on both sides.
         residual: For conv2d and linear: the last entry of `inputs` is added before the fused clip.
+        channels: For concat: the channels it takes of the concatenation of its inputs, in order; None for all of
+            them. Slices, splits and shuffles of channels are concats of this kind.
         foreign: What to call, for foreign.
     """
 
@@ -117,6 +119,7 @@ class Node:
     activation: str | None = None
     clip: tuple[float, float] | None = None
     residual: bool = False
+    channels: tuple[int, ...] | None = None
     foreign: ForeignOp | None = None
 
     @property

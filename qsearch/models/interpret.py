@@ -131,6 +131,11 @@ def _share_inside(x: Tensor, pool: Pool) -> Tensor:
     return F.avg_pool2d(inside, pool.kernel, pool.stride)
 
 
+def _concat(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
+    joined = torch.cat(inputs, dim=1)
+    return joined if node.channels is None else joined[:, list(node.channels)]
+
+
 def _activation(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     if node.activation in _POINTWISE:
         return _POINTWISE[node.activation](inputs[0])
@@ -145,7 +150,7 @@ _OPERATIONS: dict[str, Callable[[Node, list[Tensor], Parameters], Tensor]] = {
     "linear": _linear,
     "add": lambda node, inputs, parameters: inputs[0] + inputs[1],
     "mul": lambda node, inputs, parameters: inputs[0] * inputs[1],
-    "concat": lambda node, inputs, parameters: torch.cat(inputs, dim=1),
+    "concat": _concat,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
     "activation": _activation,

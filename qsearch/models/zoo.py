@@ -141,9 +141,13 @@ def _load_torchvision(name: str, weights: str | Path | None, num_classes: int | 
         close = difflib.get_close_matches(name, known, 3) or sorted(known)[:3]
         raise UnsupportedModelError(f"torchvision has no classification model {name!r}; did you mean {', '.join(close)}?")
     entries = models.get_model_weights(name)
+    default = entries.DEFAULT
+    if weights is None:
+        # A module built without weights expects the size of the first recipe; fine-tuned ones may be larger.
+        default = min((default, *entries), key=lambda entry: _torchvision_preprocessing(entry).crop)
     file = None if weights is None or str(weights) == DOWNLOAD else Path(weights)
     # A file that keeps the name it was downloaded under tells which of the recipes it belongs to.
-    entry = next((entry for entry in entries if file and entry.url.endswith(f"/{file.name}")), entries.DEFAULT)
+    entry = next((entry for entry in entries if file and entry.url.endswith(f"/{file.name}")), default)
     options = {} if num_classes is None else {"num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)

@@ -17,6 +17,7 @@ from qsearch.quantize.affine import Affine, affine_from_range, symmetric_from_ra
 from qsearch.quantize.assign import FIRST, FLOAT, INT16_FORM, INTEGER_FORMS, SHARED, UINT8_FORM, Assignment, assign_forms
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
+from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weights import WeightStore
 
 __all__ = ["lower", "precisions"]
@@ -51,6 +52,9 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     """
     chosen = precisions(model, config)
     assignment = assign_forms(model.graph, chosen)
+    in_bytes = frozenset(name for name, form in assignment.computes.items() if form == UINT8_FORM)
+    if in_bytes:
+        ranges = shared_ranges(model.graph, in_bytes, ranges)
     writer = _Writer(model, assignment, _affines(model, assignment, ranges, weights))
     for node in model.graph.nodes:
         context = Context(model, config, chosen, assignment, writer.affines, weights)

@@ -240,6 +240,7 @@ def _plain(
         clipped=_clipped(node, output),
         function=function,
         copies=copies,
+        channels=node.channels,
         foreign=node.foreign,
     )
     return Op(node.name, key, tuple(value.name for value in inputs), output, constants)

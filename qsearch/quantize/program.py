@@ -22,7 +22,8 @@ are uint8 or int16 unless it says otherwise):
     add          v = f32(f32(f32(a - a_zp) * a_m) + f32(f32(b - b_zp) * b_m)); then as conv's output
     mul          v = f32(f32((a - a_zp) * (b - b_zp)) * m); then as conv's output
     avg_pool     v = f32(f32(sum(a) - n * a_zp) * m)
-    concat       v = f32(f32(a - a_zp) * a_m), per input; the input is copied where scale and zero point agree
+    concat       v = f32(f32(a - a_zp) * a_m), per input; the input is copied where scale and zero point agree;
+                 of all channels, those the key lists are kept, in its order
     lookup       q = table[a]
     max_pool     q = max(a)
     activation   v = f32(f(x) * m), x float32 or f32(f32(a) * a_m) with a int16; then as conv's output. Not bit
@@ -96,6 +97,7 @@ class OpKey:
         clipped: A float32 output is clipped to (low, high).
         function: Name of an activation that computes in float.
         copies: concat: per input, True if its bytes are copied unchanged.
+        channels: concat: which channels of all inputs, one after the other, the output holds; None for all.
         foreign: What a foreign operation calls.
     """
 
@@ -109,6 +111,7 @@ class OpKey:
     clipped: bool = False
     function: str | None = None
     copies: tuple[bool, ...] = ()
+    channels: tuple[int, ...] | None = None
     foreign: ForeignOp | None = None
 
 

@@ -170,7 +170,8 @@ def _concat(op: Op, inputs: list[Array]) -> Array:
             centred = value.astype(np.int32) - op.constants["zero_points"][i]
             value = _finish(op, centred.astype(np.float32) * op.constants["multipliers"][i])
         parts.append(value)
-    return np.concatenate(parts, axis=-1)
+    joined = np.concatenate(parts, axis=-1)
+    return joined if op.key.channels is None else joined[..., list(op.key.channels)]
 
 
 def _lookup(op: Op, inputs: list[Array]) -> Array:

@@ -8,8 +8,9 @@ from qsearch.kernels.cpu.depthwise import depthwise
 from qsearch.kernels.cpu.depthwise_quads import depthwise_quads
 from qsearch.kernels.cpu.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.cpu.isa import ISAS, Isa
-from qsearch.kernels.cpu.layout import concat, to_channels_first, to_channels_last
+from qsearch.kernels.cpu.layout import to_channels_first, to_channels_last
 from qsearch.kernels.cpu.pool import pool2d
+from qsearch.kernels.cpu.select import concat
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 

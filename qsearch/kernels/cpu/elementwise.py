@@ -9,7 +9,19 @@ from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, constant, for_vectors, kernel, load, rounded_product, splat, store
+from qsearch.kernels.cpu.vectors import (
+    SHARED_ELEMENTS,
+    cast,
+    constant,
+    for_overlapping,
+    for_vectors,
+    kernel,
+    load,
+    loop,
+    rounded_product,
+    splat,
+    store,
+)
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -20,14 +32,14 @@ def elementwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe a conversion, add, mul of equal shapes, or an activation in float; None for another operation."""
     if key.kind not in ("quantize", "dequantize", "requantize", "add", "mul", "activation") or len(set(key.shapes)) > 1:
         return None
-    return Kernel(key, (isa.name,), lambda symbol: _generate(key, isa, symbol), _scalars)
+    return Kernel(key, (isa.name,), lambda symbol: _generate(key, isa, threads, symbol), _scalars)
 
 
 def _scalars(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     return constants["integers"], constants["floats"]
 
 
-def _generate(key: OpKey, isa: Isa, symbol: str) -> tirx.PrimFunc:
+def _generate(key: OpKey, isa: Isa, threads: int, symbol: str) -> tirx.PrimFunc:
     size = int(np.prod(key.shapes[0]))
 
     def body() -> None:
@@ -39,7 +51,7 @@ def _generate(key: OpKey, isa: Isa, symbol: str) -> tirx.PrimFunc:
             values = [load(source, index, lanes) for source in sources]
             finish(isa, output, index, _value(key, values, lanes, arguments), lanes, arguments, key.clipped)
 
-        for_vectors(size, isa.lanes, vector)
+        for_vectors(size, isa.lanes, vector, threads if size > SHARED_ELEMENTS else 1)
 
     return kernel(symbol, body)
 
@@ -62,13 +74,17 @@ def _value(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> 
 
 
 def _product(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> Expr:
-    """(a - a_zero_point) * (b - b_zero_point) in int32, or a * b in float32, times the multiplier."""
-    if key.dtypes[0] != "float32":
+    """(a - a_zero_point) * (b - b_zero_point), or a * b of float32 values, times the multiplier.
+
+    The product of two centred bytes fits 17 bits, so that float32 holds it exactly, and multiplies it faster.
+    """
+    if key.dtypes[0] == "int16":
+        product = cast(cast(values[0], "int32", lanes) * cast(values[1], "int32", lanes), "float32", lanes)
+        return rounded_product(product, splat(arguments.float("multiplier"), lanes), lanes)
+    if key.dtypes[0] == "uint8":
         zero_points = (splat(arguments.integer(f"{which}_zero_point"), lanes) for which in "ab")
-        a, b = (cast(v, "int32", lanes) - z for v, z in zip(values, zero_points, strict=True))
-        product = cast(a * b, "float32", lanes)
-    else:
-        product = rounded_product(values[0], values[1], lanes)
+        values = [cast(cast(v, "int32", lanes) - z, "float32", lanes) for v, z in zip(values, zero_points, strict=True)]
+    product = rounded_product(values[0], values[1], lanes)
     return rounded_product(product, splat(arguments.float("multiplier"), lanes), lanes)
 
 
@@ -114,12 +130,12 @@ def lookup(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
         return None
 
     def generate(symbol: str) -> tirx.PrimFunc:
-        return kernel(symbol, lambda: _lookup(int(np.prod(key.shapes[0])), isa))
+        return kernel(symbol, lambda: _lookup(int(np.prod(key.shapes[0])), isa, threads))
 
     return Kernel(key, (isa.name,), generate, lambda constants: (constants["table"],))
 
 
-def _lookup(size: int, isa: Isa) -> None:
+def _lookup(size: int, isa: Isa, threads: int) -> None:
     source = T.arg("source", T.Buffer((size,), "uint8"))
     table = T.arg("table", T.Buffer((256,), "uint8"))
     output = T.arg("output", T.Buffer((size,), "uint8"))
@@ -127,7 +143,7 @@ def _lookup(size: int, isa: Isa) -> None:
     if whole:
         # Two 128-byte permutations, one per half of the table; the index's top bit chooses.
         quarters = [load(table, 64 * i, 64) for i in range(4)]
-        with T.serial(0, whole) as i:
+        with loop(whole, threads if size > SHARED_ELEMENTS else 1) as i:
             values = load(source, i * 64, 64)
             low, high = (isa.permute_bytes(quarters[half], values, quarters[half + 1]) for half in (0, 2))
             store(output, i * 64, tirx.Select(values < constant(128, "uint8", 64), low, high), 64)
@@ -149,14 +165,15 @@ def multiply_broadcast(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
             gate = T.arg("gate", T.Buffer((n * channels,), key.dtypes[1]))
             arguments = declare_arguments()
             output = T.arg("output", T.Buffer((n * height * width * channels,), key.dtypes[-1]))
-            with T.serial(0, n) as image, T.serial(0, height * width) as pixel:
-                base = (image * (height * width) + pixel) * channels
+            pixels = height * width
+            with loop(n * pixels, threads if n * pixels * channels > SHARED_ELEMENTS else 1) as pixel:
+                base, factors = pixel * channels, pixel // pixels * channels
 
                 def vector(index: Expr | int, lanes: int) -> None:
-                    values = [load(source, base + index, lanes), load(gate, image * channels + index, lanes)]
+                    values = [load(source, base + index, lanes), load(gate, factors + index, lanes)]
                     finish(isa, output, base + index, _product(key, values, lanes, arguments), lanes, arguments, key.clipped)
 
-                for_vectors(channels, isa.lanes, vector)
+                for_overlapping(channels, isa.lanes, vector)
 
         return kernel(symbol, body)
 

@@ -12,7 +12,7 @@ from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.vectors import cast, load, rounded_product, splat, store
 from qsearch.quantize.program import FLOATS, INTEGERS
 
-__all__ = ["Arguments", "declare_arguments", "dequantized", "finish"]
+__all__ = ["Arguments", "declare_arguments", "dequantized", "finish", "finished"]
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,24 @@ def dequantized(value: Expr, dtype: str, lanes: int, arguments: Arguments, which
 
 
 def finish(isa: Isa, buffer: tirx.Buffer, index: Expr, value: Expr, lanes: int, arguments: Arguments, clipped: bool) -> None:
-    """Clip, round and store a float32 value.
+    """Clip, round and store a float32 value, see `finished`."""
+    store(buffer, index, finished(isa, str(buffer.dtype), value, lanes, arguments, clipped), lanes)
+
+
+def finished(isa: Isa, dtype: str, value: Expr, lanes: int, arguments: Arguments, clipped: bool) -> Expr:
+    """Clip and round a float32 value.
 
     For an integer buffer: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives
     the same integers because its bounds are integers, and keeps the conversion to int32 from overflowing.
     For a float32 buffer: clip(value, low, high) where `clipped`, else value.
     """
-    if buffer.dtype != "float32":
+    if dtype != "float32":
         zero_point = arguments.integer("zero_point")
         bounds = (tirx.Cast("float32", arguments.integer(name) - zero_point) for name in ("qmin", "qmax"))
         low, high = (splat(bound, lanes) for bound in bounds)
         whole = isa.round_to_int(tirx.min(tirx.max(value, low), high), lanes)
-        value = cast(whole + splat(zero_point, lanes), buffer.dtype, lanes)
-    elif clipped:
+        return cast(whole + splat(zero_point, lanes), dtype, lanes)
+    if clipped:
         low, high = (splat(arguments.float(name), lanes) for name in ("low", "high"))
         value = tirx.min(tirx.max(value, low), high)
-    store(buffer, index, value, lanes)
+    return value

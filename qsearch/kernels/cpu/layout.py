@@ -1,137 +1,134 @@
-"""Kernels that move values between layouts: channels first and last, and concatenation over channels."""
+"""Kernels that move values between layouts, channels first and last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, finish
+from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, finished
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, for_vectors, kernel, load, rounded_product, splat, store
+from qsearch.kernels.cpu.vectors import SHARED_ELEMENTS, kernel, load, loop, rounded_product, splat, store
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
-__all__ = ["concat", "to_channels_first", "to_channels_last"]
+__all__ = ["to_channels_first", "to_channels_last"]
+
+# Up to this many channels are interleaved whole pixels at a time.
+FEW_CHANNELS = 4
 
 
 def to_channels_last(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe (N, C, H, W) -> (N, H, W, C), quantizing on the way to an integer output; None for others."""
     if key.kind != "to_channels_last":
         return None
-    n, channels, height, width = key.shapes[0]
-    pixels = height * width
 
     def generate(symbol: str) -> tirx.PrimFunc:
         def body() -> None:
-            source = T.arg("source", T.Buffer((n * channels * pixels,), key.dtypes[0]))
+            size = int(np.prod(key.shapes[0]))
+            source = T.arg("source", T.Buffer((size,), key.dtypes[0]))
             arguments = declare_arguments()
-            output = T.arg("output", T.Buffer((n * channels * pixels,), key.dtypes[-1]))
-            with T.serial(0, n) as image:
-                base = image * (channels * pixels)
-                for_vectors(pixels, isa.lanes, lambda i, m: _interleave(key, isa, (source, output), base, i, m, arguments))
+            output = T.arg("output", T.Buffer((size,), key.dtypes[-1]))
+            n, channels, height, width = key.shapes[0]
+
+            def put(value: Expr, lanes: int) -> Expr:
+                return _quantized(key, isa, value, lanes, arguments)
+
+            if channels <= FEW_CHANNELS:
+                _interleave(_Matrices(n, channels, height * width, source, output), isa, put, threads)
+            else:
+                _transpose(_Matrices(n, channels, height * width, source, output), isa.lanes, put, threads)
 
         return kernel(symbol, body)
 
-    return Kernel(key, (isa.name,), generate, _scalars)
-
-
-def _scalars(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return constants["integers"], constants["floats"]
-
-
-def _interleave(
-    key: OpKey,
-    isa: Isa,
-    buffers: tuple[tirx.Buffer, tirx.Buffer],
-    base: Expr,
-    first: Expr | int,
-    lanes: int,
-    arguments: Arguments,
-) -> None:
-    """Move `lanes` pixels: one shuffle of whole vectors for up to 4 channels, else element by element."""
-    source, output = buffers
-    _, channels, height, width = key.shapes[0]
-    pixels = height * width
-
-    def put(index: Expr, value: Expr, count: int) -> None:
-        if key.dtypes[-1] == key.dtypes[0]:
-            store(output, index, value, count)
-            return
-        value = rounded_product(value, splat(arguments.float("multiplier"), count), count)
-        finish(isa, output, index, value, count, arguments, False)
-
-    if channels > 4 or lanes == 1:
-        with T.serial(0, channels) as c, T.serial(0, lanes) as i:
-            put(base + (first + i) * channels + c, load(source, base + c * pixels + first + i), 1)
-        return
-    planes = [load(source, base + c * pixels + first, lanes) for c in range(channels)]
-    order = [tirx.const(c * lanes + i, "int32") for i in range(lanes) for c in range(channels)]
-    value = tirx.Shuffle(planes, order) if channels > 1 else planes[0]
-    put(base + first * channels, value, lanes * channels)
+    return Kernel(key, (isa.name,), generate, lambda constants: (constants["integers"], constants["floats"]))
 
 
 def to_channels_first(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe (N, H, W, C) -> (N, C, H, W), for operators that want torch's layout; None for others."""
     if key.kind != "to_channels_first":
         return None
-    n, height, width, channels = key.shapes[0]
-    pixels = height * width
 
     def generate(symbol: str) -> tirx.PrimFunc:
         def body() -> None:
-            source = T.arg("source", T.Buffer((n * channels * pixels,), key.dtypes[0]))
-            output = T.arg("output", T.Buffer((n * channels * pixels,), key.dtypes[-1]))
-            with T.serial(0, n) as image, T.serial(0, channels) as c, T.serial(0, pixels) as i:
-                base = image * (channels * pixels)
-                store(output, base + c * pixels + i, load(source, base + i * channels + c))
+            n, height, width, channels = key.shapes[0]
+            size = int(np.prod(key.shapes[0]))
+            source = T.arg("source", T.Buffer((size,), key.dtypes[0]))
+            output = T.arg("output", T.Buffer((size,), key.dtypes[-1]))
+            _transpose(_Matrices(n, height * width, channels, source, output), isa.lanes, lambda value, lanes: value, threads)
 
         return kernel(symbol, body)
 
-    return Kernel(key, ("scalar",), generate, lambda constants: ())
+    return Kernel(key, (isa.name,), generate, lambda constants: ())
 
 
-def concat(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
-    """Describe a concatenation over the last axis, each input copied or requantized; None for others."""
-    if key.kind != "concat":
-        return None
-
-    def generate(symbol: str) -> tirx.PrimFunc:
-        return kernel(symbol, lambda: _concat(key, isa))
-
-    def pack(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        return constants["zero_points"], constants["multipliers"], *_scalars(constants)
-
-    return Kernel(key, (isa.name,), generate, pack)
+def _quantized(key: OpKey, isa: Isa, value: Expr, lanes: int, arguments: Arguments) -> Expr:
+    """The value as the output holds it."""
+    if key.dtypes[-1] == key.dtypes[0]:
+        return value
+    value = rounded_product(value, splat(arguments.float("multiplier"), lanes), lanes)
+    return finished(isa, key.dtypes[-1], value, lanes, arguments, False)
 
 
-def _concat(key: OpKey, isa: Isa) -> None:
-    total, pixels, count = key.shapes[-1][-1], int(np.prod(key.shapes[-1][:-1])), len(key.shapes) - 1
-    sources = [T.arg(f"source{i}", T.Buffer((int(np.prod(key.shapes[i])),), key.dtypes[i])) for i in range(count)]
-    zero_points = T.arg("zero_points", T.Buffer((count,), "int32"))
-    multipliers = T.arg("multipliers", T.Buffer((count,), "float32"))
-    arguments = declare_arguments()
-    output = T.arg("output", T.Buffer((pixels * total,), key.dtypes[-1]))
+@dataclass(frozen=True)
+class _Matrices:
+    """`count` matrices, rows by columns in `source`, columns by rows in `output`."""
 
-    def mover(i: int, start: Expr, target: Expr) -> Callable[[Expr | int, int], None]:
-        def move(offset: Expr | int, lanes: int) -> None:
-            value = load(sources[i], start + offset, lanes)
-            if key.copies[i]:
-                store(output, target + offset, value, lanes)
-                return
-            centred = cast(cast(value, "int32", lanes) - splat(load(zero_points, i), lanes), "float32", lanes)
-            value = rounded_product(centred, splat(load(multipliers, i), lanes), lanes)
-            finish(isa, output, target + offset, value, lanes, arguments, False)
+    count: int
+    rows: int
+    columns: int
+    source: tirx.Buffer
+    output: tirx.Buffer
 
-        return move
 
-    with T.serial(0, pixels) as pixel:
-        offset = 0
-        for i in range(count):
-            channels = key.shapes[i][-1]
-            lanes = isa.lanes * (4 // np.dtype(key.dtypes[i]).itemsize) if key.copies[i] else isa.lanes
-            for_vectors(channels, lanes, mover(i, pixel * channels, pixel * total + offset))
-            offset += channels
+Put = Callable[[Expr, int], Expr]
+
+
+def _interleave(planes: _Matrices, isa: Isa, put: Put, threads: int) -> None:
+    """Few rows: convert a vector of each, then interleave them with one shuffle."""
+    channels, pixels = planes.rows, planes.columns
+    lanes = min(isa.lanes, 1 << (pixels.bit_length() - 1))
+    blocks = -(-pixels // lanes)
+    with loop(planes.count * blocks, threads if planes.count * pixels * channels > SHARED_ELEMENTS else 1) as step:
+        # The last block overlaps its neighbour.
+        first = tirx.min(step % blocks * lanes, pixels - lanes) if pixels % lanes else step % blocks * lanes
+        base = step // blocks * (channels * pixels)
+        parts = [put(load(planes.source, base + c * pixels + first, lanes), lanes) for c in range(channels)]
+        if lanes == 1:
+            for c, part in enumerate(parts):
+                store(planes.output, base + first * channels + c, part)
+            return
+        order = [tirx.const(c * lanes + i, "int32") for i in range(lanes) for c in range(channels)]
+        value = tirx.Shuffle(parts, order) if channels > 1 else parts[0]
+        store(planes.output, base + first * channels, value, lanes * channels)
+
+
+def _transpose(matrices: _Matrices, lanes: int, put: Put, threads: int) -> None:
+    """Transpose in square tiles of vectors, the last of each axis overlapping its neighbour."""
+    rows, columns = matrices.rows, matrices.columns
+    edge = 1 << (min(lanes, rows, columns).bit_length() - 1)
+    down, across = -(-rows // edge), -(-columns // edge)
+    work = matrices.count * rows * columns
+    with loop(matrices.count * across, threads if work > SHARED_ELEMENTS else 1) as step, T.serial(0, down) as i:
+        row, column = tirx.min(i * edge, rows - edge), tirx.min(step % across * edge, columns - edge)
+        base = step // across * (rows * columns)
+        tile = [T.bind(put(load(matrices.source, base + (row + r) * columns + column, edge), edge)) for r in range(edge)]
+        for c, vector in enumerate(_transposed(tile, edge)):
+            store(matrices.output, base + (column + c) * rows + row, vector, edge)
+
+
+def _transposed(tile: list[Expr], edge: int) -> list[Expr]:
+    """Transpose a square tile: every pass interleaves the first half of its rows with the second."""
+    low = [tirx.const(i // 2 + i % 2 * edge, "int32") for i in range(edge)]
+    high = [tirx.const(i // 2 + i % 2 * edge + edge // 2, "int32") for i in range(edge)]
+    half = edge // 2
+    passes = edge.bit_length() - 1
+    for _ in range(passes):
+        pairs = list(zip(tile[:half], tile[half:], strict=True))
+        # Bound to names, because an expression is written out again wherever it is used.
+        tile = [T.bind(tirx.Shuffle([a, b], order)) for a, b in pairs for order in (low, high)]
+    return tile

@@ -11,9 +11,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 __all__ = [
+    "SHARED_ELEMENTS",
     "cast",
     "constant",
     "for_blocks",
+    "for_overlapping",
     "for_vectors",
     "kernel",
     "load",
@@ -26,6 +28,12 @@ __all__ = [
     "store",
     "vector_type",
 ]
+
+
+# Below about this many elements, starting threads costs more than they save.
+SHARED_ELEMENTS = 32768
+# Up to this many blocks of a constant extent are written out, each with a constant offset.
+MOST_UNROLLED = 8
 
 
 def kernel(symbol: str, body: Callable[[], None]) -> tirx.PrimFunc:
@@ -118,6 +126,19 @@ def for_blocks(size: int, lanes: int, body: Callable[[Expr | int, int], None]) -
     whole = -(-size // lanes)
     with T.serial(0, whole) as i:
         body(tirx.min(i * lanes, size - lanes) if size % lanes else i * lanes, lanes)
+
+
+def for_overlapping(size: int, most: int, body: Callable[[Expr | int, int], None]) -> None:
+    """Like `for_blocks`, in vectors of a power of two of at most `most` lanes; a few of them are written out.
+
+    Other widths than powers of two are taken apart element by element by LLVM.
+    """
+    lanes = min(most, 1 << (size.bit_length() - 1))
+    if size > MOST_UNROLLED * lanes:
+        for_blocks(size, lanes, body)
+        return
+    for start in range(0, size, lanes):
+        body(min(start, size - lanes), lanes)
 
 
 def rounded_product(a: Expr, b: Expr, lanes: int) -> Expr:
