@@ -27,7 +27,7 @@ import torch
 from qsearch.build.cache import KernelCache
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.build.target import open_target
-from qsearch.build.threads import use_threads
+from qsearch.build.threads import ThreadedModule, use_threads
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
@@ -61,11 +61,12 @@ class Builder:
         linker = Linker(KernelCache(self.cache, open_target(self.target, threads)))
         return linker.build(lower(self.model, config, self.ranges, WeightStore()))
 
-    def call(self, module: CompiledModule) -> Callable[[], object]:
+    def call(self, module: CompiledModule, threads: int) -> Callable[[], object]:
         """One inference of a module."""
         import tvm
 
-        function, given = module.open()["main"], tvm.runtime.tensor(self.images[:1])
+        given = tvm.runtime.tensor(self.images[:1])
+        function = ThreadedModule(module.open()["main"], threads)
         return lambda: function(given)
 
 
@@ -97,13 +98,13 @@ def contestants(options: argparse.Namespace, builder: Builder, module: torch.nn.
     """Our module and every peer asked for, ready to call."""
     from peers import PEERS, export_onnx
 
-    calls = {"ours": builder.call(builder.build(options.precision, options.threads))}
+    calls = {"ours": builder.call(builder.build(options.precision, options.threads), options.threads)}
     folder = options.peers / f"{options.model.replace(':', '-')}"
     image = builder.images[:1]
     for name in filter(None, options.against.split(",")):
         if name.startswith("own:"):
             _, precision, threads = [*name.split(":"), str(options.threads)][:3]
-            calls[name] = builder.call(builder.build(precision, int(threads)))
+            calls[name] = builder.call(builder.build(precision, int(threads)), int(threads))
             continue
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "float.onnx").exists():
