@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -126,9 +127,14 @@ class KernelCache:
         """Compile each kernel to an object, link the batch into one library, then publish it by renaming."""
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
             scratch = Path(scratch_name)
-            for symbol, kernel in kernels.items():
-                module = compile_kernel(kernel, symbol, self.target)
+
+            def compile_one(symbol: str) -> None:
+                module = compile_kernel(kernels[symbol], symbol, self.target)
                 module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
+
+            # TVM leaves Python's lock while LLVM works.
+            with ThreadPoolExecutor(len(_processors())) as pool:
+                list(pool.map(compile_one, kernels))
             self._publish(scratch, list(kernels))
         for symbol in kernels:
             if not self._load(symbol):
@@ -153,6 +159,11 @@ def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
 
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target.tvm())
+
+
+def _processors() -> set[int]:
+    """Processors that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def link_shared(output: Path, objects: list[Path]) -> None:

@@ -46,7 +46,7 @@ def conv2d_kernel(plan: ConvPlan) -> Kernel:
     """The kernel of a plan."""
     return Kernel(
         plan.key,
-        (plan.isa.name, plan.key.precision, plan.tile, plan.block_rows, plan.prefetches, plan.sharing),
+        (plan.isa.name, plan.key.precision, plan.tile, plan.block_rows, plan.sharing),
         lambda symbol: kernel(symbol, lambda: _generate(plan)),
         lambda constants: pack_constants(plan, constants),
         plan.workspace_bytes,

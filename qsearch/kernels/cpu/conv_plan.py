@@ -17,10 +17,12 @@ __all__ = ["LAYER_PRECISIONS", "PREFETCH_STEPS", "ConvPlan"]
 LAYER_PRECISIONS = ("fp32", "int8", "int16", "w4a8")
 # An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
 BLOCK_ABOVE_BYTES = 512 * 1024
-BLOCK_BYTES = 128 * 1024
+BLOCK_BYTES = 256 * 1024
 # Weights are prefetched this many steps ahead where those of a tile do not stay in the first cache.
-PREFETCH_STEPS = 8
+PREFETCH_STEPS = 24
 PREFETCH_ABOVE_BYTES = 24 * 1024
+# Inputs larger than this are asked for a tile ahead.
+FETCH_ABOVE_BYTES = 512 * 1024
 # A layer of fewer multiplications is not worth waking another thread for.
 SHARED_ABOVE = 1_000_000
 # Threads share rows of pixels if each gets at least so many tiles of them, else channels.
@@ -203,6 +205,7 @@ class ConvPlan:
         """Output rows walked for all channels before the next rows; the last block overlaps where they do not divide."""
         rows, tile = self.grid[0], self.tile.rows
         row_bytes = max(1, abs(self.strides[0])) * self.itemsize
+        row_bytes += self.key.shapes[-1][3] * np.dtype(self.key.dtypes[-1]).itemsize * self.grid[1]
         blocks = 1
         if rows * row_bytes > BLOCK_ABOVE_BYTES:
             blocks = -(-rows * row_bytes // BLOCK_BYTES)
@@ -224,6 +227,11 @@ class ConvPlan:
     def packs_bytes(self) -> bool:
         """True if four vectors of results are narrowed to bytes together."""
         return self.isa.narrows_four and self.key.dtypes[-1] == "uint8" and self.out_channels >= self.isa.lanes
+
+    @property
+    def fetches_rows(self) -> bool:
+        """True if the input's rows are read once, in order, from beyond the second cache."""
+        return self.flat and int(np.prod(self.key.shapes[0])) * self.itemsize > FETCH_ABOVE_BYTES
 
     @property
     def prefetches(self) -> bool:

@@ -81,8 +81,10 @@ class TileWriter:
                 T.buffer_store(accumulators, start, [p * self.columns + c])
         origin = self.source.origin + y * row_stride + x * col_stride + self.group * plan.in_channels
         offsets = [i * row_stride + j * col_stride for i, j in pixels]
-        self._contract(accumulators, origin, offsets)
         base = self.output_base + (y * width + x) * out_channels + self.group * plan.out_channels
+        if plan.fetches_rows:
+            self._fetch_rows(origin + len(pixels) * row_stride, offsets)
+        self._contract(accumulators, origin, offsets)
         places = [
             (p * self.columns + c, c, base + (i * width + j) * out_channels + self._channel(c))
             for p, (i, j) in enumerate(pixels)
@@ -95,6 +97,13 @@ class TileWriter:
             value = self._scaled(tirx.BufferLoad(accumulators, [index]), first + c, at)
             kept = min(lanes, plan.out_channels)
             finish(plan.isa, self.buffers.output, at, value, kept, self.buffers.arguments, plan.key.clipped)
+
+    def _fetch_rows(self, origin: Expr, offsets: list[int]) -> None:
+        """Ask for the input of the tile after this one."""
+        line = 64 // self.plan.itemsize
+        with T.serial(0, -(-self.plan.in_channels // line)) as i:
+            for offset in offsets:
+                _prefetch(self.source.image, origin + offset + i * line)
 
     def _channel(self, c: int) -> Expr | int:
         """First output channel, within the group, of column `c`; the very last column overlaps its neighbour."""
@@ -200,7 +209,7 @@ def _nest(extents: tuple[int, ...], body: Callable[..., None], *indices: Expr | 
 
 
 def _prefetch(buffer: tirx.Buffer, index: Expr) -> None:
-    """Fetch a weight line for reading into every cache level; addresses beyond the end are harmless."""
+    """Fetch a line for reading into every cache level; addresses beyond the end are harmless."""
     address = T.address_of(tirx.BufferLoad(buffer, [index]))
     T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(i, "int32") for i in (0, 3, 1))))
 
