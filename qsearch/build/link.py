@@ -15,8 +15,9 @@ import numpy as np
 
 from qsearch.build.cache import CompiledKernel, KernelCache, kernel_symbol
 from qsearch.build.foreign import legalize
+from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
-from qsearch.kernels.cpu import describe_kernel
+from qsearch.kernels.cpu import Tile, describe_kernel
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Op, OpKey, Program
 
@@ -86,6 +87,7 @@ class Linker:
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache, self.target = cache, cache.target
+        self.tiles = TileChoices(cache.directory, cache.target)
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
         # The source array is kept beside the packed one, so that its id stays its own.
         self._packed: dict[tuple[tuple, int], tuple[np.ndarray, _Constant]] = {}
@@ -116,9 +118,15 @@ class Linker:
         workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
         return CompiledModule(program, executable, module, tuple(compiled.values()), writer.constant_bytes, workspace)
 
+    def remember_tile(self, key: OpKey, tile: Tile) -> None:
+        """Use a tile from now on for operations of this geometry and precision."""
+        self.tiles.put(key, tile)
+        self._described.clear()
+
     def _describe(self, key: OpKey) -> tuple[str, Kernel]:
         if key not in self._described:
-            kernel = describe_kernel(key, self.target.isa, self.target.threads)
+            tile = self.tiles.get(key) if key.kind == "conv2d" else None
+            kernel = describe_kernel(key, self.target.isa, self.target.threads, tile)
             self._described[key] = kernel_symbol(kernel, self.target), kernel
         return self._described[key]
 

@@ -18,13 +18,14 @@ from qsearch.commands.front import front
 from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.commands.tune import tune
 from qsearch.commands.verify import verify
 from qsearch.errors import QSearchError
 
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, export, verify, run, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, tune, export, verify, run, dashboard)
 
 
 # What an environment may do to any command, and what helps.

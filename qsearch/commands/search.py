@@ -37,6 +37,7 @@ def search(
     storage: Storage = None,
     sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii or gp.")] = "tpe",
     seed: Seed = 0,
+    tune: Annotated[float, typer.Option(min=0.0, help="First time register tiles of the kernels, for so many seconds.")] = 0.0,
     preprocessing: Preprocessing = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
@@ -55,8 +56,11 @@ def search(
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
     from qsearch.commands.search_session import SearchRequest, run_session
+    from qsearch.commands.tune import tune_model
 
     with stdout_reserved():
+        if tune:
+            tune_model(settings, chosen.precisions.names, tune)
         document, table = run_session(SearchRequest(settings, chosen, name, storage, sampler, budget, timeout))
     if json:
         print_json(document)

@@ -28,6 +28,7 @@ from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
+from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.graph import Graph, Model
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import LoadedModel, load_model
@@ -173,6 +174,12 @@ class ModelEvaluator:
             TrialError: It cannot be quantized or built.
         """
         return self.build(lower(self.model, config, self.ranges(config), self.weights))
+
+    def tune(self, configs: Sequence[QuantConfig], seconds: float, progress: Callable[[int, int], None]) -> list[TunedKernel]:
+        """Time register tiles of the kernels of some configurations, see `tune_programs`."""
+        require_room(self.settings.cache_dir)
+        programs = [lower(self.model, config, self.ranges(config), self.weights) for config in configs]
+        return tune_programs(self.linker, programs, seconds, progress)
 
     def build(self, program: Program) -> CompiledModule:
         """Link a program, if there is room for what it may have to compile.

@@ -63,6 +63,12 @@ class PrecisionChoices(_Section):
     types: dict[LayerType, Precisions] = {}
     layers: dict[str, Precisions] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every precision that some layer may take."""
+        choices = (self.default, *self.types.values(), *self.layers.values())
+        return tuple(dict.fromkeys(name for choice in choices for name in choice))
+
 
 class CalibrationChoices(_Section):
     """How activation ranges may be derived.

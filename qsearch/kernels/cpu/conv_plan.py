@@ -9,7 +9,7 @@ import numpy as np
 
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import PaddedImage, padded_image
-from qsearch.kernels.cpu.tile import Tile, choose_tile
+from qsearch.kernels.cpu.tile import Tile, rank_tiles
 from qsearch.quantize.program import OpKey
 
 __all__ = ["LAYER_PRECISIONS", "PREFETCH_STEPS", "ConvPlan"]
@@ -190,15 +190,18 @@ class ConvPlan:
         needed = (rows - 1) * conv.stride[0] + (conv.kernel[0] - 1) * conv.dilation[0] + 1
         return padded_image(needed, self.key.shapes[0][1:], conv.padding, self.key.dtypes[0])
 
-    @cached_property
-    def tile(self) -> Tile:
-        """The register tile."""
-        if self.forced is not None:
-            return self.forced
+    @property
+    def tiles(self) -> list[Tile]:
+        """Tiles that fit, the one with the least predicted time first."""
         grid = self.grid
         if self.sharing == "rows":
             grid = (-(-grid[0] // self.threads), grid[1])
-        return choose_tile(grid, self.columns, self.column_weights * self.itemsize, self.isa)
+        return rank_tiles(grid, self.columns, self.column_weights * self.itemsize, self.isa)
+
+    @cached_property
+    def tile(self) -> Tile:
+        """The register tile."""
+        return self.forced or self.tiles[0]
 
     @cached_property
     def block_rows(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qsearch.kernels.cpu.isa import Isa
 
-__all__ = ["Tile", "choose_tile"]
+__all__ = ["Tile", "rank_tiles"]
 
 # Cycles a chain of dependent dot steps needs per step, however few accumulators are in flight.
 DOT_LATENCY = 5
@@ -36,8 +36,8 @@ class Tile:
         return self.rows * self.cols
 
 
-def choose_tile(grid: tuple[int, int], columns: int, column_bytes: int, isa: Isa) -> Tile:
-    """Pick the tile with the least predicted time for a grid of output pixels.
+def rank_tiles(grid: tuple[int, int], columns: int, column_bytes: int, isa: Isa) -> list[Tile]:
+    """Every tile that fits the registers, the least predicted time for a grid of output pixels first.
 
     A step of a tile issues pixels * columns dot instructions (two a cycle), and loads pixels activations and
     `columns` weight vectors; it cannot be shorter than the latency of a dot. Remainder tiles along both pixel axes
@@ -57,7 +57,7 @@ def choose_tile(grid: tuple[int, int], columns: int, column_bytes: int, isa: Isa
         for ty in range(1, MAX_TILE_PIXELS // tx + 1)
         if nr <= columns and tx <= cols and ty <= rows and ty * tx * nr + nr + 1 < isa.registers
     ]
-    return min(candidates, key=lambda tile: (_cost(tile, grid, columns, column_bytes), tile.rows, -tile.columns))
+    return sorted(candidates, key=lambda tile: (_cost(tile, grid, columns, column_bytes), tile.rows, -tile.columns))
 
 
 def _cost(tile: Tile, grid: tuple[int, int], columns: int, column_bytes: int) -> float:

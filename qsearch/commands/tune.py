@@ -1,0 +1,76 @@
+"""`tune`: time a few register tiles per kernel of a model, once for all studies on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
+from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+
+if TYPE_CHECKING:
+    from qsearch.measure.tune import TunedKernel
+    from qsearch.search.evaluator import Settings
+
+__all__ = ["tune", "tune_model"]
+
+
+def tune(
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Data = None,
+    target: Target = "llvm",
+    threads: Threads = 1,
+    precision: Annotated[str, typer.Option(help="Comma-separated precisions whose kernels are tuned.")] = "fp32,int8",
+    seconds: Annotated[float, typer.Option(min=0.0, help="Begin no kernel after this time.")] = 300.0,
+    seed: Seed = 0,
+    preprocessing: Preprocessing = None,
+    convert_channels: ConvertChannels = False,
+    json: Json = False,
+) -> None:
+    """Time a few register tiles per distinct kernel and remember the fastest; later searches use them."""
+    from qsearch.config import named_config
+    from qsearch.search.evaluator import Settings
+
+    names = [name.strip() for name in precision.split(",") if name.strip()]
+    for name in names:
+        named_config(name)
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+    with stdout_reserved():
+        found = tune_model(settings, names, seconds)
+    if json:
+        print_json({"model": model, "kernels": [asdict(kernel) for kernel in found]})
+        return
+
+    from rich.table import Table
+
+    table = Table(title=f"{len(found)} kernels of {model}", title_justify="left")
+    for name in ("layer", "precision", "predicted tile", "fastest tile", "gain"):
+        table.add_column(name)
+    for kernel in sorted(found, key=lambda kernel: -kernel.gain):
+        tiles = (f"{tile.rows} x {tile.cols} pixels, {tile.columns} vectors" for tile in (kernel.predicted, kernel.chosen))
+        table.add_row(kernel.op, kernel.precision, *tiles, f"{kernel.gain:.2f}")
+    print_table(table)
+
+
+def tune_model(settings: Settings, precisions: Sequence[str], seconds: float) -> list[TunedKernel]:
+    """Tune the kernels of a model at some precisions, with a progress bar.
+
+    Args:
+        settings: The model, its images and the target.
+        precisions: Precision names or configuration files.
+        seconds: No kernel is begun after this time.
+
+    Returns:
+        A record for every kernel that had not been tuned before.
+    """
+    from qsearch.commands.tune_progress import TuneProgress
+    from qsearch.config import named_config
+    from qsearch.search.objective import prepare_evaluator
+
+    evaluator = prepare_evaluator(settings, say)
+    with TuneProgress() as progress:
+        return evaluator.tune([named_config(name) for name in precisions], seconds, progress.on_kernel)
