@@ -110,7 +110,7 @@ def _runs(linker: Linker, op: Op, tiles: list[Tile]) -> list[Callable[[int], flo
         rng.integers(0, 128, int(np.prod(shape))).astype(dtype) for shape, dtype in zip(op.key.shapes, op.key.dtypes, strict=True)
     ]
     tensors = [tvm.runtime.tensor(value) for value in values]
-    runs = []
+    runs: list[Callable[[int], float]] = []
     for kernel, symbol in zip(kernels, symbols, strict=True):
         assert kernel.pack_weight is not None
         constants = (kernel.pack_weight(op.constants["weight"]), *kernel.pack(op.constants))
