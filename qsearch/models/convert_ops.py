@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qsearch.models.convert_layers import convert_batch_norm, convert_conv2d, convert_linear
+from qsearch.models.convert_viewed import convert_viewed, convert_viewed_element
 from qsearch.models.graph import Node, Pool
 from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, foreign_slice, pair, place, shape_of
+from qsearch.models.memory import settle_inputs
 
 __all__ = ["CONVERTERS", "convert", "convert_element"]
 
@@ -22,6 +24,12 @@ SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.defa
 def convert(builder: Builder, node: FxNode) -> None:
     """Convert one operator: by its own converter, or as a foreign one."""
     converter = CONVERTERS.get(str(node.target))
+    # Converters of plain values come first where every operand is held as it is; then those that see through views.
+    if converter is not None and not any(source in builder.views for source in node.all_input_nodes) and converter(builder, node):
+        return
+    if convert_viewed(builder, node, converter):
+        return
+    settle_inputs(builder, node)
     if converter is None or not converter(builder, node):
         foreign(builder, node)
 
@@ -33,6 +41,9 @@ def convert_element(builder: Builder, node: FxNode, source: FxNode, index: int) 
             builder.fold(source)
         builder.folded[node] = builder.folded[source][index]
         return
+    if source.all_input_nodes[0] in builder.views and convert_viewed_element(builder, node, source, index):
+        return
+    settle_inputs(builder, source)
     if str(source.target) in SPLITS:
         foreign_slice(builder, node, source, index)
         return

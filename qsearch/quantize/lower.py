@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from qsearch.config import QuantConfig
-from qsearch.models.graph import Model, Node
+from qsearch.models.graph import MOVES, Model, Node
 from qsearch.quantize.affine import Affine, affine_from_range
 from qsearch.quantize.assign import FIRST, FLOAT, UINT8_FORM, Assignment, assign_forms
+from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.weights import WeightStore
@@ -19,6 +20,7 @@ from qsearch.quantize.weights import WeightStore
 __all__ = ["lower", "precisions"]
 
 Ranges = dict[str, tuple[float, float]]
+LOWERINGS = NODE_LOWERINGS | ATTENTION_LOWERINGS
 
 
 def precisions(model: Model, config: QuantConfig) -> dict[str, str]:
@@ -62,7 +64,7 @@ def _affines(model: Model, assignment: Assignment, ranges: Ranges) -> dict[str, 
     for node in model.graph.nodes:
         if UINT8_FORM not in assignment.wanted[node.name] and node.name not in assignment.integer:
             continue
-        if node.op in ("max_pool2d", "flatten") and node.name in assignment.integer:
+        if node.op in MOVES or (node.op in ("max_pool2d", "flatten") and node.name in assignment.integer):
             affines[node.name] = affines[node.inputs[0]]
         else:
             affines[node.name] = affine_from_range(node.name, *ranges[node.name])
@@ -99,9 +101,12 @@ class _Writer:
             self._input(node, value)
         elif node.op == "flatten":
             self._flatten(node, value)
+        elif node.op in MOVES:
+            self._move(node, context)
+            return
         else:
             inputs = [self.forms[name, form] for name, form in zip(node.inputs, self.assignment.reads[node.name], strict=True)]
-            self.ops.append(NODE_LOWERINGS[node.op](context, node, inputs, value))
+            self.ops.append(LOWERINGS[node.op](context, node, inputs, value))
         self.forms.setdefault((node.name, form), value)
         for wanted in sorted(self.assignment.wanted[node.name]):
             self._convert(node, wanted)
@@ -131,6 +136,19 @@ class _Writer:
             return
         key = OpKey("to_channels_first", (source.shape, logical), (source.dtype, value.dtype))
         self.ops.append(Op(node.name, key, (source.name,), value))
+
+    def _move(self, node: Node, context: Context) -> None:
+        """Move a value in every form that is wanted; a view moves nothing."""
+        wanted = self.assignment.wanted[node.name]
+        for form in sorted({FLOAT if form == FIRST else form for form in wanted}):
+            source = self.forms[node.inputs[0], form]
+            made = replace(source, shape=physical(node.shape))
+            if node.op == "gather":
+                made = replace(made, name=f"{node.name}:{form}")
+                self.ops.append(lower_gather(context, node, source, made))
+            self.forms[node.name, form] = made
+        for form in sorted(wanted):
+            self._convert(node, form)
 
     def _convert(self, node: Node, form: str) -> None:
         """Make a form of a value exist, by way of channels-last float32 where it must."""
