@@ -23,20 +23,21 @@ TARGETS = ("host", "portable", *(runnable(name, pytest.mark.slow) for name in OT
 
 def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
     """The operation's output as its kernel computes it."""
-    kernel, built = _compiled(op.key, target)
+    kernel, module = _compiled(op.key, target)
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:
         constants.insert(0, kernel.pack_weight(op.constants["weight"]))
     output = tvm.runtime.tensor(np.zeros(op.output.size, op.output.dtype))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(a).ravel()) for a in (*inputs, *constants)]
-    built.mod["tested"](*arguments, output)
+    module["tested"](*arguments, output)
     return output.numpy().reshape(op.output.shape)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2000)
 def _compiled(key: OpKey, target: Target) -> tuple[Kernel, Any]:
+    """A kernel and its module; the key decides both."""
     kernel = describe_kernel(key, target.isa, target.threads)
-    return kernel, compile_kernel(kernel, "tested", target)
+    return kernel, compile_kernel(kernel, "tested", target).mod
 
 
 def make_op(key: OpKey, **constants: np.ndarray) -> Op:

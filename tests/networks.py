@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
+from transformers_tiny import ConvNext, VisionTransformer, WindowTransformer
 
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
@@ -93,7 +94,15 @@ class Shuffle(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-NETWORKS = {"residual": Residual, "excite": Excite, "foreign": Foreign, "shuffle": Shuffle}
+NETWORKS = {
+    "residual": Residual,
+    "excite": Excite,
+    "foreign": Foreign,
+    "shuffle": Shuffle,
+    "vit": VisionTransformer,
+    "swin": WindowTransformer,
+    "convnext": ConvNext,
+}
 
 
 def network(name: str) -> tuple[Model, nn.Module]:

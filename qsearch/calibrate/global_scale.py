@@ -48,6 +48,8 @@ def data_free_range(node: Node, inputs: list[Range], parameters: Parameters, inp
         return min(low for low, _ in inputs), max(high for _, high in inputs)
     if node.op in ("max_pool2d", "avg_pool2d", "flatten"):
         return inputs[0]
+    if node.op == "softmax":
+        return 0.0, 1.0
     if node.op == "activation":
         return _activation_range(node.activation, inputs[0])
     return -global_scale, global_scale

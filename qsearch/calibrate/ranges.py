@@ -12,14 +12,14 @@ from qsearch.calibrate.percentile import percentile_range
 from qsearch.calibrate.record import StatisticsRecord
 from qsearch.config import Calibration
 from qsearch.errors import CalibrationError
-from qsearch.models.graph import Model, Node
+from qsearch.models.graph import MOVES, Model, Node
 
 __all__ = ["activation_ranges"]
 
 Range = tuple[float, float]
 
 # Exact on integers when input and output share scale and zero point.
-_SHARED = ("max_pool2d", "flatten")
+_SHARED = ("max_pool2d", "flatten", *MOVES)
 # Below the first, nothing was observed; the second then stands in. Its scale is small, yet not so small that
 # the multipliers of the layer before, relative to it, leave the range of int32.
 _DEAD_SPAN = 1e-9

@@ -7,9 +7,10 @@ import torch
 from torch import fx
 
 from qsearch.models.graph import Conv, Node
-from qsearch.models.graph_builder import Builder, FxNode, argument, foreign_view, pair, place, shape_of
+from qsearch.models.graph_builder import Builder, FxNode, argument, pair, place, shape_of
+from qsearch.models.memory import see, tokens_of
 
-__all__ = ["convert_batch_norm", "convert_conv2d", "convert_linear"]
+__all__ = ["convert_batch_norm", "convert_conv2d", "convert_linear", "convert_linear_tokens"]
 
 
 def layer_name(builder: Builder, weight: FxNode) -> str:
@@ -67,18 +68,24 @@ def _without_padding(node: FxNode) -> tuple[fx.Node, tuple[int, int, int, int]]:
 
 
 def convert_linear(builder: Builder, node: FxNode) -> bool:
-    """Features are the last axis; four axes are seen as three, because four axes mean an image here."""
-    before, after = shape_of(node.args[0]), shape_of(node)
-    if len(before) != 4:
-        return _layer(builder, node, "linear", Conv())
-    source = builder.values.get(node.args[0])
-    if source is None:
+    """Features are the last axis; four axes mean an image here, whose last axis is none of features."""
+    return len(shape_of(node.args[0])) != 4 and _layer(builder, node, "linear", Conv())
+
+
+def convert_linear_tokens(builder: Builder, node: FxNode, ordered: bool = False) -> bool:
+    """A linear layer over the rows of its input's memory, in whatever order they lie or in torch's."""
+    if builder.tensor(node.args[1]) is None or builder.tensor(node.args[0]) is not None:
         return False
-    foreign_view(builder, node, source, (before[0], before[1] * before[2], before[3]))
-    builder.values[node.args[0]], kept = builder.values[node], source
-    done = _layer(builder, node, "linear", Conv(), (after[0], after[1] * after[2], after[3]))
-    builder.values[node.args[0]] = kept
-    return done and foreign_view(builder, node, builder.values[node], after)
+    tokens = tokens_of(builder, node.args[0], ordered)
+    builder.values[node.args[0]], kept = tokens.node, builder.values.get(node.args[0])
+    features = shape_of(node)[-1]
+    _layer(builder, node, "linear", Conv(), (*builder.shape(tokens.node)[:-1], features))
+    if kept is None:
+        del builder.values[node.args[0]]
+    else:
+        builder.values[node.args[0]] = kept
+    see(builder, node, tokens.rows(builder.values.pop(node), shape_of(node)))
+    return True
 
 
 def convert_batch_norm(builder: Builder, node: FxNode) -> bool:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qsearch.models.convert_layers import convert_batch_norm, convert_conv2d, convert_linear
+from qsearch.models.convert_viewed import convert_viewed, convert_viewed_element
 from qsearch.models.graph import Node, Pool
 from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, foreign_slice, pair, place, shape_of
+from qsearch.models.memory import settle_inputs
 from qsearch.models.select_channels import convert_channel_shuffle, convert_concat, convert_shuffled_view, convert_slice, select
 
 __all__ = ["CONVERTERS", "convert", "convert_element"]
@@ -25,6 +27,12 @@ def convert(builder: Builder, node: FxNode) -> None:
     if convert_shuffled_view(builder, node):
         return
     converter = CONVERTERS.get(str(node.target))
+    # Converters of plain values come first where every operand is held as it is; then those that see through views.
+    if converter is not None and not any(source in builder.views for source in node.all_input_nodes) and converter(builder, node):
+        return
+    if convert_viewed(builder, node, converter):
+        return
+    settle_inputs(builder, node)
     if converter is None or not converter(builder, node):
         foreign(builder, node)
 
@@ -36,6 +44,9 @@ def convert_element(builder: Builder, node: FxNode, source: FxNode, index: int) 
             builder.fold(source)
         builder.folded[node] = builder.folded[source][index]
         return
+    if source.all_input_nodes[0] in builder.views and convert_viewed_element(builder, node, source, index):
+        return
+    settle_inputs(builder, source)
     if str(source.target) in SPLITS:
         if not _split_channels(builder, node, source, index):
             foreign_slice(builder, node, source, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from qsearch.models.fold_constants import fold_constants
 from qsearch.models.graph import Graph, Node, Parameters
 from qsearch.models.select_channels import compose_selections
 
@@ -19,10 +20,13 @@ def fuse(graph: Graph, parameters: Parameters) -> tuple[Graph, Parameters]:
     A fused node keeps the layer's name; its value is the one after the addition and the clip.
     """
     graph = _without_dead(compose_selections(_without_dead(graph)))
+    graph, parameters = fold_constants(graph, parameters)
     graph = _fuse_each(graph, _residual_of)
     graph = _fuse_each(graph, _clip_of)
     alive = {node.name for node in graph.layers}
     kept = {field: {k: v for k, v in getattr(parameters, field).items() if k in alive} for field in ("weight", "bias", "norm")}
+    read = {name for node in graph.nodes for name in (*node.constants, *(node.foreign.parameters if node.foreign else ()))}
+    kept["constants"] = {name: array for name, array in parameters.constants.items() if name in read}
     return graph, replace(parameters, **kept)
 
 

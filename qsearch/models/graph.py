@@ -1,7 +1,9 @@
 """The layer graph: what qsearch knows of a model, immutable, in topological order.
 
-Shapes are logical: (N, C, H, W) for images, (N, F) for features, as in torch. Memory layout is decided by
-lowering. Parameters travel beside the graph in `Parameters`, keyed by node name, so that the graph itself is
+Shapes are logical: (N, C, H, W) for images, (N, F) for features, as in torch. Four axes always mean an image, and
+its memory is channels-last: (N, H, W, C). A value of any other rank lies in memory as its shape says; what torch
+sees as four or more axes that are no image (windows, heads) is held as tokens (N, tokens, C), see
+`qsearch.models.views`. Parameters travel beside the graph in `Parameters`, keyed by node name, so that the graph itself is
 small, comparable and hashable by content.
 """
 
@@ -15,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ACTIVATIONS", "Conv", "ForeignOp", "Graph", "Model", "Node", "Parameters", "Pool"]
+__all__ = ["ACTIVATIONS", "MOVES", "Conv", "ForeignOp", "Graph", "Matmul", "Model", "Node", "Parameters", "Pool"]
 
 # Pointwise functions with a lowering of their own; the first three only clip.
 ACTIVATIONS = ("relu", "relu6", "clip", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
+# Operations that only move bytes: whatever form their input has, their value can have too.
+MOVES = ("view", "gather")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,25 @@ class Pool:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     count_include_pad: bool = True
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A batch of products a (m, k) @ b (k, n), each operand and the result strided over its value's memory.
+
+    Attributes:
+        extents: (batch axes..., m, n, k).
+        a: (offset, strides of the batch axes..., stride of m, stride of k) in elements.
+        b: (offset, strides of the batch axes..., stride of k, stride of n).
+        out: (offset, strides of the batch axes..., stride of m, stride of n).
+        factor: The products are multiplied by it.
+    """
+
+    extents: tuple[int, ...] = ()
+    a: tuple[int, ...] = ()
+    b: tuple[int, ...] = ()
+    out: tuple[int, ...] = ()
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,10 @@ class Node:
     Attributes:
         name: Unique; the user's own module name for layers ('features.3.conv.0'), else 'parent.op'.
         op: 'input', 'conv2d', 'linear', 'add', 'mul', 'concat', 'max_pool2d', 'avg_pool2d', 'activation',
-            'flatten' or 'foreign'.
+            'flatten', 'foreign', 'view' (the same memory with another shape), 'gather' (out[i] = x[index[i]] over
+            memory, in runs; index -1 gives zero), 'matmul', 'softmax' over the last axis, 'layer_norm' over the last
+            axis, 'l2_normalize' (rows of the last axis divided by max(length, epsilon)), 'scale' (x * c) or
+            'shift' (x + c), where c repeats over memory.
         inputs: Names of the nodes whose values it reads.
         shape: Logical shape of its value.
         conv: Geometry; means something for conv2d and linear only.
@@ -108,6 +134,10 @@ class Node:
         channels: For concat: the channels it takes of the concatenation of its inputs, in order; None for all of
             them. Slices, splits and shuffles of channels are concats of this kind.
         foreign: What to call, for foreign.
+        matmul: Extents and strides, for matmul.
+        constants: Names within `Parameters.constants` of what else it reads: gather (index), scale and shift (c),
+            layer_norm (weight, bias), softmax (optionally a shift of its input).
+        epsilon: For layer_norm and l2_normalize.
     """
 
     name: str
@@ -121,6 +151,9 @@ class Node:
     residual: bool = False
     channels: tuple[int, ...] | None = None
     foreign: ForeignOp | None = None
+    matmul: Matmul = Matmul()
+    constants: tuple[str, ...] = ()
+    epsilon: float = 0.0
 
     @property
     def is_layer(self) -> bool:
@@ -142,7 +175,7 @@ class Parameters:
         bias: Layer name -> float32 (O,), zeros where the model has none.
         norm: Layer name -> (mean, std), float32 (O,) each: the batch-norm statistics the layer's output had in
             training, where one was folded in; data-free ranges are derived from them.
-        constants: Name -> array, for foreign operators.
+        constants: Name -> array, for foreign operators and for `Node.constants`.
     """
 
     weight: dict[str, np.ndarray] = field(default_factory=dict)

@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from qsearch.models.graph import ForeignOp, Node, Parameters
+from qsearch.models.views import View
 
-__all__ = ["Builder", "FxNode", "argument", "foreign", "foreign_slice", "foreign_view", "pair", "place", "shape_of"]
+__all__ = ["Builder", "FxNode", "argument", "foreign", "foreign_slice", "pair", "place", "shape_of"]
 
 # fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
 FxNode = Any
@@ -31,6 +33,7 @@ class Builder:
         values: fx node -> name of the node that holds its value.
         folded: fx node -> tensor, for values that do not depend on the image.
         parameters: Weights so far.
+        views: fx node -> where its value lies, for values that no node holds as they are.
     """
 
     constants: dict[str, tuple[str, torch.Tensor]]
@@ -38,6 +41,7 @@ class Builder:
     values: dict[fx.Node, str] = field(default_factory=dict)
     folded: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     parameters: Parameters = field(default_factory=Parameters)
+    views: dict[fx.Node, View] = field(default_factory=dict)
 
     def tensor(self, node: Any) -> torch.Tensor | None:
         """The tensor of a parameter or folded constant, None for values that depend on the image."""
@@ -61,14 +65,24 @@ class Builder:
 
     def add(self, fx_node: FxNode, node: Node) -> bool:
         """Append a node under a unique name and let `fx_node` stand for it."""
+        self.values[fx_node] = self.append(node)
+        return True
+
+    def append(self, node: Node, *constants: np.ndarray) -> str:
+        """Append a node, and the constants it reads, under a unique name; that name."""
         taken = {known.name for known in self.nodes}
         name, count = node.name, 1
         while name in taken:
             count += 1
             name = f"{node.name}#{count}"
-        self.nodes.append(replace(node, name=name))
-        self.values[fx_node] = name
-        return True
+        names = tuple(f"{name}:{i}" for i in range(len(constants)))
+        self.parameters.constants.update(zip(names, constants, strict=True))
+        self.nodes.append(replace(node, name=name, constants=names))
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape of a node by name."""
+        return next(node.shape for node in reversed(self.nodes) if node.name == name)
 
     def alias(self, fx_node: FxNode, source: FxNode) -> bool:
         """Let `fx_node` stand for the value of `source`."""
@@ -137,10 +151,3 @@ def pair(value: Any) -> tuple[int, int]:
     """A one- or two-element list as a pair."""
     values = [value] if isinstance(value, int) else list(value)
     return (int(values[0]), int(values[-1]))
-
-
-def foreign_view(builder: Builder, node: FxNode, source: str, shape: tuple[int, ...]) -> bool:
-    """A foreign reshape of a value."""
-    call = {"args": [{"tensor": 0}, list(shape)], "kwargs": {}, "output": 0}
-    operator = ForeignOp("aten.view.default", json.dumps(call, sort_keys=True))
-    return builder.add(node, Node(f"{place(node)}.view", "foreign", (source,), shape, foreign=operator))

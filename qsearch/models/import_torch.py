@@ -20,6 +20,7 @@ from qsearch.models.fuse import fuse
 from qsearch.models.graph import Graph, Model, Node
 from qsearch.models.graph_builder import Builder, FxNode
 from qsearch.models.interpret import interpret
+from qsearch.models.memory import settle
 
 __all__ = ["import_model"]
 
@@ -125,6 +126,8 @@ def _call(name: str, builder: Builder, node: FxNode) -> None:
 def _output(name: str, builder: Builder, program: torch.export.ExportedProgram) -> str:
     output = next(node for node in program.graph.nodes if node.op == "output")
     results = [value for value in torch.utils._pytree.tree_leaves(output.args) if isinstance(value, fx.Node)]
+    if len(results) == 1 and results[0] in builder.views:
+        settle(builder, results[0])
     if len(results) != 1 or results[0] not in builder.values:
         raise UnsupportedModelError(f"model {name!r} returns {len(results)} tensors; wrap it so that it returns the logits alone")
     value = results[0].meta["val"]

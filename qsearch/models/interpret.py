@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qsearch.errors import UnsupportedModelError
 from qsearch.models.graph import ForeignOp, Graph, Model, Node, Parameters, Pool
+from qsearch.models.interpret_memory import MEMORY_OPERATIONS
 
 __all__ = ["call_foreign", "interpret"]
 
@@ -58,6 +59,9 @@ def interpret(model: Model, images: Tensor, on_value: Callable[[Node, Tensor], N
             value = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
         elif node.op == "foreign":
             value = _foreign(node, [values[name] for name in node.inputs], graph, model.parameters, len(images))
+        elif node.op in MEMORY_OPERATIONS:
+            inputs = [values[name] for name in node.inputs]
+            value = MEMORY_OPERATIONS[node.op](node, inputs, model.parameters, len(images) // graph.input.shape[0])
         else:
             value = _value(node, [values[name] for name in node.inputs], model.parameters)
         if on_value is not None:

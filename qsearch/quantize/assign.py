@@ -2,14 +2,21 @@
 
 A value is produced once in the form that its readers want and converted only where readers disagree. An
 operation that is not a layer runs in integers if everything it reads comes out of integer arithmetic: in 16
-bits if any of it does, else in 8.
+bits if any of it does, else in 8. Three kinds of operations follow rules of their own:
+
+- A matrix product (attention) runs in uint8 if every layer that feeds it has uint8 activations, whatever lies
+  between (softmax, normalisations), so that its precision follows from the query, key and value layers'. Fed by
+  int16 or fp32 layers, or over a contraction too long for int32, it runs in float32.
+- Layer norm, softmax and their like compute in float32. They read and write uint8 where their neighbours do, else
+  float32: 16-bit integers are converted before and after.
+- A value that is only moved in memory is moved in every form that is wanted of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qsearch.models.graph import Graph, Node
+from qsearch.models.graph import MOVES, Graph, Node
 from qsearch.qtype import PRECISIONS
 
 __all__ = ["FIRST", "FLOAT", "INT16_FORM", "INTEGER_FORMS", "SHARED", "Assignment", "UINT8_FORM", "assign_forms"]
@@ -22,9 +29,13 @@ INTEGER_FORMS = (UINT8_FORM, INT16_FORM)
 # Operations that move integers unchanged: their values share scale and zero point with what they read.
 SHARED = ("max_pool2d", "flatten")
 # Operations whose kernel can write any form, whatever it computes in.
-CONVERTING = ("conv2d", "linear", "add", "mul", "avg_pool2d", "input")
+CONVERTING = ("conv2d", "linear", "add", "mul", "avg_pool2d", "input", "matmul")
+# Operations that compute in float32 and read and write uint8 or float32.
+FLOAT_INSIDE = ("layer_norm", "softmax", "l2_normalize", "scale", "shift")
 # Pixels of the largest averaging window: this many int16 fit an int32 sum.
 MAX_WINDOW = 2**16
+# Up to this length no sum on the way to a product of uint8 exceeds int32, whatever zero points are corrected for.
+MAX_INTEGER_PRODUCT = 2**14
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Assignment:
 
     Attributes:
         computes: Node name -> form that it computes in: 'uint8', 'int16' or 'float32'.
-        reads: Node name -> form in which it reads each of its inputs.
+        reads: Node name -> form in which it reads each of its inputs; '' where it only moves it.
         produced: Node name -> form in which its own operation writes its value.
         wanted: Node name -> forms that must exist.
     """
@@ -54,28 +65,50 @@ def assign_forms(graph: Graph, precision: dict[str, str]) -> Assignment:
     computes = _computing_forms(graph, precision)
     reads = {node.name: list(_reads(node, computes[node.name])) for node in graph.nodes}
     wanted: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
-    wanted[graph.output].add(FLOAT)
+    _want(graph, wanted, graph.output, FLOAT)
     for node in graph.nodes:
         for name, form in zip(node.inputs, reads[node.name], strict=True):
             if form:
-                wanted[name].add(form)
+                _want(graph, wanted, name, form)
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
-            if not reads[node.name][i]:
-                reads[node.name][i] = _residual_form(computes[node.name], wanted[name])
-                wanted[name].add(reads[node.name][i])
+            if not reads[node.name][i] and node.op not in MOVES:
+                reads[node.name][i] = _free_form(node, computes[node.name], wanted[_moved_from(graph, name)])
+                _want(graph, wanted, name, reads[node.name][i])
     produced = {node.name: _produced(node, computes[node.name], wanted[node.name]) for node in graph.nodes}
     forms = {name: frozenset(found) for name, found in wanted.items()}
     return Assignment(computes, {name: tuple(found) for name, found in reads.items()}, produced, forms)
 
 
+def _moved_from(graph: Graph, name: str) -> str:
+    """The node whose bytes a chain of moves carries."""
+    while graph.by_name[name].op in MOVES:
+        name = graph.by_name[name].inputs[0]
+    return name
+
+
+def _want(graph: Graph, wanted: dict[str, set[str]], name: str, form: str) -> None:
+    """Want a form of a value; of what it is moved from too, so that every move finds it in that form."""
+    wanted[name].add(form)
+    while graph.by_name[name].op in MOVES:
+        name, form = graph.by_name[name].inputs[0], FLOAT if form == FIRST else form
+        wanted[name].add(form)
+
+
 def _computing_forms(graph: Graph, precision: dict[str, str]) -> dict[str, str]:
     forms: dict[str, str] = {}
+    # Node name -> the forms of the layers whose values reach it through no other layer.
+    feeding: dict[str, set[str]] = {}
     for node in graph.nodes:
         given = {forms[name] for name in node.inputs}
+        feeding[node.name] = set[str]().union(*(feeding[name] for name in node.inputs))
         if node.is_layer:
             forms[node.name] = PRECISIONS[precision[node.name]].activation.dtype
-        elif node.op in ("input", "foreign") or FLOAT in given or not _has_integer_kernel(node):
+            feeding[node.name] = {forms[node.name]}
+        elif node.op == "matmul":
+            in_bytes = feeding[node.name] == {UINT8_FORM} and node.matmul.extents[-1] <= MAX_INTEGER_PRODUCT
+            forms[node.name] = UINT8_FORM if in_bytes else FLOAT
+        elif node.op in ("input", "foreign", *FLOAT_INSIDE) or FLOAT in given or not _has_integer_kernel(node):
             forms[node.name] = FLOAT
         else:
             forms[node.name] = INT16_FORM if INT16_FORM in given else UINT8_FORM
@@ -109,8 +142,13 @@ def _converts(node: Node, form: str) -> bool:
     return node.op in CONVERTING or (node.op == "activation" and form == INT16_FORM)
 
 
-def _residual_form(form: str, wanted: set[str]) -> str:
-    """A residual takes what exists, its layer's own form first, then the smallest; an int16 layer asks for no more."""
+def _free_form(node: Node, form: str, wanted: set[str]) -> str:
+    """Form of an input that may come in several.
+
+    A residual takes what exists, its layer's own form first, then the smallest; an int16 layer asks for no more.
+    """
+    if node.op in FLOAT_INSIDE:
+        return UINT8_FORM if UINT8_FORM in wanted else FLOAT
     for existing in (form, UINT8_FORM, INT16_FORM):
         if existing != FLOAT and existing in wanted:
             return existing
@@ -118,9 +156,11 @@ def _residual_form(form: str, wanted: set[str]) -> str:
 
 
 def _reads(node: Node, form: str) -> tuple[str, ...]:
-    """Form of every input; '' for a residual, which takes any."""
+    """Form of every input; '' for what takes the form that there is: residuals, float arithmetic on converted values, moves."""
     if node.op == "foreign":
         return (FIRST,) * len(node.inputs)
+    if node.op in FLOAT_INSIDE or node.op in MOVES:
+        return ("",) * len(node.inputs)
     if node.residual:
         return (form,) * (len(node.inputs) - 1) + ("",)
     return (form,) * len(node.inputs)
@@ -129,6 +169,8 @@ def _reads(node: Node, form: str) -> tuple[str, ...]:
 def _produced(node: Node, form: str, wanted: set[str]) -> str:
     if node.op == "foreign":
         return FIRST
+    if node.op in FLOAT_INSIDE:
+        return UINT8_FORM if wanted == {UINT8_FORM} else FLOAT
     if not _converts(node, form):
         return form
     # Several wanted: an integer operation writes the finest integers, so that all readers see the same numbers; a

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qsearch.config import QuantConfig
-from qsearch.models.graph import Model, Node
+from qsearch.models.graph import MOVES, Model, Node
 from qsearch.qtype import INT16
 from qsearch.quantize.affine import Affine, affine_from_range, symmetric_from_range
 from qsearch.quantize.assign import FIRST, FLOAT, INT16_FORM, INTEGER_FORMS, SHARED, UINT8_FORM, Assignment, assign_forms
+from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.shared_ranges import shared_ranges
@@ -23,6 +24,7 @@ from qsearch.quantize.weights import WeightStore
 __all__ = ["lower", "precisions"]
 
 Ranges = dict[str, tuple[float, float]]
+LOWERINGS = NODE_LOWERINGS | ATTENTION_LOWERINGS
 
 
 def precisions(model: Model, config: QuantConfig) -> dict[str, str]:
@@ -71,9 +73,10 @@ def _affines(model: Model, assignment: Assignment, ranges: Ranges, weights: Weig
         computes = assignment.computes[node.name]
         for form in INTEGER_FORMS:
             key = node.name, form
-            if form not in assignment.wanted[node.name] and form != computes:
+            # A move is not carried out where nothing wants it.
+            if form not in assignment.wanted[node.name] and (form != computes or node.op in MOVES):
                 continue
-            if node.op in SHARED and form == computes:
+            if node.op in MOVES or (node.op in SHARED and form == computes):
                 affines[key] = affines[node.inputs[0], form]
             elif form == UINT8_FORM:
                 affines[key] = affine_from_range(node.name, *ranges[node.name])
@@ -88,9 +91,11 @@ def _int16_limits(model: Model, assignment: Assignment, weights: WeightStore) ->
     for node in reversed(model.graph.nodes):
         limit = INT16.activation.qmax
         for reader in model.graph.consumers[node.name]:
-            if assignment.computes[reader.name] != INT16_FORM:
+            if reader.op in MOVES:
+                limit = min(limit, limits[reader.name])
+            elif assignment.computes[reader.name] != INT16_FORM:
                 continue
-            if reader.op in SHARED:
+            elif reader.op in SHARED:
                 limit = min(limit, limits[reader.name])
             elif reader.is_layer and reader.inputs[0] == node.name:
                 limit = min(limit, weights.activation_limit(reader.name, model.parameters.weight[reader.name]))
@@ -132,9 +137,12 @@ class _Writer:
             self._input(node, value)
         elif node.op == "flatten":
             self._flatten(node, value)
+        elif node.op in MOVES:
+            self._move(node, context)
+            return
         else:
             inputs = [self.forms[name, form] for name, form in zip(node.inputs, self.assignment.reads[node.name], strict=True)]
-            self.ops.append(NODE_LOWERINGS[node.op](context, node, inputs, value))
+            self.ops.append(LOWERINGS[node.op](context, node, inputs, value))
         self.forms.setdefault((node.name, form), value)
         for wanted in sorted(self.assignment.wanted[node.name]):
             self._convert(node, wanted)
@@ -164,6 +172,19 @@ class _Writer:
             return
         key = OpKey("to_channels_first", (source.shape, logical), (source.dtype, value.dtype))
         self.ops.append(Op(node.name, key, (source.name,), value))
+
+    def _move(self, node: Node, context: Context) -> None:
+        """Move a value in every form that is wanted; a view moves nothing."""
+        wanted = self.assignment.wanted[node.name]
+        for form in sorted({FLOAT if form == FIRST else form for form in wanted}):
+            source = self.forms[node.inputs[0], form]
+            made = replace(source, shape=physical(node.shape))
+            if node.op == "gather":
+                made = replace(made, name=f"{node.name}:{form}")
+                self.ops.append(lower_gather(context, node, source, made))
+            self.forms[node.name, form] = made
+        for form in sorted(wanted):
+            self._convert(node, form)
 
     def _convert(self, node: Node, form: str) -> None:
         """Make a form of a value exist, from the form its operation wrote where one step leads there."""

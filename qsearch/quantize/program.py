@@ -24,6 +24,15 @@ are uint8 or int16 unless it says otherwise):
     avg_pool     v = f32(f32(sum(a) - n * a_zp) * m)
     concat       v = f32(f32(a - a_zp) * a_m), per input; the input is copied where scale and zero point agree;
                  of all channels, those the key lists are kept, in its order
+    matmul, int8 acc = sum (a - a_zp) * (b - b_zp) over int32, operands and output strided over memory
+                 v   = f32(f32(acc) * m); then as conv's output
+    matmul, fp32 x   = f32(sum(a * b) * m), not bit exact between targets
+    gather       out[i] = a[index[i]] in runs of adjacent elements; index -1 gives zero (integers: the zero point)
+    layer_norm, softmax, l2_normalize, scale, shift
+                 float32 inside: a uint8 input is dequantized, f32(f32(a - a_zp) * a_m), on the way in; a uint8
+                 output is quantized on the way out. Scale and shift round twice at most and are exact, the
+                 others are not bit exact between targets.
+                 scale: v = f32(x * c); shift: v = f32(x + c); then f32(v * m) and as conv's output
     lookup       q = table[a]
     max_pool     q = max(a)
     activation   v = f32(f(x) * m), x float32 or f32(f32(a) * a_m) with a int16; then as conv's output. Not bit
@@ -51,7 +60,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qsearch.models.graph import Conv, ForeignOp, Pool
+from qsearch.models.graph import Conv, ForeignOp, Matmul, Pool
 
 __all__ = ["FLOATS", "INTEGERS", "Op", "OpKey", "Program", "Value"]
 
@@ -87,10 +96,11 @@ class OpKey:
 
     Attributes:
         kind: 'to_channels_last', 'to_channels_first', 'quantize', 'dequantize', 'requantize', 'conv2d', 'add', 'mul',
-            'avg_pool2d', 'max_pool2d', 'concat', 'lookup', 'activation' or 'foreign'.
+            'avg_pool2d', 'max_pool2d', 'concat', 'lookup', 'activation', 'foreign', 'matmul', 'gather', 'layer_norm',
+            'softmax', 'l2_normalize', 'scale' or 'shift'.
         shapes: Physical shapes of the inputs, then of the output.
         dtypes: Dtypes of the inputs, then of the output.
-        precision: Precision name of a conv2d.
+        precision: Precision name of a conv2d or matmul ('fp32' or 'int8').
         conv: Geometry of a conv2d.
         pool: Geometry of a pool.
         residual: conv2d adds its second input.
@@ -99,6 +109,9 @@ class OpKey:
         copies: concat: per input, True if its bytes are copied unchanged.
         channels: concat: which channels of all inputs, one after the other, the output holds; None for all.
         foreign: What a foreign operation calls.
+        matmul: Extents and strides of a matmul; its factor is a scalar argument and stays 1 here.
+        padded: gather: some places are -1.
+        epsilon: Of layer_norm and l2_normalize.
     """
 
     kind: str
@@ -113,6 +126,9 @@ class OpKey:
     copies: tuple[bool, ...] = ()
     channels: tuple[int, ...] | None = None
     foreign: ForeignOp | None = None
+    matmul: Matmul = Matmul()
+    padded: bool = False
+    epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,9 @@ class Op:
             integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
             floats float32 (5,): scalar multipliers, see `FLOATS`;
             table uint8 (256,) for lookup; multipliers float32 (n,) and zero_points int32 (n,) for concat;
-            foreign: the parameters it names.
+            foreign: the parameters it names;
+            gather: index int32 (runs,); layer_norm: weight and shift float32 (C,); scale and shift: constant float32;
+            softmax: constant float32, added first, where it has one.
     """
 
     name: str

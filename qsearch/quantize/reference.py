@@ -11,6 +11,7 @@ import numpy as np
 
 from qsearch.models.graph import Pool
 from qsearch.quantize.program import FLOATS, INTEGERS, Op, Program
+from qsearch.quantize.reference_attention import FLOAT_FUNCTIONS, gather, multiply
 
 __all__ = ["activation", "run_op", "run_program"]
 
@@ -178,6 +179,26 @@ def _lookup(op: Op, inputs: list[Array]) -> Array:
     return op.constants["table"][inputs[0]]
 
 
+def _matmul(op: Op, inputs: list[Array]) -> Array:
+    integer = op.key.precision == "int8"
+    given = list(inputs)
+    if integer:
+        given = [x.astype(np.int32) - _integer(op, f"{which}_zero_point") for x, which in zip(inputs, "ab", strict=True)]
+    # float64 holds the integer sums exactly.
+    total = multiply(op.key.matmul, *(x.astype(np.float64) for x in given)).reshape(op.output.shape)
+    return _finish(op, total.astype(np.float32) * _float(op, "multiplier"))
+
+
+def _gather(op: Op, inputs: list[Array]) -> Array:
+    fill = _integer(op, "a_zero_point") if op.output.dtype != "float32" else 0
+    return gather(inputs[0].ravel(), op.constants["index"], op.key.shapes[-1], fill)
+
+
+def _float_inside(op: Op, inputs: list[Array]) -> Array:
+    value = FLOAT_FUNCTIONS[op.key.kind](op, _dequantized(op, inputs[0], "a"))
+    return _finish(op, value * _float(op, "multiplier"))
+
+
 def activation(function: str, x: Array) -> Array:
     """A pointwise function in float64, returned as float32: the definition of lookup tables."""
     x = x.astype(np.float64)
@@ -223,4 +244,7 @@ _KINDS: dict[str, Callable[[Op, list[Array]], Array]] = {
     "concat": _concat,
     "lookup": _lookup,
     "activation": _activation,
+    "matmul": _matmul,
+    "gather": _gather,
+    **dict.fromkeys(FLOAT_FUNCTIONS, _float_inside),
 }

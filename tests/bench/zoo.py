@@ -52,6 +52,8 @@ from qsearch.quantize.weights import WeightStore
 # Largest difference of float logits, relative to the largest logit.
 FLOAT_TOLERANCE = 1e-4
 CALIBRATION_IMAGES = 2
+# These compute in float inside, whatever they read and write.
+FLOAT_ROWS = ("layer_norm", "softmax", "l2_normalize")
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def compare(program: Program, image: np.ndarray, cache: KernelCache) -> tuple[li
 
 def is_exact(op: Op) -> bool:
     """True where the arithmetic is integer, so that the reference defines every bit."""
+    if op.key.kind in FLOAT_ROWS:
+        return False
     return op.key.precision == "int8" or (op.key.precision is None and "uint8" in op.key.dtypes)
 
 

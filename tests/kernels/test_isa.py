@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import make_op, random_inputs, run_kernel
 from targets import AARCH64_CPUS, OTHER_CPUS, runnable
+from test_attention import product_op, products
 from test_convolution import INTEGER_DTYPES, RELAXED, convolution, convolutions
 from test_elementwise import SHAPES, U8, pools, quantization
 from tvm import tirx
@@ -147,6 +148,13 @@ def test_depthwise_is_exact(other_isa, case, channels, dtypes, seed):
 @given(features=st.integers(1, 300), outputs=st.integers(1, 100), seed=st.integers(0, 99))
 def test_linear_is_exact(other_isa, features, outputs, seed):
     assert_exact(convolution(Conv(), (2, 1, 1, features), outputs, (U8, "float32"), seed), seed, other_isa)
+
+
+@FEW
+@given(case=products(), seed=st.integers(0, 99))
+def test_product_of_activations_is_exact(other_isa, case, seed):
+    op, inputs = product_op(case, (U8, U8, U8), seed)
+    np.testing.assert_array_equal(run_kernel(op, inputs, other_isa), run_op(op, inputs))
 
 
 @FEW

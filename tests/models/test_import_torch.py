@@ -58,7 +58,33 @@ def test_a_value_read_twice_is_not_fused_away():
 def test_unknown_operators_are_foreign_and_named():
     graph = network("foreign")[0].graph
     kinds = {node.foreign.target for node in graph.nodes if node.foreign}
-    assert {"aten.leaky_relu.default", "aten.layer_norm.default"} <= kinds
+    assert kinds == {"aten.leaky_relu.default"}
+
+
+def test_heads_and_windows_are_strides_not_copies():
+    """Attention reads queries, keys and values where the linear layer wrote them, and joins heads by writing side by side."""
+    graph = network("vit")[0].graph
+    kinds = [node.op for node in graph.nodes]
+    assert not graph.foreign and kinds.count("matmul") == 4
+    assert [node.name for node in graph.nodes if node.op == "gather"] == ["patches.gather", "norm.gather"]
+    assert [node.name for node in graph.nodes if node.residual] == [
+        f"blocks.{i}.{layer}" for i in range(2) for layer in ("attention.out_proj", "mlp.2")
+    ]
+
+
+def test_windows_cost_one_copy_in_and_one_for_the_residual():
+    """Partition, shift, padding, their inverses and patch merging compose; biases and scales fold."""
+    graph = network("swin")[0].graph
+    kinds = [node.op for node in graph.nodes]
+    assert not graph.foreign and kinds.count("shift") == 0 and kinds.count("scale") == 1
+    assert kinds.count("gather") <= 8
+
+
+def test_channels_last_permutes_vanish_and_layer_scale_folds():
+    graph = network("convnext")[0].graph
+    assert {node.op for node in graph.nodes} == {
+        *("input", "conv2d", "view", "layer_norm", "linear", "activation", "avg_pool2d", "flatten"),
+    }
 
 
 def test_a_shared_layer_appears_once_per_use():

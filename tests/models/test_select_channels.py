@@ -58,8 +58,12 @@ def test_views_that_are_no_shuffle_are_not_taken_for_one():
         n, c, h, w = a.shape
         return a.view(n, 2, 3, h, w).transpose(2, 3).reshape(n, c, h, w)
 
-    model = import_model("other", Wrapped(other, 6).eval(), SHAPE)
-    assert "concat" not in {node.op for node in model.graph.nodes} and model.graph.foreign
+    module = Wrapped(other, 6).eval()
+    model = import_model("other", module, SHAPE)
+    operations = [node.op for node in model.graph.nodes]
+    assert "concat" not in operations and operations.count("gather") == 1
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(interpret(model, x), module(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shuffled_unit_reads_its_two_branches():

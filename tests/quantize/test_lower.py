@@ -19,6 +19,8 @@ from qsearch.quantize.weights import WeightStore
 
 MODELS = {name: network(name)[0] for name in NETWORKS}
 RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
+# These compute in float inside, whatever they read and write: rounding differs between targets.
+INEXACT = ("foreign", "layer_norm", "softmax", "l2_normalize")
 RELAXED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -61,7 +63,7 @@ def test_every_integer_operation_is_exact_in_any_mixture(name, data):
     program = lowered(name, precision=chosen)
     values = reference(program, images(1, 4))
     for op in program.ops:
-        if op.key.kind == "foreign" or (op.key.precision == "fp32") or set(op.key.dtypes) == {"float32"}:
+        if op.key.kind in INEXACT or (op.key.precision == "fp32") or set(op.key.dtypes) == {"float32"}:
             continue
         inputs = [values[given_name] for given_name in op.inputs]
         found, expected = run_kernel(op, inputs, target_named("host")), values[op.output.name]

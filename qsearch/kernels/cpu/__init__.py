@@ -8,9 +8,12 @@ from qsearch.kernels.cpu.conv_plan import ConvPlan
 from qsearch.kernels.cpu.depthwise import depthwise
 from qsearch.kernels.cpu.depthwise_quads import depthwise_quads
 from qsearch.kernels.cpu.elementwise import elementwise, lookup, multiply_broadcast
+from qsearch.kernels.cpu.gather import gather
 from qsearch.kernels.cpu.isa import ISAS, Isa
 from qsearch.kernels.cpu.layout import to_channels_first, to_channels_last
+from qsearch.kernels.cpu.matmul import matmul
 from qsearch.kernels.cpu.pool import pool2d
+from qsearch.kernels.cpu.rows import rows
 from qsearch.kernels.cpu.select import concat
 from qsearch.kernels.cpu.tile import Tile
 from qsearch.kernels.description import Kernel
@@ -30,6 +33,9 @@ RULES = (
     concat,
     to_channels_last,
     to_channels_first,
+    matmul,
+    gather,
+    rows,
 )
 
 

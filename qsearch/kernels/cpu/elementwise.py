@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
+from qsearch.kernels.cpu.math import normal_cdf, sigmoid, tanh
 from qsearch.kernels.cpu.vectors import (
     SHARED_ELEMENTS,
     cast,
@@ -94,34 +95,16 @@ def _activation(function: str, x: Expr, lanes: int) -> Expr:
     def number(value: float) -> Expr:
         return constant(value, "float32", lanes)
 
-    def sigmoid(v: Expr) -> Expr:
-        return number(1.0) / (number(1.0) + tirx.exp(number(0.0) - v))
-
     if function == "clip":
         return x
     if function in ("hardswish", "hardsigmoid"):
         gate = tirx.min(tirx.max(x + number(3.0), number(0.0)), number(6.0)) * number(1 / 6)
         return gate * x if function == "hardswish" else gate
     if function == "gelu":
-        return x * number(0.5) * (number(1.0) + _erf(x * number(2**-0.5), lanes))
+        return x * normal_cdf(x, lanes)
     if function == "tanh":
-        return tirx.tanh(x)
-    return x * sigmoid(x) if function == "silu" else sigmoid(x)
-
-
-def _erf(x: Expr, lanes: int) -> Expr:
-    """The error function to 1.5e-7 (Abramowitz and Stegun, 7.1.26); TVM has no intrinsic for it."""
-
-    def number(value: float) -> Expr:
-        return constant(value, "float32", lanes)
-
-    magnitude = tirx.max(x, number(0.0) - x)
-    t = number(1.0) / (number(1.0) + number(0.3275911) * magnitude)
-    polynomial = number(1.061405429)
-    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        polynomial = polynomial * t + number(coefficient)
-    value = number(1.0) - polynomial * t * tirx.exp(number(0.0) - magnitude * magnitude)
-    return tirx.Select(x < number(0.0), number(0.0) - value, value)
+        return tanh(x, lanes)
+    return x * sigmoid(x, lanes) if function == "silu" else sigmoid(x, lanes)
 
 
 def lookup(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
