@@ -12,7 +12,7 @@ from dataclasses import replace
 from qsearch.models.convert_layers import convert_batch_norm, convert_conv2d, convert_linear
 from qsearch.models.convert_viewed import convert_viewed, convert_viewed_element
 from qsearch.models.graph import Node, Pool
-from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, foreign_slice, pair, place, shape_of
+from qsearch.models.graph_builder import Builder, FxNode, argument, foreign, pair, place, shape_of
 from qsearch.models.memory import settle_inputs
 from qsearch.models.select_channels import convert_channel_shuffle, convert_concat, convert_shuffled_view, convert_slice, select
 
@@ -44,13 +44,11 @@ def convert_element(builder: Builder, node: FxNode, source: FxNode, index: int) 
             builder.fold(source)
         builder.folded[node] = builder.folded[source][index]
         return
-    if source.all_input_nodes[0] in builder.views and convert_viewed_element(builder, node, source, index):
+    if str(source.target) in SPLITS and _split_channels(builder, node, source, index):
+        return
+    if convert_viewed_element(builder, node, source, index):
         return
     settle_inputs(builder, source)
-    if str(source.target) in SPLITS:
-        if not _split_channels(builder, node, source, index):
-            foreign_slice(builder, node, source, index)
-        return
     converter = CONVERTERS.get(str(source.target)) if index == 0 else None
     builder.values.pop(source, None)
     if converter is None or not converter(builder, source):

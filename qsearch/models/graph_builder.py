@@ -13,7 +13,7 @@ from torch import fx
 from qsearch.models.graph import ForeignOp, Node, Parameters
 from qsearch.models.views import View
 
-__all__ = ["Builder", "FxNode", "argument", "foreign", "foreign_slice", "pair", "place", "shape_of"]
+__all__ = ["Builder", "FxNode", "argument", "foreign", "pair", "place", "shape_of"]
 
 # fx types the arguments of a node as a union of everything; what a converter finds there it checks itself.
 FxNode = Any
@@ -128,16 +128,6 @@ def foreign(builder: Builder, node: FxNode, index: int = 0) -> bool:
     shape = tuple(int(extent) for extent in (value[index] if isinstance(value, (tuple, list)) else value).shape)
     operator = ForeignOp(str(node.target), json.dumps(call, sort_keys=True))
     return builder.add(node, Node(place(node), "foreign", tuple(inputs), shape, foreign=operator))
-
-
-def foreign_slice(builder: Builder, node: FxNode, source: FxNode, index: int) -> None:
-    """One part of a split is a slice: an operator with a single result."""
-    axis = int(argument(source, 2, "dim", 0))
-    lengths = [int(part.shape[axis]) for part in source.meta["val"]]
-    start = sum(lengths[:index])
-    call = {"args": [{"tensor": 0}, axis, start, start + lengths[index]], "kwargs": {}, "output": 0}
-    operator = ForeignOp("aten.slice.Tensor", json.dumps(call, sort_keys=True))
-    builder.add(node, Node(place(source), "foreign", (builder.values[source.args[0]],), shape_of(node), foreign=operator))
 
 
 def argument(node: FxNode, position: int, name: str, default: Any) -> Any:

@@ -72,6 +72,24 @@ def test_heads_and_windows_are_strides_not_copies():
     ]
 
 
+def test_queries_keys_and_values_may_be_chunks_of_one_layers_value():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.qkv, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), nn.Linear(8, 4)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.patches(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+            return self.head(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+    module = Chunked().eval()
+    model = import_model("chunked", module, SHAPE)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(interpret(model, x), module(x).detach(), rtol=1e-4, atol=1e-5)
+    kinds = [node.op for node in model.graph.nodes]
+    assert not model.graph.foreign and kinds.count("matmul") == 2 and kinds.count("gather") == 1
+
+
 def test_windows_cost_one_copy_in_and_one_for_the_residual():
     """Partition, shift, padding, their inverses and patch merging compose; biases and scales fold."""
     graph = network("swin")[0].graph
