@@ -18,12 +18,12 @@ from typing import Any
 
 __all__ = ["ThreadedModule", "use_threads"]
 
-# Involuntary switches during one call that show another process at work, and calls in a row that must show them.
+# Involuntary switches during one call that give cause to look whether other processes are at work.
 CONTENDED_SWITCHES = 4
-CONTENDED_CALLS = 3
-# Seconds between two looks for an idle processor, and the idle share of the processors wanted that is enough.
-LOOK_SECONDS = 0.25
-IDLE_SHARE = 0.8
+# Seconds over which other processes are watched: before giving way to them, and before coming back.
+WATCH_SECONDS, COME_BACK_SECONDS = 0.05, 0.25
+# Processors in use by other processes, of all that this one may use.
+BUSY, FREE = 0.3, 0.15
 
 
 def use_threads(count: int) -> None:
@@ -59,37 +59,37 @@ class ThreadedModule:
     def __init__(self, function: Callable[..., Any], threads: int) -> None:
         self.function, self.threads = function, threads
         self.single = False
-        self._contended = 0
-        self._looked = (0.0, 0.0)
+        # (clock, seconds that other processes took) when watching began; None while there is no cause to.
+        self._watching: tuple[float, float] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it."""
         if self.threads == 1:
             return self.function(*arguments)
         if self.single:
-            self._look()
+            self._watch(COME_BACK_SECONDS, lambda share: share <= FREE)
             return self.function(*arguments)
         before = _switches()
         result = self.function(*arguments)
-        self._contended = self._contended + 1 if _switches() - before >= CONTENDED_SWITCHES else 0
-        if self._contended >= CONTENDED_CALLS:
-            self._become(single=True)
+        if _switches() - before < CONTENDED_SWITCHES:
+            self._watching = None
+        else:
+            self._watch(WATCH_SECONDS, lambda share: share >= BUSY)
         return result
 
-    def _become(self, single: bool) -> None:
-        self.single, self._contended = single, 0
-        _configure(1 if single else self.threads)
-        self._looked = time.monotonic(), _idle_seconds()
-
-    def _look(self) -> None:
-        """Take all threads again once as many processors as they need were idle since the last look."""
-        now, (then, idle) = time.monotonic(), self._looked
-        if now - then < LOOK_SECONDS:
+    def _watch(self, seconds: float, decides: Callable[[float], bool]) -> None:
+        """Change over once the processors that others used for so long decide it."""
+        now, taken = time.monotonic(), _seconds_of_others()
+        if self._watching is None:
+            self._watching = now, taken
             return
-        idle_now = _idle_seconds()
-        self._looked = now, idle_now
-        if idle_now - idle >= IDLE_SHARE * (self.threads - 1) * (now - then):
-            self._become(single=False)
+        since, before = self._watching
+        if now - since < seconds:
+            return
+        self._watching = now, taken
+        if decides((taken - before) / (now - since)):
+            self.single, self._watching = not self.single, None
+            _configure(1 if self.single else self.threads)
 
 
 def _switches() -> int:
@@ -101,12 +101,14 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _idle_seconds() -> float:
-    """Seconds that the processors this process may use have been idle, all added up."""
+def _seconds_of_others() -> float:
+    """Processor seconds that other processes took so far of the processors this one may use; differences mean something."""
     try:
         mine = {f"cpu{index}" for index in os.sched_getaffinity(0)}
         rows = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
-        return sum(int(row[4]) for row in rows if row[0] in mine) / os.sysconf("SC_CLK_TCK")
+        # All but idle and waiting for disks; the last two columns are part of the first two.
+        used = sum(sum(map(int, row[1:9])) - int(row[4]) - int(row[5]) for row in rows if row[0] in mine)
+        return used / os.sysconf("SC_CLK_TCK") - time.process_time()
     except (AttributeError, OSError):
-        # Nothing to see here: the clock stands for it, so that the threads are tried again at every look.
-        return time.monotonic() * (os.cpu_count() or 1)
+        # Not to be seen on this system: nobody is taken to be there.
+        return 0.0

@@ -42,42 +42,53 @@ def test_two_threads_are_exact(name, precision, monkeypatch):
         np.testing.assert_array_equal(run_kernel(op, inputs, target), expected)
 
 
-def test_a_module_gives_way_and_comes_back(monkeypatch):
-    from qsearch.build import threads
+class World:
+    """Stands in for the clock, the scheduler and other processes."""
 
-    switches, idle, clock, configured = [0], [0.0], [0.0], []
-    monkeypatch.setattr(threads, "_switches", lambda: switches[0])
-    monkeypatch.setattr(threads, "_idle_seconds", lambda: idle[0])
-    monkeypatch.setattr(threads.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(threads, "_configure", configured.append)
+    def __init__(self, monkeypatch):
+        from qsearch.build import threads
 
-    def contended():
-        switches[0] += 10
+        self.clock, self.switches, self.others, self.share = 0.0, 0, 0.0, 0.0
+        self.configured = []
+        monkeypatch.setattr(threads, "_switches", lambda: self.switches)
+        monkeypatch.setattr(threads, "_seconds_of_others", lambda: self.others)
+        monkeypatch.setattr(threads.time, "monotonic", lambda: self.clock)
+        monkeypatch.setattr(threads, "_configure", self.configured.append)
 
-    module = ThreadedModule(contended, 2)
-    for _ in range(threads.CONTENDED_CALLS):
-        assert not module.single
+    def call(self):
+        """A call of 30 ms, switched out if others are at work."""
+        self.clock += 0.03
+        self.others += 0.03 * self.share
+        self.switches += 10 if self.share else 0
+
+
+def test_a_module_gives_way_to_another_process_and_comes_back(monkeypatch):
+    world = World(monkeypatch)
+    module = ThreadedModule(world.call, 2)
+    for _ in range(5):
         module()
-    assert module.single and configured == [1]
-    clock[0] += 1.0
-    module()
-    assert module.single  # no processor was idle
-    clock[0] += 1.0
-    idle[0] += 1.0
-    module()
-    assert not module.single and configured == [1, 2]
+    assert not module.single
+    world.share = 1.0
+    for _ in range(4):
+        module()
+    assert module.single and world.configured == [1]
+    for _ in range(40):
+        module()
+    assert module.single
+    world.share = 0.0
+    for _ in range(20):
+        module()
+    assert not module.single and world.configured == [1, 2]
 
 
-def test_one_contended_call_is_not_enough(monkeypatch):
-    from qsearch.build import threads
+def test_threads_of_ones_own_process_are_no_reason_to_give_way(monkeypatch):
+    world = World(monkeypatch)
 
-    switches, steps = [0], iter([10, 0, 10, 10, 0, 10, 10, 0])
-    monkeypatch.setattr(threads, "_switches", lambda: switches[0])
+    def switched():
+        world.call()
+        world.switches += 10
 
-    def sometimes():
-        switches[0] += next(steps)
-
-    module = ThreadedModule(sometimes, 2)
-    for _ in range(8):
+    module = ThreadedModule(switched, 2)
+    for _ in range(50):
         module()
     assert not module.single
