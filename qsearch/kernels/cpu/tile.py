@@ -11,14 +11,15 @@ __all__ = ["Tile", "rank_tiles"]
 # Cycles a chain of dependent dot steps needs per step, however few accumulators are in flight.
 DOT_LATENCY = 5
 MAX_TILE_PIXELS = 14
-# Measured over 25 shapes of 1 x 1 and 3 x 3 layers. Cycles that every load of a step costs beside its dots; cycles
+# Measured over 25 shapes of 1 x 1 and 3 x 3 layers. Cycles that every load of a step, and the step itself, cost; cycles
 # to fetch one weight vector from the second cache, which bounds tiles and remainders of few pixels; and what a tile
 # of many pixels loses on small images, where few tiles reuse its weights.
 LOAD = 0.05
+STEP = 0.7
 FETCH = 2.5
 FIRST_CACHE_BYTES = 24 * 1024
 MANY_PIXELS, SMALL_GRID, WIDE_PENALTY = 9, 100, 1.4
-# Tiles that leave no remainder of pixels were faster than this formula alone predicts.
+# Tiles that leave no remainder of pixels were faster than this formula alone predicts on images and small grids.
 REMAINDER_PENALTY = 1.2
 
 
@@ -68,10 +69,11 @@ def _cost(tile: Tile, grid: tuple[int, int], columns: int, column_bytes: int) ->
         for tx, col_tiles in _pieces(grid[1], tile.cols):
             for nr, column_tiles in _pieces(columns, tile.columns):
                 pixels = ty * tx
-                step = max(pixels * nr / 2, DOT_LATENCY, FETCH * nr if streams else 0.0) + LOAD * (pixels + nr)
+                step = max(pixels * nr / 2, DOT_LATENCY, FETCH * nr if streams else 0.0) + LOAD * (pixels + nr) + STEP
                 total += row_tiles * col_tiles * column_tiles * step
     uneven = grid[0] % tile.rows or grid[1] % tile.cols
-    return total * (WIDE_PENALTY if wide else 1.0) * (REMAINDER_PENALTY if uneven else 1.0)
+    small = grid[1] > 1 or grid[0] < SMALL_GRID
+    return total * (WIDE_PENALTY if wide else 1.0) * (REMAINDER_PENALTY if uneven and small else 1.0)
 
 
 def _pieces(total: int, size: int) -> list[tuple[int, int]]:
