@@ -154,11 +154,19 @@ def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
     """Compile one kernel to a TVM executable.
 
     Without TVM's storage rewriting, which forgets that registers are to stay on the stack (see `registers`).
+
+    Raises:
+        BuildError: TVM or LLVM refuses it.
     """
     import tvm
 
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target.tvm())
+    try:
+        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+            return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target.tvm())
+    except (RuntimeError, TypeError, ValueError) as error:  # what TVM raises for its own failures
+        key, reason = kernel.key, (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        what = f"{key.kind} {key.precision or ''} {key.shapes[0]} -> {key.shapes[-1]}"
+        raise BuildError(f"kernel {symbol} ({what}, {target.isa.name}) does not compile: {reason}") from error
 
 
 def _processors() -> set[int]:

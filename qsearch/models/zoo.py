@@ -157,6 +157,7 @@ def _load_torchvision(name: str, weights: str | Path | None, num_classes: int | 
             raise UnsupportedModelError(f"torchvision:{name} cannot be loaded ({first_line(error)})") from error
         preprocessing = _torchvision_preprocessing(entry)
         if weights is None:
+            _fill_empty_heads(module)
             _settle_batch_norm(module.eval(), preprocessing.shape)
     if file:
         load_weights(module, read_state(file), str(file))
@@ -175,6 +176,14 @@ def _torchvision_preprocessing(entry: Any) -> Preprocessing:
         std=tuple(preset.std),
         interpolation="bicubic" if preset.interpolation.value == "bicubic" else "bilinear",
     )
+
+
+@torch.no_grad()
+def _fill_empty_heads(module: nn.Module) -> None:
+    """Vision transformers start with a head of zeros, behind which every image looks alike."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
 
 @torch.no_grad()

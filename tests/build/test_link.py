@@ -1,5 +1,7 @@
 """Whole modules: what is linked computes what the reference computes, and survives export, caches and damage."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -169,3 +171,21 @@ def test_torchvision_networks_agree(linker, name, size):
         else:
             # Float operators between integer layers round differently, and may tip an integer after them by one.
             assert difference <= (1e-4 if precision == "fp32" else 0.05)
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_fails_the_build_alone(tmp_path, monkeypatch):
+    from qsearch.build import link
+    from qsearch.errors import BuildError
+
+    def broken(key, isa, threads, tile=None):
+        kernel = describe_kernel(key, isa, threads, tile)
+        if key.kind != "avg_pool2d":
+            return kernel
+        return replace(kernel, variant=("broken",), generate=lambda symbol: tvm.tirx.PrimFunc([], "no statement"))
+
+    monkeypatch.setattr(link, "describe_kernel", broken)
+    linker = Linker(KernelCache(tmp_path, open_target("host")))
+    with pytest.raises(BuildError, match=r"kernel qs_\w+ \(avg_pool2d .* does not compile"):
+        linker.build(lowered("residual"))
+    monkeypatch.undo()
+    assert Linker(KernelCache(tmp_path, open_target("host"))).build(lowered("residual")).kernels
