@@ -3,9 +3,9 @@
     python tests/bench/zoo.py --only 'shufflenet*' --precision int8
 
 Every builder with random weights and settled batch norm, one image at the model's own size. In fp32 the compiled
-module must agree with PyTorch. In int8 every integer kernel must equal the NumPy reference bit for bit on the
-network's own values. Each network runs in a process of its own, so that a crash, a hang or a lack of memory is one
-line of the result.
+module must agree with PyTorch to 1e-4, or be as close to float64 as PyTorch's float32 is. In int8 every integer
+kernel must equal the NumPy reference bit for bit on the network's own values. Each network runs in a process of its
+own, so that a crash, a hang or a lack of memory is one line of the result.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from qsearch.quantize.weights import WeightStore
 
 # Largest difference of float logits, relative to the largest logit.
 FLOAT_TOLERANCE = 1e-4
+# Beyond it: how much further from float64 than PyTorch's float32.
+LARGEST_EXCESS = 3.0
 CALIBRATION_IMAGES = 2
 # These compute in float inside, whatever they read and write.
 FLOAT_ROWS = ("layer_norm", "softmax", "l2_normalize")
@@ -101,6 +103,16 @@ def failure(name: str, precision: str, error: QSearchError) -> Outcome:
     return Outcome(name, precision, status, f"{type(error).__name__}: {error}")
 
 
+def judged(name: str, image: np.ndarray, logits: np.ndarray, expected: np.ndarray) -> dict[str, str]:
+    """Status and reason of a network so deep that PyTorch's own float32 may be as far from the truth: float64 decides."""
+    module = load_model(f"torchvision:{name}").module.double()
+    with torch.no_grad():
+        exact = torch.utils._pytree.tree_leaves(module(torch.from_numpy(image).double()))[0].numpy()
+    ours, theirs = (float(np.abs(values - exact).max() / np.abs(exact).max()) for values in (logits, expected))
+    status = "runs" if ours <= LARGEST_EXCESS * theirs else "differs"
+    return {"status": status, "reason": f"{ours:.1e} from float64, relative, where PyTorch's float32 is {theirs:.1e}"}
+
+
 def check_precision(model: Model, precision: str, image: np.ndarray, expected: np.ndarray, cache: KernelCache) -> Outcome:
     """Compile a network and compare its logits with PyTorch's, and its integer operations with the reference."""
     import tvm
@@ -111,7 +123,9 @@ def check_precision(model: Model, precision: str, image: np.ndarray, expected: n
     latency_ms = min(timed(partial(function, given)) for _ in range(3))
     difference = float(np.abs(logits - expected).max() / max(np.abs(expected).max(), 1e-12))
     outcome = Outcome(model.name, precision, "runs", f"{difference:.1e} from PyTorch, relative", latency_ms=latency_ms)
-    if not np.isfinite(logits).all() or (precision == "fp32" and not difference <= FLOAT_TOLERANCE):
+    if precision == "fp32" and difference > FLOAT_TOLERANCE:
+        return replace(outcome, **judged(model.name, image, logits, expected))
+    if not np.isfinite(logits).all():
         return replace(outcome, status="differs")
     if precision == "fp32":
         return outcome
