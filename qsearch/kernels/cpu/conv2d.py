@@ -46,7 +46,7 @@ def conv2d_kernel(plan: ConvPlan) -> Kernel:
     """The kernel of a plan."""
     return Kernel(
         plan.key,
-        (plan.isa.name, plan.key.precision, plan.tile, plan.block_rows, plan.sharing),
+        (plan.isa.name, plan.key.precision, plan.tile, plan.block_tiles, plan.sharing),
         lambda symbol: kernel(symbol, lambda: _generate(plan)),
         lambda constants: pack_constants(plan, constants),
         plan.workspace_bytes,
@@ -68,26 +68,21 @@ def _generate(plan: ConvPlan) -> None:
 
 def _one_image(plan: ConvPlan, buffers: LayerBuffers, source_base: Expr | int, output_base: Expr | int) -> None:
     """Blocks of rows, one after the other or one thread each."""
-    rows, size = plan.grid[0], plan.block_rows
-    blocks = -(-rows // size)
+    size = plan.block_rows
 
-    def block(y0: Expr | int) -> None:
+    def block(index: Expr | int) -> None:
         source, base, first = buffers.source, source_base, 0
         if plan.copies:
             fill = tirx.const(0, plan.key.dtypes[0])
             if plan.integer:
                 fill = tirx.Cast(plan.key.dtypes[0], buffers.arguments.integer("a_zero_point"))
             extents, conv = plan.scratch_image(size), plan.key.conv
-            start = (source_base, y0 * conv.stride[0])
-            source = padded_copy(source, start, plan.key.shapes[0][1:], conv.padding, extents, fill)
-            base, first = 0, y0
-        _Walk(plan, buffers, source, base - first * plan.strides[0], output_base, y0).all_channels()
+            first = smallest(index * (plan.block_tiles * plan.tile.rows), plan.grid[0] - size)
+            start = (source_base, first * conv.stride[0])
+            source, base = padded_copy(source, start, plan.key.shapes[0][1:], conv.padding, extents, fill), 0
+        _Walk(plan, buffers, source, base - first * plan.strides[0], output_base, index).all_channels()
 
-    if blocks == 1:
-        block(0)
-        return
-    with loop(blocks, plan.threads if plan.sharing == "rows" else 1) as i:
-        block(smallest(i * size, rows - size) if rows % size else i * size)
+    _each(plan.blocks, plan.threads if plan.sharing == "rows" else 1, block)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class _Walk:
         source: The input, or its padded copy.
         source_base: Index in it of the first tap of output pixel (0, 0), were it there.
         output_base: Index of the image's first output.
-        y0: First output row of the block.
+        block: Number of the block.
     """
 
     plan: ConvPlan
@@ -108,7 +103,7 @@ class _Walk:
     source: tirx.Buffer
     source_base: Expr | int
     output_base: Expr | int
-    y0: Expr | int
+    block: Expr | int
 
     def all_channels(self) -> None:
         """Every group, part and chunk of output channels."""
@@ -151,12 +146,25 @@ class _Walk:
         tile = TileWriter(
             plan, self.buffers, TileSource(self.source, self.source_base, weight, base), group, columns, self.output_base
         )
-        _split(
-            self.y0,
-            plan.block_rows,
-            plan.tile.rows,
-            lambda y, ty: _split(0, cols, plan.tile.cols, lambda x, tx: tile.write(y, x, ty, tx)),
+        self._rows(
+            lambda y, row, ty: _split(
+                0, cols, plan.tile.cols, lambda x, tx: tile.write((y, x), (ty, tx), row * plan.tiles_across + x // plan.tile.cols)
+            )
         )
+
+    def _rows(self, body: Callable[[Expr | int, Expr | int, int], None]) -> None:
+        """Call body(output row, number within the block, rows) for every tile along the block's rows."""
+        plan, size = self.plan, self.plan.tile.rows
+        whole, rest = divmod(plan.grid[0], size)
+        start = self.block * plan.block_tiles
+        tiles = smallest(whole - start, plan.block_tiles) if whole % plan.block_tiles else plan.block_tiles
+        with T.serial(0, tiles) as i:
+            body((start + i) * size, i, size)
+        if rest and plan.blocks == 1:
+            body(whole * size, whole, rest)
+        elif rest:
+            with T.If(self.block == plan.blocks - 1), T.Then():
+                body(whole * size, plan.block_tiles, rest)
 
 
 def _each(count: int, threads: int, body: Callable[[Expr | int], None]) -> None:

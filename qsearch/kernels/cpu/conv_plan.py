@@ -12,17 +12,19 @@ from qsearch.kernels.cpu.padding import PaddedImage, padded_image
 from qsearch.kernels.cpu.tile import Tile, rank_tiles
 from qsearch.quantize.program import OpKey
 
-__all__ = ["LAYER_PRECISIONS", "PREFETCH_STEPS", "ConvPlan"]
+__all__ = ["LAYER_PRECISIONS", "ConvPlan"]
 
 LAYER_PRECISIONS = ("fp32", "int8", "int16", "w4a8")
-# An input larger than this is walked in blocks of pixels, all channels for one block, to stay in the cache.
+# Images larger than this may be walked in blocks of pixels, all channels for one block, to stay in the second cache.
 BLOCK_ABOVE_BYTES = 512 * 1024
 BLOCK_BYTES = 256 * 1024
-# Weights are prefetched this many steps ahead where those of a tile do not stay in the first cache.
-PREFETCH_STEPS = 24
-PREFETCH_ABOVE_BYTES = 24 * 1024
-# Inputs larger than this are asked for a tile ahead.
+SECOND_CACHE_BYTES = 1280 * 1024
+# Weights of a tile that stay in the first cache are not fetched ahead.
+STREAM_ABOVE_BYTES = 24 * 1024
+# Inputs and residuals larger than this are fetched ahead.
 FETCH_ABOVE_BYTES = 512 * 1024
+# Steps of all the tiles of a column that can be counted in fractions without overflow.
+MAX_COUNTED_STEPS = 1 << 16
 # A layer of fewer multiplications is not worth waking another thread for.
 SHARED_ABOVE = 1_000_000
 # Threads share rows of pixels if each gets at least so many tiles of them, else channels.
@@ -95,9 +97,14 @@ class ConvPlan:
         return self.key.conv.kernel[0], count, -(-elements // self.group)
 
     @property
+    def step_count(self) -> int:
+        """Steps of the whole contraction."""
+        return int(np.prod(self.steps))
+
+    @property
     def column_weights(self) -> int:
         """Weight elements of one column over the whole contraction."""
-        return int(np.prod(self.steps)) * self.isa.lanes * self.group
+        return self.step_count * self.isa.lanes * self.group
 
     @cached_property
     def sharing(self) -> str:
@@ -141,7 +148,7 @@ class ConvPlan:
     @property
     def chunk_vectors(self) -> list[int]:
         """Weight vectors of every chunk of columns of a part, rounded up to pairs where they are nibbles."""
-        steps, found = int(np.prod(self.steps)), []
+        steps, found = self.step_count, []
         for first in range(0, self.columns, self.tile.columns):
             vectors = steps * min(self.tile.columns, self.columns - first)
             found.append(vectors + vectors % 2 if self.nibbles else vectors)
@@ -204,17 +211,53 @@ class ConvPlan:
         return self.forced or self.tiles[0]
 
     @cached_property
-    def block_rows(self) -> int:
-        """Output rows walked for all channels before the next rows; the last block overlaps where they do not divide."""
-        rows, tile = self.grid[0], self.tile.rows
-        row_bytes = max(1, abs(self.strides[0])) * self.itemsize
-        row_bytes += self.key.shapes[-1][3] * np.dtype(self.key.dtypes[-1]).itemsize * self.grid[1]
-        blocks = 1
-        if rows * row_bytes > BLOCK_ABOVE_BYTES:
-            blocks = -(-rows * row_bytes // BLOCK_BYTES)
+    def block_tiles(self) -> int:
+        """Whole tiles along the output rows that are walked for all channels before the next ones."""
+        blocks = self._useful_blocks()
         if self.sharing == "rows":
             blocks = -(-blocks // self.threads) * self.threads
-        return min(rows, -(-rows // blocks // tile) * tile if rows >= blocks * tile else tile)
+        return max(1, -(-(self.grid[0] // self.tile.rows) // blocks))
+
+    def _useful_blocks(self) -> int:
+        """Blocks of rows that move the fewest bytes between the second cache and memory."""
+        key, pixels = self.key, int(np.prod(self.grid))
+        chunks = -(-self.columns // self.tile.columns)
+        chunk = self.tile.columns * self.column_weights * self.itemsize
+        weights = self.columns * self.column_weights * self.itemsize
+        taps = int(np.prod(key.conv.kernel)) * key.shapes[0][3]
+        inputs = min(self.grid[0] * abs(self.strides[0]), pixels * taps) * self.itemsize
+        outputs = pixels * key.shapes[-1][3] * np.dtype(key.dtypes[-1]).itemsize
+        if inputs + outputs <= BLOCK_ABOVE_BYTES:
+            return 1
+        blocks = -(-(inputs + outputs) // BLOCK_BYTES)
+        if weights + BLOCK_BYTES <= SECOND_CACHE_BYTES:
+            return blocks
+        # Between two uses of an input by adjacent chunks pass the input, this and the next chunk, and their results.
+        passing = inputs + 2 * chunk + outputs * len(key.shapes[1:]) // chunks
+        if passing <= SECOND_CACHE_BYTES or inputs * chunks + weights <= inputs + weights * blocks:
+            return 1
+        return blocks
+
+    @property
+    def blocks(self) -> int:
+        """Runs of `block_tiles` tiles along the output rows; the last may be shorter, and has the remainder of rows."""
+        return max(1, -(-(self.grid[0] // self.tile.rows) // self.block_tiles))
+
+    @property
+    def block_rows(self) -> int:
+        """Most output rows of a block."""
+        whole, rest = divmod(self.grid[0], self.tile.rows)
+        return min(self.grid[0], self.block_tiles * self.tile.rows + (0 if whole % self.block_tiles else rest))
+
+    @property
+    def tiles_across(self) -> int:
+        """Tiles along the output columns."""
+        return -(-self.grid[1] // self.tile.cols)
+
+    @property
+    def block_grid(self) -> int:
+        """Tiles of a block."""
+        return self.block_tiles * self.tiles_across
 
     @property
     def workspace_bytes(self) -> int:
@@ -237,6 +280,16 @@ class ConvPlan:
         return self.flat and int(np.prod(self.key.shapes[0])) * self.itemsize > FETCH_ABOVE_BYTES
 
     @property
-    def prefetches(self) -> bool:
+    def fetches_residual(self) -> bool:
+        """True if there is a residual, and it comes from beyond the second cache."""
+        return self.key.residual and int(np.prod(self.key.shapes[1])) * np.dtype(self.key.dtypes[1]).itemsize > FETCH_ABOVE_BYTES
+
+    @property
+    def streams_weights(self) -> bool:
         """True if a tile's weights stream from beyond the first cache and are worth fetching ahead."""
-        return not self.nibbles and self.tile.columns * self.column_weights * self.itemsize > PREFETCH_ABOVE_BYTES
+        return not self.nibbles and self.tile.columns * self.column_weights * self.itemsize > STREAM_ABOVE_BYTES
+
+    @property
+    def fetches_next_chunk(self) -> bool:
+        """True if a chunk's tiles are enough to fetch the next chunk's weights, one line a step at most."""
+        return self.streams_weights and self.block_grid >= self.tile.columns and self.step_count <= MAX_COUNTED_STEPS

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.buffers import LayerBuffers
 from qsearch.kernels.cpu.byte_vectors import narrow_to_bytes, narrow_to_words, transpose_quarters
-from qsearch.kernels.cpu.conv_plan import PREFETCH_STEPS, ConvPlan
+from qsearch.kernels.cpu.conv_fetch import fetch_next_rows, fetch_residual, fetch_weights
+from qsearch.kernels.cpu.conv_plan import ConvPlan
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.vectors import cast, constant, load, narrow, registers, rounded_product, smallest, splat, store
 
@@ -66,10 +68,16 @@ class TileWriter:
         """Vectors of output channels."""
         return self.chunk[2]
 
-    def write(self, y: Expr | int, x: Expr | int, ty: int, tx: int) -> None:
-        """Compute and store ty x tx output pixels from output position (y, x)."""
-        plan, lanes = self.plan, self.plan.isa.lanes
-        pixels = [(i, j) for i in range(ty) for j in range(tx)]
+    def write(self, start: tuple[Expr | int, Expr | int], extent: tuple[int, int], number: Expr | int) -> None:
+        """Compute and store a tile.
+
+        Args:
+            start: First row and column of output pixels.
+            extent: Rows and columns.
+            number: Which tile of its block this is.
+        """
+        plan, lanes, (y, x) = self.plan, self.plan.isa.lanes, start
+        pixels = [(i, j) for i in range(extent[0]) for j in range(extent[1])]
         row_stride, col_stride = plan.strides
         width, out_channels = (1 if plan.flat else plan.key.shapes[-1][2]), plan.key.shapes[-1][3]
         kind = "int32" if plan.integer else "float32"
@@ -82,9 +90,10 @@ class TileWriter:
         origin = self.source.origin + y * row_stride + x * col_stride + self.group * plan.in_channels
         offsets = [i * row_stride + j * col_stride for i, j in pixels]
         base = self.output_base + (y * width + x) * out_channels + self.group * plan.out_channels
-        if plan.fetches_rows:
-            self._fetch_rows(origin + len(pixels) * row_stride, offsets)
-        self._contract(accumulators, origin, offsets)
+        if plan.fetches_residual:
+            firsts = [base + (i * width + j) * out_channels + self.chunk[0] * lanes for i, j in pixels]
+            fetch_residual(self.buffers.residual, firsts, self.columns * lanes, np.dtype(plan.key.dtypes[1]).itemsize)
+        self._contract(accumulators, origin, offsets, number)
         places = [
             (p * self.columns + c, c, base + (i * width + j) * out_channels + self._channel(c))
             for p, (i, j) in enumerate(pixels)
@@ -97,13 +106,6 @@ class TileWriter:
             value = self._scaled(tirx.BufferLoad(accumulators, [index]), first + c, at)
             kept = min(lanes, plan.out_channels)
             finish(plan.isa, self.buffers.output, at, value, kept, self.buffers.arguments, plan.key.clipped)
-
-    def _fetch_rows(self, origin: Expr, offsets: list[int]) -> None:
-        """Ask for the input of the tile after this one."""
-        line = 64 // self.plan.itemsize
-        with T.serial(0, -(-self.plan.in_channels // line)) as i:
-            for offset in offsets:
-                _prefetch(self.source.image, origin + offset + i * line)
 
     def _channel(self, c: int) -> Expr | int:
         """First output channel, within the group, of column `c`; the very last column overlaps its neighbour."""
@@ -140,25 +142,25 @@ class TileWriter:
                 store(self.buffers.output, places[start][2], part, 16 * (end - start))
                 start = end
 
-    def _contract(self, accumulators: tirx.Buffer, origin: Expr, offsets: list[int]) -> None:
-        """Add every contraction step to the accumulators."""
-        plan = self.plan
-        rows, count, groups = plan.steps
+    def _contract(self, accumulators: tirx.Buffer, origin: Expr, offsets: list[int], number: Expr | int) -> None:
+        """Add every contraction step to the accumulators, fetching ahead."""
+        plan, source = self.plan, self.source
+        _, count, groups = plan.steps
         step_weights = self.columns * plan.isa.lanes * plan.group
 
         def step(row: Expr | int, segment: Expr | int, i: Expr | int) -> None:
-            weights = self.source.first + ((row * count + segment) * groups + i) * step_weights
+            done = (row * count + segment) * groups + i
             at = origin + row * (plan.key.conv.dilation[0] * plan.row) + segment * plan.segments[2] + i * plan.group
-            self._step(accumulators, at, offsets, weights, step_weights)
+            self._step(accumulators, at, offsets, source.first + done * step_weights)
+            fetch_weights(plan, source.weight, (source.first, self.columns), done, number)
+            if plan.fetches_rows:
+                fetch_next_rows(plan, source.image, origin + len(offsets) * plan.strides[0], i)
 
-        _nest((rows, count, groups), step)
+        _nest(plan.steps, step)
 
-    def _step(self, accumulators: tirx.Buffer, at: Expr, offsets: list[int], weights: Expr, step_weights: int) -> None:
+    def _step(self, accumulators: tirx.Buffer, at: Expr, offsets: list[int], weights: Expr) -> None:
         plan, width = self.plan, self.plan.isa.lanes * self.plan.group
         columns = [load(self.source.weight, weights + c * width, width) for c in range(self.columns)]
-        if plan.prefetches:
-            for c in range(self.columns):
-                _prefetch(self.source.weight, weights + PREFETCH_STEPS * step_weights + c * width)
         for p, offset in enumerate(offsets):
             activation = load(self.source.image, at + offset, plan.group)
             if plan.integer:
@@ -206,12 +208,6 @@ def _nest(extents: tuple[int, ...], body: Callable[..., None], *indices: Expr | 
     else:
         with T.serial(0, extents[len(indices)]) as i:
             _nest(extents, body, *indices, i)
-
-
-def _prefetch(buffer: tirx.Buffer, index: Expr) -> None:
-    """Fetch a line for reading into every cache level; addresses beyond the end are harmless."""
-    address = T.address_of(tirx.BufferLoad(buffer, [index]))
-    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(i, "int32") for i in (0, 3, 1))))
 
 
 def unpack_nibbles(packed: tirx.Buffer, vector: Expr | int, count: int, width: int) -> tirx.Buffer:
