@@ -57,7 +57,8 @@ def kernel_symbol(kernel: Kernel, target: Target) -> str:
 def _generator_digest() -> str:
     """Digest of the source that writes kernels: an edited generator never meets a stale kernel."""
     root = Path(__file__).parent.parent
-    files = sorted((root / "kernels").rglob("*.py")) + [root / "quantize" / "program.py", Path(__file__).parent / "foreign.py"]
+    files = sorted((root / "kernels").rglob("*.py"))
+    files += [root / "qtype.py", root / "quantize" / "program.py", Path(__file__).parent / "foreign.py"]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())

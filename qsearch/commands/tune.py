@@ -33,9 +33,12 @@ def tune(
 ) -> None:
     """Time a few register tiles per distinct kernel and remember the fastest; later searches use them."""
     from qsearch.config import named_config
+    from qsearch.errors import UsageError
     from qsearch.search.evaluator import Settings
 
     names = [name.strip() for name in precision.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--precision names nothing: use for example fp32,int8")
     for name in names:
         named_config(name)
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)

@@ -100,7 +100,7 @@ class OpKey:
             'softmax', 'l2_normalize', 'scale' or 'shift'.
         shapes: Physical shapes of the inputs, then of the output.
         dtypes: Dtypes of the inputs, then of the output.
-        precision: Precision name of a conv2d or matmul ('fp32' or 'int8').
+        precision: Precision name of a conv2d or matmul, see `qsearch.qtype`.
         conv: Geometry of a conv2d.
         pool: Geometry of a pool.
         residual: conv2d adds its second input.

@@ -103,10 +103,9 @@ def test_functions_of_rows_agree(target, kind, shape, dtypes, seed):
     shapes = (shape, *(c.shape for c in constants.values()), shape)
     key = OpKey(kind, shapes, dtypes, epsilon=1e-5)
     multiplier = 40.0 if dtypes[-1] == U8 else 1.0
-    op = make_op(key, **constants, **scalars(a_zero_point=120, a_multiplier=0.05, multiplier=multiplier, zero_point=100))
+    a_multiplier = 0.05 if dtypes[0] == U8 else 1.0
+    op = make_op(key, **constants, **scalars(a_zero_point=120, a_multiplier=a_multiplier, multiplier=multiplier, zero_point=100))
     x = rng.integers(0, 256, shape, dtype=np.uint8) if dtypes[0] == U8 else (3 * rng.standard_normal(shape)).astype(np.float32)
-    if dtypes[0] == F32:
-        op.constants["floats"][0] = 1.0
     found, expected = (v.astype(np.float64) for v in (run_kernel(op, [x], target_named(target)), run_op(op, [x])))
     if kind in ("scale", "shift"):
         np.testing.assert_array_equal(found, expected)

@@ -100,10 +100,7 @@ INTEGER_DTYPES = [
 @RELAXED
 @given(case=convolutions(), dtypes=st.sampled_from(INTEGER_DTYPES), seed=st.integers(0, 2**16))
 def test_int8_convolution_is_exact(target, case, dtypes, seed):
-    conv, image, channels = case
-    op = convolution(conv, image, channels, dtypes, seed)
-    inputs = random_inputs(np.random.default_rng(seed + 1), op.key)
-    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
+    assert_exact(convolution(*case, dtypes, seed), seed, target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -117,18 +114,14 @@ def test_int8_convolution_is_exact(target, case, dtypes, seed):
 def test_int8_depthwise_is_exact(target, case, channels, dtypes, seed):
     conv, image, _ = case
     depthwise = Conv(conv.kernel, conv.stride, conv.padding, conv.dilation, channels)
-    op = convolution(depthwise, (*image[:3], channels), channels, dtypes, seed)
-    inputs = random_inputs(np.random.default_rng(seed + 1), op.key)
-    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
+    assert_exact(convolution(depthwise, (*image[:3], channels), channels, dtypes, seed), seed, target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @RELAXED
 @given(rows=st.integers(1, 9), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=st.integers(0, 2**16))
 def test_int8_linear_is_exact(target, rows, features, outputs, seed):
-    op = convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed)
-    inputs = random_inputs(np.random.default_rng(seed + 1), op.key)
-    np.testing.assert_array_equal(run_kernel(op, inputs, target_named(target)), run_op(op, inputs))
+    assert_exact(convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed), seed, target)
 
 
 # Whatever precedes or follows: int8 layers that read or write int16, int16 layers that read or write anything.
@@ -145,7 +138,7 @@ INT16_DTYPES = [
 
 CASES = {"int8": INT8_MIXED_DTYPES, "int16": INT16_DTYPES, "w4a8": INTEGER_DTYPES + INT8_MIXED_DTYPES}
 EVERY_PRECISION = pytest.mark.parametrize("precision", CASES)
-NEW_PRECISIONS = pytest.mark.parametrize("precision", ["int16", "w4a8"])
+INT16_AND_W4A8 = pytest.mark.parametrize("precision", ["int16", "w4a8"])
 
 
 @st.composite
@@ -164,7 +157,7 @@ def test_integer_convolution_is_exact(target, precision, case, data, seed):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@NEW_PRECISIONS
+@INT16_AND_W4A8
 @settings(RELAXED, max_examples=5)
 @given(case=depthwise_convolutions(), data=st.data(), seed=st.integers(0, 2**16))
 def test_integer_depthwise_is_exact(target, precision, case, data, seed):
@@ -172,7 +165,7 @@ def test_integer_depthwise_is_exact(target, precision, case, data, seed):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@NEW_PRECISIONS
+@INT16_AND_W4A8
 @settings(RELAXED, max_examples=4)
 @given(rows=st.integers(1, 9), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=st.integers(0, 2**16))
 def test_integer_linear_is_exact(target, precision, rows, features, outputs, seed):
@@ -247,6 +240,4 @@ def test_float_convolution_agrees(target, case, dtypes, seed):
     ],
 )
 def test_shapes_of_real_networks_are_exact(image, channels, conv):
-    op = convolution(conv, image, channels, ("uint8", "uint8"), 5)
-    inputs = random_inputs(np.random.default_rng(6), op.key)
-    np.testing.assert_array_equal(run_kernel(op, inputs, target_named("host")), run_op(op, inputs))
+    assert_exact(convolution(conv, image, channels, ("uint8", "uint8"), 5), 5, "host")

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
 
+from qsearch.errors import BuildError
 from qsearch.kernels.cpu import describe_kernel
 from qsearch.models.graph import ACTIVATIONS, Pool
 from qsearch.quantize.lower_nodes import scalars
@@ -75,6 +76,28 @@ def test_float_activations_agree(target, function):
     op = make_op(key, **scalars(low=-1.0, high=2.0))
     inputs = random_inputs(np.random.default_rng(3), key)
     np.testing.assert_allclose(run_kernel(op, inputs, target_named(target)), run_op(op, inputs), rtol=2e-6, atol=2e-6)
+
+
+# Only integers are in another unit than real numbers.
+CLIPS = {
+    U8: scalars(multiplier=40.0, zero_point=100, qmin=60, qmax=220),
+    "int16": scalars(multiplier=8000.0, qmin=-20_000, qmax=30_000),
+    F32: scalars(low=-2.0, high=5.0),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@RELAXED
+@given(shape=SHAPES, dtype=st.sampled_from(list(CLIPS)), seed=st.integers(0, 2**16))
+def test_clip_of_floats_is_exact(target, shape, dtype, seed):
+    key = OpKey("activation", (shape, shape), (F32, dtype), function="clip", clipped=dtype == F32)
+    assert_exact(key, seed, target, **CLIPS[dtype])
+
+
+def test_an_unknown_function_is_refused():
+    key = OpKey("activation", ((1, 2, 2, 3),) * 2, (F32, F32), function="mish")
+    with pytest.raises(BuildError, match="'mish'"):
+        describe_kernel(key, target_named("host").isa).generate("tested")
 
 
 @st.composite

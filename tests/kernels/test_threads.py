@@ -25,11 +25,18 @@ CASES = {
 }
 
 
+@pytest.fixture
+def two_threads():
+    """A pool of two threads, for one test: the pool is the process's."""
+    use_threads(2)
+    yield
+    use_threads(1)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int16", "w4a8"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_threads_are_exact(name, precision, monkeypatch):
+def test_two_threads_are_exact(name, precision, two_threads, monkeypatch):
     monkeypatch.setattr(conv_plan, "SHARED_ABOVE", 0)
-    use_threads(2)
     conv, image, channels, sharing = CASES[name]
     dtypes = ("int16", "int16") if precision == "int16" else BYTES
     op = convolution(conv, image, channels, dtypes, 7, precision)

@@ -67,7 +67,7 @@ def test_every_integer_operation_is_exact_in_any_mixture(name, data):
             continue
         inputs = [values[given_name] for given_name in op.inputs]
         found, expected = run_kernel(op, inputs, target_named("host")), values[op.output.name]
-        if op.key.kind == "activation":
+        if op.key.kind == "activation" and op.key.function != "clip":
             assert np.abs(found.astype(np.float64) - expected).max() <= (1 if op.output.dtype != "float32" else 1e-5)
         else:
             np.testing.assert_array_equal(found, expected, err_msg=op.name)

@@ -9,11 +9,10 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.program import OpKey
 
 __all__ = ["LayerBuffers", "declare_layer"]
-
-WEIGHT_DTYPES = {"fp32": "float32", "int8": "int8", "w4a8": "int8", "int16": "int16"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def declare_layer(key: OpKey, weights: int, channels: int, align: int = 64) -> L
     integer = key.precision != "fp32"
     source = T.arg("source", T.Buffer((sizes[0],), key.dtypes[0], align=align))
     residual = T.arg("residual", T.Buffer((sizes[1],), key.dtypes[1])) if key.residual else None
-    weight = T.arg("weight", T.Buffer((weights,), WEIGHT_DTYPES[key.precision or "fp32"], align=align))
+    weight = T.arg("weight", T.Buffer((weights,), PRECISIONS[key.precision or "fp32"].weight.dtype, align=align))
     bias = T.arg("bias", T.Buffer((channels,), "int32" if integer else "float32"))
     multiplier = T.arg("multiplier", T.Buffer((channels,), "float32")) if integer else None
     arguments = declare_arguments()

@@ -10,6 +10,7 @@ import numpy as np
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import PaddedImage, padded_image
 from qsearch.kernels.cpu.tile import Tile, rank_tiles
+from qsearch.qtype import PRECISIONS
 from qsearch.quantize.program import OpKey
 
 __all__ = ["LAYER_PRECISIONS", "ConvPlan"]
@@ -70,7 +71,7 @@ class ConvPlan:
     @property
     def weight_dtype(self) -> str:
         """Dtype of an unpacked weight."""
-        return {"fp32": "float32", "int16": "int16"}.get(self.key.precision or "", "int8")
+        return PRECISIONS[self.key.precision or "fp32"].weight.dtype
 
     @property
     def in_channels(self) -> int:

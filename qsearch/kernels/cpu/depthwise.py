@@ -19,6 +19,7 @@ from qsearch.kernels.cpu.conv_plan import LAYER_PRECISIONS
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.vectors import (
+    SHARED_ELEMENTS,
     cast,
     constant,
     for_blocks,
@@ -36,8 +37,6 @@ from qsearch.quantize.program import OpKey
 __all__ = ["depthwise"]
 
 MAX_TILE_COLUMNS = 8
-# Outputs below which another thread is not worth waking.
-SHARED_ABOVE = 32 * 1024
 
 
 def depthwise(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
@@ -80,7 +79,7 @@ def _generate(key: OpKey, isa: Isa, threads: int, symbol: str) -> tirx.PrimFunc:
         buffers = declare_layer(key, int(np.prod(key.conv.kernel)) * channels, channels, align=4)
         images, height, width, _ = key.shapes[0]
         _, out_height, out_width, _ = key.shapes[-1]
-        shared = threads if images * out_height * out_width * channels > SHARED_ABOVE else 1
+        shared = threads if images * out_height * out_width * channels > SHARED_ELEMENTS else 1
         with loop(images * out_height, shared) as i:
             n, y = tirx.floordiv(i, out_height), tirx.floormod(i, out_height)
 
@@ -120,7 +119,7 @@ class _Row:
 
     @property
     def integer(self) -> bool:
-        """True for uint8 x int8 -> int32, False for float32."""
+        """True if products are summed in int32, False for float32."""
         return self.key.precision != "fp32"
 
     @property

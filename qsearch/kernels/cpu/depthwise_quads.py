@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
-from qsearch.kernels.cpu.byte_vectors import channel_order, dot_quads, interleave, narrow_to_bytes, narrow_to_words, round_lanes
+from qsearch.kernels.cpu.byte_vectors import dot_quads, interleave, narrow_to_bytes, narrow_to_words, round_lanes
+from qsearch.kernels.cpu.depthwise_plan import WIDTHS, QuadsPlan
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.vectors import cast, constant, kernel, load, loop, registers, rounded_product, splat, store
 from qsearch.kernels.description import Kernel
@@ -27,17 +26,9 @@ from qsearch.quantize.program import OpKey
 
 __all__ = ["depthwise_quads"]
 
-WIDTHS = (64, 32, 16)
-MAX_ROWS = 3
-# Outputs below which another thread is not worth waking.
-SHARED_ABOVE = 64 * 1024
-# Cost of turning four accumulators into bytes, of interleaving four rows, and of a dot, whose operands are both loaded;
-# measured on 3 x 3 and 5 x 5 layers.
-EPILOGUE, INTERLEAVE, DOT = 15, 8, 2
-
 
 def depthwise_quads(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
-    """Describe the kernel of an int8 depthwise convolution from uint8 to uint8, or None for another operation.
+    """Describe the kernel of an int8 or w4a8 depthwise convolution from uint8 to uint8, or None for another operation.
 
     Args:
         key: kind 'conv2d' with groups = input channels = output channels >= 16; shapes as for conv2d.
@@ -51,127 +42,24 @@ def depthwise_quads(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
         return None
     if set(key.dtypes) != {"uint8"} or key.residual:
         return None
-    plan = _Plan(key)
+    plan = QuadsPlan(key, threads)
     return Kernel(
         key,
         (isa.name, "quads", plan.rows),
-        lambda symbol: kernel(symbol, lambda: _generate(plan, threads)),
+        lambda symbol: kernel(symbol, lambda: _generate(plan)),
         plan.pack,
-        plan.scratch_bytes * threads,
+        plan.scratch_bytes * plan.shared,
         plan.pack_weight,
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Every static number of the kernel."""
-
-    key: OpKey
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """(first channel, channels) of every block; the last overlaps where channels are no multiple of 16."""
-        total, first, found = self.key.shapes[0][3], 0, []
-        while first < total:
-            width = next((w for w in WIDTHS if first + w <= total), WIDTHS[-1])
-            found.append((min(first, total - width), width))
-            first += width
-        return found
-
-    @cached_property
-    def rows(self) -> int:
-        """Output rows of a tile: those that need the fewest instructions for each."""
-        return min(range(1, min(MAX_ROWS, self.key.shapes[-1][1]) + 1), key=self._row_cost)
-
-    def _row_cost(self, rows: int) -> float:
-        """Cost of one output row, averaged over whole and remaining tiles."""
-        conv, height = self.key.conv, self.key.shapes[-1][1]
-        quads = -(-len(self._used_rows(rows)) // 4)
-        dots = DOT * 4 * conv.kernel[1] * sum(len(self._quads_of(r, rows)) for r in range(rows))
-        tile = conv.stride[1] * quads * INTERLEAVE + dots + rows * EPILOGUE
-        return tile * -(-height // rows) / height
-
-    def _used_rows(self, rows: int) -> list[int]:
-        """Input rows, relative to a tile's first tap, that its output rows read."""
-        conv = self.key.conv
-        return sorted({r * conv.stride[0] + kh * conv.dilation[0] for r in range(rows) for kh in range(conv.kernel[0])})
-
-    def _quads_of(self, r: int, rows: int) -> list[int]:
-        """Quads that output row `r` of a tile reads."""
-        used, conv = self._used_rows(rows), self.key.conv
-        taps = (r * conv.stride[0] + kh * conv.dilation[0] for kh in range(conv.kernel[0]))
-        return sorted({used.index(tap) // 4 for tap in taps})
-
-    @cached_property
-    def slots(self) -> list[int]:
-        """Input row of every place in the quads, relative to a tile's first tap."""
-        return self._used_rows(self.rows)
-
-    @cached_property
-    def quads(self) -> int:
-        """Quads of an input column."""
-        return -(-len(self.slots) // 4)
-
-    @cached_property
-    def terms(self) -> list[tuple[int, int, int]]:
-        """(kernel column, output row, quad) of every dot of an output column, in the order of the weights."""
-        rows = range(self.rows)
-        return [(kw, r, q) for kw in range(self.key.conv.kernel[1]) for r in rows for q in self._quads_of(r, self.rows)]
-
-    @property
-    def input_columns(self) -> int:
-        """Input columns that the output reads, padding included."""
-        conv = self.key.conv
-        return (self.key.shapes[-1][2] - 1) * conv.stride[1] + (conv.kernel[1] - 1) * conv.dilation[1] + 1
-
-    @property
-    def weights_at(self) -> int:
-        """Where a block's weights start in scratch memory, behind the quads."""
-        return self.input_columns * self.quads * 4 * WIDTHS[0]
-
-    @property
-    def results_at(self) -> int:
-        """Where a tile's results start in scratch memory."""
-        return self.weights_at + 4 * len(self.terms) * WIDTHS[0]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes of scratch memory of one thread."""
-        return self.results_at + self.rows * self.key.shapes[-1][2] * WIDTHS[0]
-
-    def pack(self, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        """Bias and multiplier by block in the order of the lanes; then the scalars."""
-        rows = [
-            np.concatenate([constants[name][self._channels(block)] for block in self.blocks]) for name in ("bias", "multiplier")
-        ]
-        return (*rows, constants["integers"], constants["floats"])
-
-    def _channels(self, block: tuple[int, int]) -> np.ndarray:
-        return block[0] + channel_order(block[1]).ravel()
-
-    def pack_weight(self, weight: np.ndarray) -> np.ndarray:
-        """int8 (C, kh, kw, 1) -> by block, term, vector, lane: the weights of the four rows of a quad."""
-        conv, parts = self.key.conv, []
-        for block in self.blocks:
-            chosen = weight[self._channels(block), :, :, 0]
-            for kw, r, q in self.terms:
-                places = np.zeros((block[1], 4), np.int8)
-                for kh in range(conv.kernel[0]):
-                    place = self.slots.index(r * conv.stride[0] + kh * conv.dilation[0]) - 4 * q
-                    if 0 <= place < 4:
-                        places[:, place] = chosen[:, kh, kw]
-                parts.append(places.ravel())
-        return np.concatenate(parts)
-
-
-def _generate(plan: _Plan, threads: int) -> None:
+def _generate(plan: QuadsPlan) -> None:
     images, height, width, channels = plan.key.shapes[0]
     _, out_height, out_width, _ = plan.key.shapes[-1]
     packed = sum(block[1] for block in plan.blocks)
     buffers = declare_layer(plan.key, packed * len(plan.terms) * 4, packed, align=16)
     tiles = -(-out_height // plan.rows)
-    shared = threads if images * out_height * out_width * channels > SHARED_ABOVE else 1
-    with loop(images * tiles, shared) as i:
+    with loop(images * tiles, plan.shared) as i:
         scratch = T.alloc_buffer((plan.scratch_bytes,), "uint8", scope="global", layout=None, align=64)
         n, y = tirx.floordiv(i, tiles), tirx.floormod(i, tiles) * plan.rows
         at, first = n * (height * width * channels), n * (out_height * out_width * channels)
@@ -204,13 +92,13 @@ class _Block:
     Attributes:
         plan: The kernel.
         buffers: Its arguments.
-        scratch: The quads, by input column, quad and vector.
+        scratch: The quads, by input column, quad and vector; then the block's weights and the tile's results.
         width: Channels of the block.
         part: Channels packed before it.
         y: First output row.
     """
 
-    plan: _Plan
+    plan: QuadsPlan
     buffers: LayerBuffers
     scratch: tirx.Buffer
     width: int

@@ -7,6 +7,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
+from qsearch.errors import BuildError
 from qsearch.kernels.cpu.epilogue import Arguments, declare_arguments, dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.math import normal_cdf, sigmoid, tanh
@@ -68,9 +69,11 @@ def _value(key: OpKey, values: list[Expr], lanes: int, arguments: Arguments) -> 
         return a + b
     if key.kind == "mul":
         return _product(key, values, lanes, arguments)
-    if key.dtypes[0] == "float32":
-        return _activation(key.function or "", values[0], lanes)
-    value = _activation(key.function or "", dequantized(values[0], key.dtypes[0], lanes, arguments, "a"), lanes)
+    floating = key.dtypes[0] == "float32"
+    x = values[0] if floating else dequantized(values[0], key.dtypes[0], lanes, arguments, "a")
+    value = _activation(key.function or "", x, lanes)
+    if floating and key.dtypes[-1] == "float32":
+        return value
     return rounded_product(value, splat(arguments.float("multiplier"), lanes), lanes)
 
 
@@ -104,7 +107,9 @@ def _activation(function: str, x: Expr, lanes: int) -> Expr:
         return x * normal_cdf(x, lanes)
     if function == "tanh":
         return tanh(x, lanes)
-    return x * sigmoid(x, lanes) if function == "silu" else sigmoid(x, lanes)
+    if function in ("silu", "sigmoid"):
+        return x * sigmoid(x, lanes) if function == "silu" else sigmoid(x, lanes)
+    raise BuildError(f"no CPU kernel for the function {function!r}; this is a gap in qsearch's kernel set")
 
 
 def lookup(key: OpKey, isa: Isa, threads: int) -> Kernel | None:

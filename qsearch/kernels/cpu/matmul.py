@@ -31,6 +31,9 @@ from qsearch.quantize.program import OpKey
 
 __all__ = ["matmul"]
 
+# Fewer multiplications than this are not shared between threads.
+LEAST_SHARED_PRODUCTS = 1 << 20
+
 
 def matmul(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     """Describe a batch of products; None for another operation.
@@ -50,10 +53,6 @@ def matmul(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
         return constants["integers"], constants["floats"]
 
     return Kernel(key, variant, lambda symbol: kernel(symbol, lambda: _write(plan, shared)), pack, shared * plan.scratch_bytes)
-
-
-# Fewer multiplications than this are not shared between threads.
-LEAST_SHARED_PRODUCTS = 1 << 20
 
 
 def _write(plan: MatmulPlan, threads: int) -> None:

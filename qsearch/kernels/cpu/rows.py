@@ -64,7 +64,8 @@ def rows(key: OpKey, isa: Isa, threads: int) -> Kernel | None:
     def pack(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         return (*(constants[name].astype(np.float32) for name in names), constants["integers"], constants["floats"])
 
-    return Kernel(key, (isa.name, shared), lambda symbol: kernel(symbol, plan.write), pack, shared * plan.row * 4)
+    scratch = 0 if plan.pointwise else shared * plan.row * 4
+    return Kernel(key, (isa.name, shared), lambda symbol: kernel(symbol, plan.write), pack, scratch)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ class _Plan:
     threads: int
 
     @property
+    def pointwise(self) -> bool:
+        """True for a scale or shift, which needs no scratch row."""
+        return self.key.kind in ("scale", "shift")
+
+    @property
     def row(self) -> int:
         """Elements of a row; a scale or shift has rows as long as its constant."""
-        return self.key.shapes[1][0] if self.key.kind in ("scale", "shift") else self.key.shapes[0][-1]
+        return self.key.shapes[1][0] if self.pointwise else self.key.shapes[0][-1]
 
     def write(self) -> None:
         """Declare the arguments and visit the rows, in one chunk per share of the work."""
@@ -98,7 +104,7 @@ class _Plan:
         constants = [T.arg(f"constant{i}", T.Buffer(shape, "float32")) for i, shape in enumerate(key.shapes[1:-1])]
         arguments = declare_arguments()
         buffers = _Buffers(source, constants, arguments, T.arg("output", T.Buffer((size,), key.dtypes[-1])))
-        if key.kind in ("scale", "shift") and self.row == 1:
+        if self.pointwise and self.row == 1:
             for_vectors(size, self.isa.lanes, lambda i, lanes: self._element(buffers, i, None, lanes), self.threads)
             return
         count = size // self.row
@@ -128,13 +134,13 @@ class _RowWriter:
     def __init__(self, plan: _Plan, buffers: _Buffers) -> None:
         self.plan, self.buffers = plan, buffers
         self.scratch = None
-        if plan.key.kind not in ("scale", "shift"):
+        if not plan.pointwise:
             self.scratch = T.alloc_buffer((plan.row,), "float32", scope="global", layout=None, align=64)
 
     def write(self, base: Expr | int) -> None:
         """The row that starts at element `base`."""
         plan, kind = self.plan, self.plan.key.kind
-        if kind in ("scale", "shift"):
+        if plan.pointwise:
             for_vectors(plan.row, plan.isa.lanes, lambda i, n: plan._element(self.buffers, base + i, i, n))
         else:
             {"softmax": self._softmax, "layer_norm": self._layer_norm, "l2_normalize": self._l2_normalize}[kind](base)
@@ -194,7 +200,7 @@ class _RowWriter:
         self._write(base, lambda i, lanes: self._kept(i, lanes) * splat(inverse, lanes))
 
     def _layer_norm(self, base: Expr | int) -> None:
-        """(x - mean) / sqrt(variance + epsilon) * weight + bias; the variance is summed about the mean."""
+        """(x - mean) / sqrt(variance + epsilon) * weight + shift; the variance is summed about the mean."""
         size = tirx.const(1.0 / self.plan.row, "float32")
         mean = self._scalar(self._reduce(self._input(base), lambda a, b: a + b, 0.0) * size)
 
@@ -212,7 +218,7 @@ class _RowWriter:
         self._write(base, normal)
 
     def _l2_normalize(self, base: Expr | int) -> None:
-        """X / max(|x|, epsilon)."""
+        """Divide by max(|x|, epsilon)."""
         read = self._input(base)
 
         def square(i: Expr | int, lanes: int) -> Expr:

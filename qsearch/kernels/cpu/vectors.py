@@ -142,7 +142,7 @@ def for_overlapping(size: int, most: int, body: Callable[[Expr | int, int], None
 
 
 def rounded_product(a: Expr, b: Expr, lanes: int) -> Expr:
-    """A * b over float32 lanes, rounded to float32 before anything is added to it.
+    """Multiply float32 lanes, rounding to float32 before anything is added to it.
 
     LLVM's back end is allowed to contract a product and a sum into one fused operation; the fence forbids it,
     because the reference rounds twice.
