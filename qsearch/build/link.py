@@ -6,7 +6,8 @@ Building it takes tens of milliseconds, because no kernel is compiled here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class CompiledModule:
     def objects(self) -> list[Path]:
         """Object files of its kernels."""
         return [kernel.object_path for kernel in self.kernels]
+
+    @property
+    def kernels_sha256(self) -> str:
+        """Digest of its kernels: two modules with one digest run the same code."""
+        return _symbols_digest(kernel.symbol for kernel in self.kernels)
 
     def open(self) -> Any:
         """A virtual machine of its own, on the CPU."""
@@ -118,6 +124,12 @@ class Linker:
         workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
         return CompiledModule(program, executable, module, tuple(compiled.values()), writer.constant_bytes, workspace)
 
+    def kernels_sha256(self, program: Program) -> str:
+        """What `CompiledModule.kernels_sha256` would be if the program were built now; nothing is compiled."""
+        own = {self._describe(op.key)[0] for op in program.ops if op.key.kind != "foreign"}
+        foreign = {call.symbol for op in program.ops if op.key.kind == "foreign" for call in self._foreign_calls(op)}
+        return _symbols_digest(own | foreign)
+
     def remember_tile(self, key: OpKey, tile: Tile) -> None:
         """Use a tile from now on for operations of this geometry and precision."""
         self.tiles.put(key, tile)
@@ -162,6 +174,11 @@ class Linker:
             arguments = tuple(names[name] for name in step.inputs)
             given = tuple(shapes.get(name, ()) for name in step.inputs)
             yield _Call(kernel, kernel_symbol(kernel, self.target), arguments, given, names[step.output], step.shape, step.dtype)
+
+
+def _symbols_digest(symbols: Iterable[str]) -> str:
+    """Symbols are digests of what determines a kernel's code, its tile and its generator's source included."""
+    return hashlib.sha256(" ".join(sorted(symbols)).encode()).hexdigest()
 
 
 def _constant(array: np.ndarray) -> _Constant:

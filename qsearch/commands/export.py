@@ -21,6 +21,9 @@ def export(
     pick: Annotated[str | None, typer.Option(help="knee, fastest, smallest or most-accurate.", show_default="knee")] = None,
     max_loss_pp: Annotated[float | None, typer.Option(help="Pick only among points that lose at most this much top-1.")] = None,
     all_points: Annotated[bool, typer.Option("--all", help="Export every point of the front.")] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure trials whose kernels have changed again, and say so in the bundle.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Export a trial: the compiled module with everything needed to run and check it."""
@@ -49,15 +52,18 @@ def export(
         # Said before the model is loaded, and before the first of many bundles is written.
         require_vacant(directory)
     with stdout_reserved():
-        from qsearch.export.from_study import check_identity, export_point
+        from qsearch.export.from_study import check_identity, check_kernels, export_point
         from qsearch.search.objective import prepare_evaluator
 
         evaluator = prepare_evaluator(settings, say)
         check_identity(study, parts, evaluator.identity)
+        if not remeasure:
+            check_kernels(evaluator, points)
         assert baseline is not None
         rows = []
         for point, directory in zip(points, directories, strict=True):
             rows.append(export_point(evaluator, point, baseline, directory))
-            say(f"trial {point.trial} -> {directory} ({rows[-1]['module_bytes']:,} bytes)")
+            again = ", measured again" if rows[-1]["remeasured"] else ""
+            say(f"trial {point.trial} -> {directory} ({rows[-1]['module_bytes']:,} bytes{again})")
     if json:
         print_json({"study": study, "bundles": rows})

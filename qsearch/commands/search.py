@@ -19,7 +19,7 @@ from qsearch.commands.options import (
     Weights,
     default_study,
 )
-from qsearch.commands.terminal import print_json, print_table, stdout_reserved
+from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 __all__ = ["search"]
 
@@ -37,7 +37,7 @@ def search(
     storage: Storage = None,
     sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii or gp.")] = "tpe",
     seed: Seed = 0,
-    tune: Annotated[float, typer.Option(min=0.0, help="First time register tiles of the kernels, for so many seconds.")] = 0.0,
+    tune: Annotated[float, typer.Option(min=0.0, help="Before a new study, time register tiles for so many seconds.")] = 0.0,
     preprocessing: Preprocessing = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
@@ -57,9 +57,13 @@ def search(
 
     from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model
+    from qsearch.search.study import study_has_begun
 
     with stdout_reserved():
-        if tune:
+        if tune and study_has_begun(name, storage):
+            # What a first run had no time to tune stays as its trials were measured.
+            say(f"study {name} has begun: it keeps its kernels, nothing is tuned")
+        elif tune:
             tune_model(settings, chosen.precisions.names, tune)
         document, table = run_session(SearchRequest(settings, chosen, name, storage, sampler, budget, timeout))
     if json:

@@ -5,7 +5,9 @@ Imports everything heavy; the verb imports this file once its arguments are know
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ from rich.table import Table
 
 from qsearch.commands.terminal import INTERRUPTED, say
 from qsearch.commands.trial_progress import TrialProgress
+from qsearch.config import named_config
+from qsearch.errors import TrialError
 from qsearch.report.documents import baseline_of, record_run, study_document
 from qsearch.report.notes import TrialNotes
 from qsearch.report.tables import front_table
@@ -78,11 +82,27 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
 def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     settings = request.settings
     parts = {**evaluator.identity, "space": request.space.content_hash(), "objective": OBJECTIVE_VERSION}
+    parts["kernels"] = _kernels(evaluator, request.space.precisions.names)
     # Seed and preprocessing belong to the data: they decide which images are in which part, and what becomes of them.
     data = [str(settings.data or "the model's own"), f"seed {settings.seed}"]
     data += [f"preprocessing {settings.preprocessing}"] if settings.preprocessing else []
     labels = {"model": settings.model, "data": ", ".join(data), "space": request.space.name}
     return Identity(parts, labels)
+
+
+def _kernels(evaluator: Evaluator, precisions: Sequence[str]) -> str:
+    """Digest of the model's kernels in every precision that the space knows: trials of one study are built from the same.
+
+    The mixtures between them add conversions and other epilogues, but no other tiles.
+    """
+    found = []
+    for name in precisions:
+        try:
+            found.append(evaluator.kernels_sha256(named_config(name)))
+        except TrialError:
+            # That fails trials, not the study.
+            found.append("none")
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
 def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[str, Any]:

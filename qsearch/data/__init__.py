@@ -2,6 +2,6 @@
 
 from qsearch.data.dataset import Dataset, Part, Progress, load_dataset
 from qsearch.data.decode import decode
-from qsearch.data.preprocessing import Interpolation, Preprocessing
+from qsearch.data.preprocessing import Interpolation, Preprocessing, read_preprocessing
 
-__all__ = ["Dataset", "Interpolation", "Part", "Preprocessing", "Progress", "decode", "load_dataset"]
+__all__ = ["Dataset", "Interpolation", "Part", "Preprocessing", "Progress", "decode", "load_dataset", "read_preprocessing"]

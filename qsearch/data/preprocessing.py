@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 from qsearch.errors import DataError
 
-__all__ = ["Interpolation", "Preprocessing"]
+__all__ = ["Interpolation", "Preprocessing", "read_preprocessing"]
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -128,6 +130,20 @@ class Preprocessing:
             raise DataError(f"preprocessing: expected the keys {', '.join(sorted(known))}; got {got}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         return cls(**cast(dict[str, Any], values))
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Read a preprocessing file.
+
+    Raises:
+        DataError: It is missing, is not JSON or holds an impossible value.
+    """
+    try:
+        return Preprocessing.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"cannot read preprocessing {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"preprocessing {path} is not JSON: {error}") from error
 
 
 def _is_size(value: object) -> bool:

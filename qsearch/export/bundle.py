@@ -1,7 +1,7 @@
 """Write a bundle: one compiled configuration with everything needed to run and to check it.
 
-The module is linked from the very object files that were measured; the outputs on the search images must have
-the digest that the trial recorded, or nothing is written. A bundle appears whole or not at all.
+The module is linked from the kernels that were measured, or measured again; the outputs on the search images must
+have the digest that was recorded, or nothing is written (see `from_study`). A bundle appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BundleContent:
         config: The configuration.
         preprocessing: Its JSON form.
         classes: Class names in output order; may be shorter than the output.
-        metrics: What was measured, with `latency_ms` at the top level.
+        metrics: What was measured, with `latency_ms` at the top level, and `remark` where there is something to say of it.
         inputs: Recorded images, float32 (N, C, H, W).
         outputs: Logits the measured module gave for them, float32 (N, classes).
     """
@@ -184,7 +184,7 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], m
             "description": target.description,
             "cpu_flags": target.cpu_flags,
         },
-        "metrics": {"latency_ms": metrics["latency_ms"]},
+        "metrics": {name: metrics[name] for name in ("latency_ms", "remark") if name in metrics},
         "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     manifest["self_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qsearch.errors import BundleError, StudyMismatchError
 from qsearch.export.bundle import BundleContent, write_bundle
-from qsearch.measure.accuracy import output_digest, run_images
+from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
 from qsearch.quantize.lower import lower
-from qsearch.search.front import FrontPoint
+from qsearch.search.front import FrontPoint, Heldout
 from qsearch.search.objective import ModelEvaluator
 
-__all__ = ["check_identity", "export_point"]
+__all__ = ["check_identity", "check_kernels", "export_point"]
 
 RECORDED_IMAGES = 16
 
@@ -37,8 +41,50 @@ def check_identity(name: str, recorded: dict[str, str], found: dict[str, str]) -
         )
 
 
+def check_kernels(evaluator: ModelEvaluator, points: Sequence[FrontPoint]) -> None:
+    """Refuse to export trials that were measured with other kernels than would be linked now.
+
+    Args:
+        evaluator: The study's model, images and target.
+        points: The trials.
+
+    Raises:
+        BundleError: There are such trials; or they are so old that their kernels were not recorded.
+    """
+    changed = [point for point in points if _kernels_changed(evaluator, point)]
+    if not changed:
+        return
+    trials = f"trial{'s' if len(changed) > 1 else ''} {', '.join(str(point.trial) for point in changed)}"
+    recorded, found = changed[0].measurement.kernels_sha256, evaluator.kernels_sha256(changed[0].config)
+    what = (
+        f"measured with other kernels (digest {recorded[:12]}) than would be exported now ({found[:12]}): `tune` has chosen "
+        "other tiles since, or another version of qsearch generates other code"
+        if recorded
+        else "measured before qsearch recorded which kernels it measured, so that those exported now may be others"
+    )
+    raise BundleError(
+        f"{trials}: {what}. Give --remeasure to measure again and bundle the new figures, or search again under another "
+        "--study name"
+    )
+
+
+def _kernels_changed(evaluator: ModelEvaluator, point: FrontPoint) -> bool:
+    return evaluator.kernels_sha256(point.config) != point.measurement.kernels_sha256
+
+
+def _measured_again(evaluator: ModelEvaluator, point: FrontPoint) -> FrontPoint:
+    """The same configuration with what its module shows now."""
+    evaluator.progress(f"measuring trial {point.trial} again: its kernels have changed")
+    measurement = evaluator.evaluate(point.config)
+    heldout = None if point.heldout is None else Heldout(*evaluator.verify_front([point.config])[0])
+    return replace(point, measurement=measurement, heldout=heldout)
+
+
 def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measurement, directory: Path) -> dict[str, Any]:
     """Write one trial's bundle.
+
+    A trial whose kernels have changed is measured again, and float with it; metrics and manifest say so. Who wants
+    that refused calls `check_kernels` first.
 
     Args:
         evaluator: The study's model, images and target.
@@ -47,14 +93,33 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         directory: Where to write.
 
     Returns:
-        trial, bundle, bytes of the module file.
+        trial, bundle, module_bytes: bytes of the module file, remeasured: whether the figures are new.
 
     Raises:
         BundleError: The module that is built now is not the one that was measured, or nothing can be written.
     """
+    remark = None
+    if _kernels_changed(evaluator, point):
+        before = point.measurement.kernels_sha256[:12] or "unknown"
+        remark = f"measured again at export: the kernels of the search's measurement (digest {before}) were others"
+        point, baseline = _measured_again(evaluator, point), evaluator.baseline
     program = lower(evaluator.model, point.config, evaluator.ranges(point.config), evaluator.weights)
-    images = evaluator.images("search")
-    logits = run_images(evaluator.build(program).open, images)
+    logits = evaluator.logits(evaluator.build(program), "search")
+    _check_outputs(point, logits)
+    content = BundleContent(
+        config=point.config,
+        preprocessing=evaluator.dataset.preprocessing.to_json(),
+        classes=evaluator.dataset.classes,
+        metrics=_metrics(point, baseline) | ({"remark": remark} if remark else {}),
+        inputs=evaluator.images("search")[:RECORDED_IMAGES],
+        outputs=logits[:RECORDED_IMAGES],
+    )
+    write_bundle(directory, evaluator.linker, program, content)
+    module_bytes = (directory / "model.so").stat().st_size
+    return {"trial": point.trial, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remark is not None}
+
+
+def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:
     measured = point.measurement.accuracy
     found = output_digest(logits)
     if found != measured.output_sha256:
@@ -62,16 +127,6 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
             f"trial {point.trial} built now gives other outputs (digest {found[:12]}) than it was measured with "
             f"({measured.output_sha256[:12]}): torch, NumPy or TVM has changed since; search again under another --study name"
         )
-    content = BundleContent(
-        config=point.config,
-        preprocessing=evaluator.dataset.preprocessing.to_json(),
-        classes=evaluator.dataset.classes,
-        metrics=_metrics(point, baseline),
-        inputs=images[:RECORDED_IMAGES],
-        outputs=logits[:RECORDED_IMAGES],
-    )
-    write_bundle(directory, evaluator.linker, program, content)
-    return {"trial": point.trial, "bundle": str(directory), "module_bytes": (directory / "model.so").stat().st_size}
 
 
 def _metrics(point: FrontPoint, baseline: Measurement) -> dict[str, Any]:

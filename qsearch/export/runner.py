@@ -5,6 +5,9 @@ This file is copied into every bundle as run.py and stands alone; `verify` runs 
     python run.py BUNDLE                 check the files, replay the recorded outputs, time the module
     python run.py BUNDLE predict X.npy   print the best classes for float32 images (N, C, H, W), preprocessed
 
+A module for several threads wants an idle machine: its threads wait for work by yielding their processor, and beside
+another busy process it may be ten times slower than on one thread.
+
 Output is one JSON document. Exit status: 0 good; 1 corrupt, does not replay, or fails; 3 wrong machine.
 """
 
@@ -81,14 +84,24 @@ def check_machine(manifest):
 
 
 def open_module(bundle, manifest):
-    """A virtual machine of the bundle's module, on as many threads as it was measured with, and the TVM package."""
-    # The runtime is enough: no compiler is loaded. Both must be set before TVM is imported.
+    """A virtual machine of the bundle's module, on as many threads as it was measured with, and the TVM package.
+
+    On fewer where there are fewer processors: threads that wait for each other's processor are worse than none.
+    """
+    # The runtime is enough: no compiler is loaded. All must be set before TVM is imported. Bound threads do worse still
+    # where they meet another process.
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-    os.environ["TVM_NUM_THREADS"] = str(manifest["target"]["threads"])
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    os.environ["TVM_NUM_THREADS"] = str(min(manifest["target"]["threads"], processor_count()))
     import tvm
     from tvm.runtime.vm import VirtualMachine
 
     return VirtualMachine(tvm.runtime.load_module(str(bundle / "model.so")), tvm.cpu()), tvm
+
+
+def processor_count():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_images(machine, tvm, images):

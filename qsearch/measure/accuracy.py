@@ -19,13 +19,17 @@ __all__ = ["compare_accuracy", "output_digest", "paired_interval", "run_images"]
 Z95 = 1.959963984540054
 
 
-def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1) -> np.ndarray:
-    """Run a module on images, one share of them per core; a module itself runs on one thread.
+def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1, threads: int = 1) -> np.ndarray:
+    """Run a module on images: as many at a time as there are processors for the threads of each.
+
+    TVM gives every calling thread a pool of its own, so that one call per processor would not share but multiply
+    a module's threads.
 
     Args:
         open_machine: Makes a virtual machine of the module; called once per worker.
         images: float32 (N, C, H, W); N a multiple of batch.
         batch: Batch the module was compiled for.
+        threads: Threads the module runs on.
 
     Returns:
         Logits, float32 (N, classes), in image order.
@@ -33,9 +37,10 @@ def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int =
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(images))
-    shares = np.array_split(np.arange(0, len(images), batch), max(1, workers))
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = max(1, min(processors // threads, len(images)))
+    shares = np.array_split(np.arange(0, len(images), batch), workers)
+    with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda starts: _run_share(open_machine, images, starts, batch), shares))
     logits = np.concatenate([part for part in parts if len(part)])
     if not np.isfinite(logits).all():

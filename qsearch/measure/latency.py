@@ -28,24 +28,28 @@ class TimingSettings:
     repeats: int = 21
 
 
-def measure_latency(machine: Any, image: np.ndarray, settings: TimingSettings = TimingSettings()) -> Latency:
+def measure_latency(machine: Any, image: np.ndarray, settings: TimingSettings = TimingSettings(), threads: int = 1) -> Latency:
     """Time one module.
 
     Args:
         machine: A Relax virtual machine.
         image: float32 (N, C, H, W).
         settings: How long to time.
+        threads: Threads the module was compiled for.
     """
-    return measure_interleaved([machine], image, settings)[0]
+    return measure_interleaved([machine], image, settings, threads)[0]
 
 
-def measure_interleaved(machines: Sequence[Any], image: np.ndarray, settings: TimingSettings = TimingSettings()) -> list[Latency]:
+def measure_interleaved(
+    machines: Sequence[Any], image: np.ndarray, settings: TimingSettings = TimingSettings(), threads: int = 1
+) -> list[Latency]:
     """Time several modules in turns, one repeat of each per round, so that drift meets all of them alike.
 
     Args:
         machines: Relax virtual machines.
         image: float32 (N, C, H, W).
         settings: How long to time.
+        threads: Threads the modules were compiled for.
 
     Returns:
         A latency per machine.
@@ -59,7 +63,15 @@ def measure_interleaved(machines: Sequence[Any], image: np.ndarray, settings: Ti
     for _ in range(settings.repeats):
         for timer in timers:
             timer.repeat()
-    return [timer.result() for timer in timers]
+    used = _threads_used(threads)
+    return [timer.result(used) for timer in timers]
+
+
+def _threads_used(threads: int) -> int:
+    """As many of the threads that a module was compiled for as the pool of the calling thread has."""
+    import tvm
+
+    return 1 if threads == 1 else min(threads, int(tvm.get_global_func("runtime.NumThreads")()))
 
 
 class _Timer:
@@ -81,10 +93,10 @@ class _Timer:
         """Time one repeat."""
         self.samples.append(self._seconds(self.number))
 
-    def result(self) -> Latency:
+    def result(self, threads: int) -> Latency:
         """Median and half the interquartile range."""
         low, middle, high = np.percentile(np.array(self.samples) * 1e3, [25, 50, 75])
-        return Latency(float(middle), float((high - low) / 2), len(self.samples), self.number)
+        return Latency(float(middle), float((high - low) / 2), len(self.samples), self.number, threads)
 
     def _seconds(self, number: int) -> float:
         import tvm

@@ -76,12 +76,14 @@ class Measurement:
         memory: Bytes.
         accuracy: On the search images.
         seconds: Wall time of the steps: lower, build, latency, accuracy.
+        kernels_sha256: Digest of the kernels that the module calls; '' where it was not recorded.
     """
 
     latency: Latency
     memory: Memory
     accuracy: Accuracy
     seconds: dict[str, float] = field(default_factory=dict)
+    kernels_sha256: str = ""
 
     def to_json(self) -> dict:
         """Plain types, for user attributes and reports."""

@@ -89,6 +89,8 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
         "- layers: " + ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items())),
         f"- calibration: {calibration_text(config)}",
     ]
+    if measurement.kernels_sha256:
+        rows.append(f"- kernels: {measurement.kernels_sha256[:12]}")
     return "\n".join(rows)
 
 

@@ -92,6 +92,14 @@ class Evaluator(Protocol):
         """
         ...
 
+    def kernels_sha256(self, config: QuantConfig) -> str:
+        """Digest of the kernels that a configuration's module would be linked from now; another tile or generator changes it.
+
+        Raises:
+            TrialError: This configuration cannot be built.
+        """
+        ...
+
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
         ...

@@ -190,7 +190,11 @@ def load_heldout(study: optuna.Study) -> dict[int, Heldout]:
 def measurement_from_json(data: dict) -> Measurement:
     """The inverse of Measurement.to_json."""
     return Measurement(
-        Latency(**data["latency"]), Memory(**data["memory"]), _accuracy(data["accuracy"]), dict(data.get("seconds", {}))
+        Latency(**data["latency"]),
+        Memory(**data["memory"]),
+        _accuracy(data["accuracy"]),
+        dict(data.get("seconds", {})),
+        data.get("kernels_sha256", ""),
     )
 
 

@@ -6,11 +6,9 @@ what is paid per trial happens in `ModelEvaluator.evaluate`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,22 +20,23 @@ from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
 from qsearch.config import QuantConfig
-from qsearch.data import Dataset, Preprocessing, load_dataset
-from qsearch.errors import CalibrationError, DataError, TrialError, UnsupportedModelError
+from qsearch.data import Dataset, read_preprocessing
+from qsearch.errors import CalibrationError, TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import compare_accuracy, run_images
+from qsearch.measure.clock import Clock
 from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
 from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.graph import Graph, Model
 from qsearch.models.import_torch import import_model
-from qsearch.models.zoo import LoadedModel, load_model
+from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.cache_folder import CacheFolder
 from qsearch.search.evaluator import Progress, Settings
-from qsearch.search.requirements import check_classes, open_local_target, require_room
+from qsearch.search.requirements import check_classes, open_dataset, open_local_target, require_room
 
 __all__ = ["ModelEvaluator", "open_evaluator"]
 
@@ -76,32 +75,6 @@ def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     if model.graph.foreign:
         progress(foreign_notice(model.graph))
     return ModelEvaluator(settings, model, dataset, target, progress)
-
-
-def read_preprocessing(path: Path) -> Preprocessing:
-    """Read a preprocessing file.
-
-    Raises:
-        DataError: It is missing, is not JSON or holds an impossible value.
-    """
-    try:
-        return Preprocessing.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"cannot read preprocessing {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"preprocessing {path} is not JSON: {error}") from error
-
-
-def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preprocessing) -> Dataset:
-    """The images of `--data`, or the model's own.
-
-    Raises:
-        DataError: There are none, or they cannot be used.
-    """
-    if settings.data is None and settings.model != "demo":
-        raise DataError(f"model {settings.model!r} brings no images: pass a directory of labelled images with --data")
-    source = "demo" if settings.data is None else settings.data
-    return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
 
 
 def foreign_notice(graph: Graph) -> str:
@@ -175,6 +148,14 @@ class ModelEvaluator:
         """
         return self.build(lower(self.model, config, self.ranges(config), self.weights))
 
+    def kernels_sha256(self, config: QuantConfig) -> str:
+        """Digest of the kernels that a configuration's module would be linked from now, without compiling them.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        return self.linker.kernels_sha256(lower(self.model, config, self.ranges(config), self.weights))
+
     def tune(self, configs: Sequence[QuantConfig], seconds: float, progress: Callable[[int, int], None]) -> list[TunedKernel]:
         """Time register tiles of the kernels of some configurations, see `tune_programs`."""
         require_room(self.settings.cache_dir)
@@ -222,20 +203,19 @@ class ModelEvaluator:
         Raises:
             TrialError: This configuration cannot be built or measured; others may.
         """
-        clock = _Clock()
+        clock = Clock()
         program = lower(self.model, config, self.ranges(config), self.weights)
         clock.lap("lower")
         module = self.build(program)
         clock.lap("build")
         machine = module.open()
-        latency = measure_latency(machine, self.images("search")[:1], timing)
+        latency = measure_latency(machine, self.images("search")[:1], timing, self.target.threads)
         clock.lap("latency")
         memory = measure_memory(module)
         clock.lap("memory")
-        logits = run_images(module.open, self.images("search"))
-        accuracy = compare_accuracy(logits, self.float_logits("search"), self.dataset.labels("search"))
+        accuracy = self.accuracy(module, "search")
         clock.lap("accuracy")
-        return Measurement(latency, memory, accuracy, clock.seconds)
+        return Measurement(latency, memory, accuracy, clock.seconds, module.kernels_sha256)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, their timings interleaved with float's.
@@ -253,7 +233,7 @@ class ModelEvaluator:
         modules = {name: self.compile(config) for name, config in configs.items()}
         machines = [module.open() for module in (reference, *modules.values())]
         image = self.images(part)[:1]
-        float_latency, *latencies = measure_interleaved(machines, image)
+        float_latency, *latencies = measure_interleaved(machines, image, threads=self.target.threads)
         return {
             name: (latency, measure_memory(module), self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
             for (name, module), latency in zip(modules.items(), latencies, strict=True)
@@ -261,14 +241,17 @@ class ModelEvaluator:
 
     def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
         """Accuracy of a module on a part of the images."""
-        logits = run_images(module.open, self.images(part))
-        return compare_accuracy(logits, self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
+        return compare_accuracy(self.logits(module, part), self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
+
+    def logits(self, module: CompiledModule, part: str) -> np.ndarray:
+        """What a module computes of a part of the images, float32 (N, classes)."""
+        return run_images(module.open, self.images(part), threads=self.target.threads)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
         modules = [self.compile(config) for config in configs]
         machines = [self.compile(FLOAT).open(), *(module.open() for module in modules)]
-        latencies = measure_interleaved(machines, self.images("heldout")[:1])[1:]
+        latencies = measure_interleaved(machines, self.images("heldout")[:1], threads=self.target.threads)[1:]
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
 
     def images(self, part: str) -> np.ndarray:
@@ -278,7 +261,7 @@ class ModelEvaluator:
     def float_logits(self, part: str) -> np.ndarray:
         """Logits of the float module, float32 (N, classes), computed once."""
         if part not in self._float_logits:
-            self._float_logits[part] = run_images(self.compile(FLOAT).open, self.images(part))
+            self._float_logits[part] = self.logits(self.compile(FLOAT), part)
         return self._float_logits[part]
 
     def _statistics(self) -> StatisticsRecord:
@@ -297,20 +280,6 @@ class ModelEvaluator:
         record = observe(self.model, images, OBSERVE_BATCH)
         save_record(record, path)
         return record
-
-
-class _Clock:
-    """Wall time of consecutive steps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under a name."""
-        now = time.monotonic()
-        self.seconds[name] = now - self._last
-        self._last = now
 
 
 def _said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:

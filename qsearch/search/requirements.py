@@ -1,4 +1,4 @@
-"""What must hold before a module is measured: a target this machine runs, labels the model knows, room on the disk."""
+"""What must hold before a module is measured: a target this machine runs, images with labels it knows, room on the disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from qsearch.build.target import Target, open_target, require_runnable
 from qsearch.build.threads import use_threads
-from qsearch.data import Dataset
+from qsearch.data import Dataset, Preprocessing, load_dataset
 from qsearch.errors import DataError, StudyError, UnsupportedModelError
 from qsearch.models.graph import Model
+from qsearch.models.zoo import LoadedModel
+from qsearch.search.evaluator import Settings
 
-__all__ = ["LEAST_FREE_BYTES", "check_classes", "open_local_target", "require_room"]
+__all__ = ["LEAST_FREE_BYTES", "check_classes", "open_dataset", "open_local_target", "require_room"]
 
 # Objects and libraries of all kernels of a large model that are missing from the cache, with a margin.
 LEAST_FREE_BYTES = 16_000_000
@@ -32,6 +34,18 @@ def open_local_target(name: str, threads: int) -> Target:
     require_runnable(target)
     use_threads(threads)
     return target
+
+
+def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preprocessing) -> Dataset:
+    """The images of `--data`, or the model's own.
+
+    Raises:
+        DataError: There are none, or they cannot be used.
+    """
+    if settings.data is None and settings.model != "demo":
+        raise DataError(f"model {settings.model!r} brings no images: pass a directory of labelled images with --data")
+    source = "demo" if settings.data is None else settings.data
+    return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
 
 
 def check_classes(model: Model, classes: tuple[str, ...] | None, dataset: Dataset) -> None:

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError, StudyMismatchError
-from qsearch.search.storage import checked_name, driver_lock, open_storage, shown_url, storage_errors, storage_url
+from qsearch.search.storage import checked_name, database_file, driver_lock, open_storage, shown_url, storage_errors, storage_url
 
 __all__ = [
     "OBJECTIVES",
@@ -26,6 +26,7 @@ __all__ = [
     "reap_trials",
     "recorded_parts",
     "requeue",
+    "study_has_begun",
     "study_to_search",
 ]
 
@@ -44,7 +45,7 @@ class Identity:
     """What must stay the same for two runs to belong to one study.
 
     Attributes:
-        parts: Name of a part (model, data, target, space, objective) -> fingerprint.
+        parts: Name of a part (model, data, target, space, objective, kernels) -> fingerprint.
         labels: Name of a part -> how the user wrote it, for messages.
     """
 
@@ -149,6 +150,31 @@ def load_study(name: str, storage: str | None = None) -> StudyHandle:
     return StudyHandle(study, url)
 
 
+def study_has_begun(name: str, storage: str | None = None) -> bool:
+    """Whether a search has recorded what the study measures, its kernels included.
+
+    Args:
+        name: The study's name.
+        storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
+
+    Raises:
+        StudyError: The storage cannot be read.
+    """
+    url = storage_url(checked_name(name), storage)
+    file = database_file(url)
+    if file is not None and not file.is_file():
+        return False
+    opened = open_storage(url, create=False)
+    with storage_errors(url):
+        try:
+            if name not in optuna.get_all_study_names(opened):
+                return False
+            return _IDENTITY in optuna.load_study(study_name=name, storage=opened).user_attrs
+        finally:
+            opened.remove_session()
+            opened.engine.dispose()
+
+
 def recorded_parts(study: optuna.Study) -> dict[str, str]:
     """Name of a part (model, data, target, ...) -> fingerprint, as the study keeps them."""
     return dict(study.user_attrs.get(_IDENTITY, {}).get("parts", {}))
@@ -219,8 +245,13 @@ def _check_identity(study: optuna.Study, identity: Identity) -> None:
     before = Identity(**kept)
     names = [*before.parts, *(part for part in identity.parts if part not in before.parts)]
     other = [part for part in names if before.parts.get(part) != identity.parts.get(part)]
+    if len(other) > 1:
+        # They follow from the model and the target.
+        other = [part for part in other if part != "kernels"]
     if other:
         clauses = "; ".join(f"{part} was {before.shown(part)}, is {identity.shown(part)}" for part in other)
+        if other == ["kernels"]:
+            clauses += " (`tune` has chosen other tiles since, or another version of qsearch generates other code)"
         raise StudyMismatchError(
             f"study {study.study_name!r} was made by another search: {clauses}. "
             "Measurements of the two cannot be compared: give another --study name, or go back to what it was"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, images, network, ranges_of
 from targets import AARCH64_CPUS, OTHER_CPUS, runnable
 
+from qsearch.build import cache
 from qsearch.build.cache import KernelCache, kernel_symbol
 from qsearch.build.foreign import run_foreign
 from qsearch.build.link import Linker
@@ -17,7 +18,7 @@ from qsearch.build.target import open_target
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
-from qsearch.kernels.cpu import describe_kernel
+from qsearch.kernels.cpu import candidate_tiles, describe_kernel
 from qsearch.measure.memory import measure_memory
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
@@ -85,6 +86,35 @@ def test_a_second_process_finds_the_kernels(linker, monkeypatch):
     again = Linker(KernelCache(linker.cache.directory, linker.target))
     program = lowered("residual")
     np.testing.assert_array_equal(run(again.build(program), images(1)), expected(program, images(1)))
+
+
+@pytest.mark.parametrize("name", ["residual", "foreign"])
+def test_the_digest_of_kernels_needs_no_build_and_calibration_does_not_change_it(linker, name):
+    if linker.target.name != "host":
+        pytest.skip("one target is enough")
+    program = lowered(name)
+    again = lower(MODELS[name], QuantConfig(granularity="layer_wise"), RANGES[name], WeightStore())
+    digest = Linker(KernelCache(linker.cache.directory, linker.target)).kernels_sha256(program)
+    assert linker.build(program).kernels_sha256 == linker.build(program, linked=False).kernels_sha256 == digest
+    assert linker.build(again).kernels_sha256 == digest
+    assert linker.kernels_sha256(lowered(name, default_precision="fp32")) != digest
+
+
+def test_another_tile_target_or_generator_changes_the_digest_of_kernels(tmp_path, monkeypatch):
+    program, target = lowered("residual"), open_target("host")
+    linker = Linker(KernelCache(tmp_path, target))
+    digest = linker.kernels_sha256(program)
+    key = next(op.key for op in program.ops if op.name == "expand.0")
+    predicted, other = candidate_tiles(key, target.isa, 1, 2)
+    linker.remember_tile(key, predicted)
+    # Tuning that confirms what the formula predicts changes no code.
+    assert linker.kernels_sha256(program) == digest
+    linker.remember_tile(key, other)
+    assert linker.kernels_sha256(program) != digest
+    for target in (open_target("portable"), open_target("host", 2)):
+        assert Linker(KernelCache(tmp_path, target)).kernels_sha256(program) != digest
+    monkeypatch.setattr(cache, "_generator_digest", lambda: "edited")
+    assert Linker(KernelCache(tmp_path / "other", open_target("host"))).kernels_sha256(program) != digest
 
 
 def test_the_exported_library_computes_the_same(linker, tmp_path):

@@ -90,6 +90,19 @@ def test_another_space_model_or_study_name(searched: tuple[Path, dict]) -> None:
     assert invoke(folder, "search", "--space", "precision_preserving", "--budget", "2", "--study", "other").exit_code == 0
 
 
+def test_other_kernels_end_a_study_and_tuning_leaves_a_begun_one_alone(searched: tuple[Path, dict]) -> None:
+    folder, document = searched
+    other = invoke(folder, "search", "--budget", "13", KERNELS="l" * 64)
+    assert other.exit_code == 1
+    words = " ".join(other.stderr.split())
+    assert "kernels was" in words and "`tune` has chosen other tiles" in words and "--study" in words
+    # The stand-in for the model cannot be tuned: it is not tried.
+    again = invoke(folder, "search", "--budget", "12", "--tune", "5", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "study demo has begun" in again.stderr
+    assert json.loads(again.stdout)["front"] == document["front"]
+
+
 USAGE = {
     "no such preset": (["--space", "nix"], "precision_preserving"),
     "budget": (["--budget", "0"], "--budget"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from image_folders import RGB, write_image
 from PIL import Image
 
-from qsearch.data import Preprocessing
+from qsearch.data import Preprocessing, read_preprocessing
 from qsearch.errors import DataError
 
 
@@ -63,3 +64,14 @@ def test_preprocessing_round_trip(resize: int | None, crop: tuple[int, int], fil
 def test_impossible_preprocessing_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Preprocessing.from_json({**RGB.to_json(), **change})
+
+
+def test_a_preprocessing_file(tmp_path: Path) -> None:
+    value, path = Preprocessing(32, (28, 28), (0.5,), (0.25,), 1), tmp_path / "preprocessing.json"
+    path.write_text(json.dumps(value.to_json()))
+    assert read_preprocessing(path) == value
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"preprocessing\.json is not JSON"):
+        read_preprocessing(path)
+    with pytest.raises(DataError, match="cannot read preprocessing"):
+        read_preprocessing(tmp_path / "nowhere.json")

@@ -195,6 +195,21 @@ def test_pictures_that_cannot_be_classified(bundles: list[Path], tmp_path: Path)
         fails(tmp_path, 2, (name, words), "run", str(bundles[0]), name)
 
 
+@pytest.mark.parametrize(("processors", "threads"), [(1, "1"), (8, "4")])
+def test_a_bundle_runs_on_its_threads(
+    bundles: list[Path], monkeypatch: pytest.MonkeyPatch, processors: int, threads: str
+) -> None:
+    from qsearch.export import runner
+
+    for name in ("TVM_USE_RUNTIME_LIB", "TVM_BIND_THREADS", "TVM_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(runner, "processor_count", lambda: processors)
+    manifest = runner.read_manifest(bundles[0])
+    runner.open_module(bundles[0], manifest | {"target": manifest["target"] | {"threads": 4}})
+    assert (os.environ["TVM_NUM_THREADS"], os.environ["TVM_BIND_THREADS"]) == (threads, "0")
+
+
 def test_contradictions_and_occupied_directories(small: Path, bundles: list[Path]) -> None:
     export = ("export", "--study", "small", "--out")
     fails(small, 2, ("--trial and --pick",), *export, "x", "--trial", "0", "--pick", "knee")

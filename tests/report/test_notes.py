@@ -84,6 +84,7 @@ def test_note_text() -> None:
     assert "1 fp32, 7 int8" in text
     assert "percentile 99.95, channel_wise" in text
     assert "times** as fast as float" in text
+    assert text.endswith("- kernels: kkkkkkkkkkkk")
 
 
 def test_calibration_text() -> None:

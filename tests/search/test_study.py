@@ -14,7 +14,7 @@ import pytest
 
 from qsearch.errors import QSearchError, StudyError, StudyMismatchError, UsageError
 from qsearch.search.storage import checked_name, database_file, storage_errors, storage_url
-from qsearch.search.study import OBJECTIVES, Identity, load_study, study_to_search
+from qsearch.search.study import OBJECTIVES, Identity, load_study, study_has_begun, study_to_search
 
 IDENTITY = Identity(
     {"model": "a" * 64, "data": "b" * 64, "target": "llvm", "space": "c" * 64}, {"model": "demo", "space": "default"}
@@ -46,6 +46,32 @@ def test_another_identity_is_refused_by_name(tmp_path: Path, part: str) -> None:
     assert f"{part} was {IDENTITY.shown(part)}, is {other.shown(part)}" in str(caught.value)
     assert "--study" in str(caught.value)
     assert str(caught.value).count(" was ") == 2
+
+
+@pytest.mark.parametrize("before", ["k" * 64, None])
+def test_other_kernels_are_refused_with_a_reason(tmp_path: Path, before: str | None) -> None:
+    recorded = {"kernels": before} if before else {}
+    with study_to_search("demo", Identity({**IDENTITY.parts, **recorded}, IDENTITY.labels), url_in(tmp_path)):
+        pass
+    other = Identity({**IDENTITY.parts, "kernels": "l" * 64}, IDENTITY.labels)
+    with pytest.raises(StudyMismatchError, match=r"kernels was '(k{12}|nothing)', is 'l{12}' \(`tune` has chosen") as caught:
+        study_to_search("demo", other, url_in(tmp_path)).__enter__()
+    assert "--study" in str(caught.value)
+    # Another model has other kernels, of course.
+    other = Identity({**other.parts, "model": "f" * 64}, IDENTITY.labels)
+    with pytest.raises(StudyMismatchError, match="model was") as caught:
+        study_to_search("demo", other, url_in(tmp_path)).__enter__()
+    assert "kernels" not in str(caught.value)
+
+
+def test_a_study_begins_when_its_identity_is_kept(tmp_path: Path) -> None:
+    assert not study_has_begun("demo", url_in(tmp_path))
+    assert not (tmp_path / "study.db").exists()
+    with study_to_search("other", IDENTITY, url_in(tmp_path)):
+        assert study_has_begun("other", url_in(tmp_path))
+    assert not study_has_begun("demo", url_in(tmp_path))
+    optuna.create_study(study_name="demo", storage=url_in(tmp_path))
+    assert not study_has_begun("demo", url_in(tmp_path))
 
 
 def test_labels_do_not_count(tmp_path: Path) -> None:
