@@ -58,7 +58,8 @@ def _generator_digest() -> str:
     """Digest of the source that writes kernels: an edited generator never meets a stale kernel."""
     root = Path(__file__).parent.parent
     files = sorted((root / "kernels").rglob("*.py"))
-    files += [root / "qtype.py", root / "quantize" / "program.py", Path(__file__).parent / "foreign.py"]
+    files += [root / "qtype.py", root / "quantize" / "program.py"]
+    files += [Path(__file__).parent / name for name in ("cache.py", "foreign.py", "target.py")]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
