@@ -73,7 +73,8 @@ def assign_forms(graph: Graph, precision: dict[str, str]) -> Assignment:
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
             if not reads[node.name][i] and node.op not in MOVES:
-                reads[node.name][i] = _free_form(node, computes[node.name], wanted[_moved_from(graph, name)])
+                moved = _moved_from(graph, name)
+                reads[node.name][i] = _free_form(node, computes[node.name], computes[moved], wanted[moved])
                 _want(graph, wanted, name, reads[node.name][i])
     produced = {node.name: _produced(node, computes[node.name], wanted[node.name]) for node in graph.nodes}
     forms = {name: frozenset(found) for name, found in wanted.items()}
@@ -142,17 +143,27 @@ def _converts(node: Node, form: str) -> bool:
     return node.op in CONVERTING or (node.op == "activation" and form == INT16_FORM)
 
 
-def _free_form(node: Node, form: str, wanted: set[str]) -> str:
+def _free_form(node: Node, form: str, producing: str, wanted: set[str]) -> str:
     """Form of an input that may come in several.
 
-    A residual takes what exists, its layer's own form first, then the smallest; an int16 layer asks for no more.
+    A residual takes what exists, its layer's own form first, then the smallest. Where nothing exists yet, bytes are
+    asked of a layer that computes in bytes, and 16 bits by one that does in 16 bits: float32 would cost four times the
+    memory, and a float layer's value is not rounded for a residual alone.
+
+    Args:
+        node: Who reads.
+        form: What it computes in.
+        producing: What the value is computed in.
+        wanted: The forms that others want of it.
     """
     if node.op in FLOAT_INSIDE:
         return UINT8_FORM if UINT8_FORM in wanted else FLOAT
     for existing in (form, UINT8_FORM, INT16_FORM):
         if existing != FLOAT and existing in wanted:
             return existing
-    return INT16_FORM if form == INT16_FORM and not wanted else FLOAT
+    if not wanted and (form == INT16_FORM or form == producing == UINT8_FORM):
+        return form
+    return FLOAT
 
 
 def _reads(node: Node, form: str) -> tuple[str, ...]:

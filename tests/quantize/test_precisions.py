@@ -8,10 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, images, network, ranges_of
+from torch import nn
 
 from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig
 from qsearch.models.graph import Graph
+from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import interpret
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.assign import assign_forms
@@ -240,3 +242,28 @@ def test_a_product_too_long_for_int32_is_computed_in_float():
     given = assign_forms(model.graph, chosen).computes
     products = [node.name for node in long if node.op == "matmul"]
     assert {given[name] for name in products} == {"uint8"} and {changed[name] for name in products} == {"float32"}
+
+
+class Downsample(nn.Module):
+    """Two branches that only meet in a residual addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.main = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1, 2), nn.Conv2d(8, 16, 3, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return (self.side(x) + self.main(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("side", "main", "read"),
+    [("int8", "int8", "uint8"), ("fp32", "int8", "float32"), ("int8", "fp32", "float32"), ("int8", "int16", "int16")],
+)
+def test_what_only_a_residual_reads_is_held_in_its_own_bytes(side, main, read):
+    graph = import_model("downsample", Downsample().eval(), (1, 3, 9, 9)).graph
+    joined = next(node for node in graph.layers if node.residual)
+    chosen = {"stem": "int8", "side": side, "main": main}
+    if joined.name == "side":
+        chosen |= {"side": main, "main": side}
+    assert assign_forms(graph, chosen).reads[joined.name][1] == read
