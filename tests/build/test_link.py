@@ -113,6 +113,18 @@ def test_memory_counts_weights_activations_and_workspace(linker):
     assert whole.peak_bytes == whole.weight_bytes + whole.activation_bytes + whole.workspace_bytes
 
 
+def test_activations_take_no_more_than_what_is_alive_together(linker):
+    for name in ("residual", "excite"):
+        module = linker.build(lowered(name))
+        program = module.program
+        last = {value: step for step, op in enumerate(program.ops) for value in op.inputs}
+        inner = [(step, op.output) for step, op in enumerate(program.ops) if op.output != program.output]
+        steps = range(len(program.ops))
+        alive = [sum(-(-v.bytes // 64) * 64 for first, v in inner if first <= step <= last[v.name]) for step in steps]
+        assert module.arena_bytes == max(alive)
+        assert measure_memory(module).activation_bytes == max(alive) + program.input.bytes + program.output.bytes
+
+
 @pytest.mark.parametrize("target", map(open_target, AARCH64_CPUS), ids=AARCH64_CPUS)
 def test_a_network_compiles_for_another_architecture(target, tmp_path):
     """Its objects need that architecture's linker; that they compute the right thing is for the tests of kernels."""
