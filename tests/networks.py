@@ -37,6 +37,25 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Bottlenecks(nn.Module):
+    """Residuals of whole vectors of channels: added across an identity, across a strided branch, and to a layer's own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2, 1)
+        self.inner = nn.ModuleList(nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1)) for _ in range(2))
+        self.side, self.main, self.own = nn.Conv2d(32, 64, 1, 2), nn.Conv2d(32, 64, 3, 2, 1), nn.Conv2d(64, 64, 1)
+        self.head = nn.Linear(64, 7)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for inner in self.inner:
+            x = torch.relu(x + inner(x))
+        x = torch.relu(self.main(x) + self.side(x))
+        x = torch.relu(x + self.own(x))
+        return self.head(x.mean((2, 3)))
+
+
 class Excite(nn.Module):
     """Squeeze and excite, hard-swish, SiLU, concatenation, average pooling, flatten of an image."""
 
@@ -96,6 +115,7 @@ class Shuffle(nn.Module):
 
 NETWORKS = {
     "residual": Residual,
+    "bottlenecks": Bottlenecks,
     "excite": Excite,
     "foreign": Foreign,
     "shuffle": Shuffle,

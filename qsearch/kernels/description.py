@@ -28,6 +28,8 @@ class Kernel:
         workspace_bytes: Scratch memory it allocates while running.
         pack_weight: Weight of an operation -> flat array in the order the kernel reads it; depends on the
             variant only, so that packed weights can be kept.
+        writes_over: Index of an input whose memory the output may take: every element of it is read before the same
+            element of the output is written, and never again. None for no input.
     """
 
     key: OpKey
@@ -36,3 +38,4 @@ class Kernel:
     pack: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]
     workspace_bytes: int = 0
     pack_weight: Callable[[np.ndarray], np.ndarray] | None = None
+    writes_over: int | None = None

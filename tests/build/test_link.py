@@ -48,7 +48,7 @@ def expected(program, image):
     return run_program(program, image, lambda op, inputs: run_foreign(op.key, op.constants, inputs))[program.output.name]
 
 
-@pytest.mark.parametrize("name", ["residual", "excite"])
+@pytest.mark.parametrize("name", ["residual", "bottlenecks", "excite"])
 @pytest.mark.parametrize("precision", ["int8", "int16", "w4a8"])
 def test_an_integer_network_is_exact_end_to_end(linker, name, precision):
     program = lowered(name, default_precision=precision)
@@ -140,6 +140,38 @@ def test_memory_counts_weights_activations_and_workspace(linker):
     quads = (7 * 4 + 6 * 4 + 2 * 5) * 64
     assert integer.workspace_bytes == (quads if linker.target.isa.dots_quads else 13 * 12 * 3 + 64)
     assert whole.peak_bytes == whole.weight_bytes + whole.activation_bytes + whole.workspace_bytes
+
+
+def test_activations_take_no_more_than_what_is_alive_together(linker):
+    for name in ("residual", "excite"):
+        module = linker.build(lowered(name))
+        program = module.program
+        last = {value: step for step, op in enumerate(program.ops) for value in op.inputs}
+        inner = [(step, op.output) for step, op in enumerate(program.ops) if op.output != program.output]
+        steps = range(len(program.ops))
+        alive = [sum(-(-v.bytes // 64) * 64 for first, v in inner if first <= step <= last[v.name]) for step in steps]
+        assert module.arena_bytes == max(alive)
+        assert measure_memory(module).activation_bytes == max(alive) + program.input.bytes + program.output.bytes
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_sums_take_the_place_of_their_residual(linker, precision):
+    """All but the last: its residual is its own input too, of which other pixels are still to be read."""
+    module = linker.build(lowered("bottlenecks", default_precision=precision))
+    program = module.program
+    last = {value: step for step, op in enumerate(program.ops) for value in op.inputs}
+    sums = [op for op in program.ops if op.key.residual]
+    assert len(sums) == 4
+    saved = {op.output.name for op in sums[:3]}
+    inner = [(step, op.output) for step, op in enumerate(program.ops) if op.output != program.output]
+    alive = [
+        sum(-(-v.bytes // 64) * 64 for first, v in inner if first + (v.name in saved) <= step <= last[v.name])
+        for step in range(len(program.ops))
+    ]
+    assert module.arena_bytes == max(alive)
+    image = images(1, 6)
+    reference = expected(program, image)
+    np.testing.assert_allclose(run(module, image), reference, rtol=0, atol=1e-5 * np.abs(reference).max() * (precision == "fp32"))
 
 
 @pytest.mark.parametrize("target", map(open_target, AARCH64_CPUS), ids=AARCH64_CPUS)

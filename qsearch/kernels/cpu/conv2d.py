@@ -47,10 +47,11 @@ def conv2d_kernel(plan: ConvPlan) -> Kernel:
     return Kernel(
         plan.key,
         (plan.isa.name, plan.key.precision, plan.tile, plan.block_tiles, plan.sharing),
-        lambda symbol: kernel(symbol, lambda: _generate(plan)),
+        lambda symbol: kernel(symbol, lambda: _generate(plan), overlapping=plan.writes_over_residual),
         lambda constants: pack_constants(plan, constants),
         plan.workspace_bytes,
         lambda weight: pack_weight(plan, weight),
+        1 if plan.writes_over_residual else None,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
@@ -17,13 +18,18 @@ from qsearch.kernels.cpu.conv_plan import ConvPlan
 
 __all__ = ["fetch_next_rows", "fetch_residual", "fetch_weights"]
 
-# A tile's own weights are asked for this many steps ahead.
+# Weights of a tile that stay in the first cache are not asked for; others this many steps ahead.
+STREAM_ABOVE_BYTES = 24 * 1024
 STEPS_AHEAD = 24
+# Inputs and residuals smaller than this are in the second cache already.
+FETCH_ABOVE_BYTES = 512 * 1024
 LINE_BYTES = 64
 # Lines of this many adjacent steps of contraction: an input line lasts as many, whatever the precision.
 STEPS_OF_LINE = 16
 # Fractions of the next chunk are counted in 1 / 2 ** FRACTION_BITS.
 FRACTION_BITS = 12
+# Longer contractions, over all the tiles of a column, would overflow them.
+MAX_COUNTED_STEPS = 1 << 16
 FIRST_CACHE, SECOND_CACHE = 3, 2
 
 
@@ -39,10 +45,12 @@ def fetch_weights(plan: ConvPlan, weight: tirx.Buffer, chunk: tuple[Expr | int, 
     """
     first, columns = chunk
     width = plan.isa.lanes * plan.group
-    if plan.streams_weights:
-        for column in range(columns):
-            _prefetch(weight, first + ((step + STEPS_AHEAD) * columns + column) * width, FIRST_CACHE)
-    if plan.fetches_next_chunk:
+    if plan.nibbles or plan.tile.columns * plan.column_weights * plan.itemsize <= STREAM_ABOVE_BYTES:
+        return
+    for column in range(columns):
+        _prefetch(weight, first + ((step + STEPS_AHEAD) * columns + column) * width, FIRST_CACHE)
+    # One line a step at most.
+    if plan.block_grid >= plan.tile.columns and plan.step_count <= MAX_COUNTED_STEPS:
         fraction = (columns << FRACTION_BITS) // plan.block_grid
         line = tirx.shift_right((tile * plan.step_count + step) * fraction, tirx.const(FRACTION_BITS, "int32"))
         _prefetch(weight, first + (plan.step_count * columns + line) * width, SECOND_CACHE)
@@ -51,28 +59,35 @@ def fetch_weights(plan: ConvPlan, weight: tirx.Buffer, chunk: tuple[Expr | int, 
 def fetch_next_rows(plan: ConvPlan, image: tirx.Buffer, origin: Expr, step: Expr | int) -> None:
     """Within one contraction step, fetch one line of the input pixels that come after this tile's.
 
+    Only where the input's rows are read once, in order, from beyond the second cache.
+
     Args:
-        plan: The kernel, flat: its pixels are `plan.strides[0]` elements apart.
+        plan: The kernel; its pixels are `plan.strides[0]` elements apart.
         image: The input.
         origin: Index of the first element of the next tile.
         step: Number of the contraction step.
     """
+    if not plan.flat or int(np.prod(plan.key.shapes[0])) * plan.itemsize <= FETCH_ABOVE_BYTES:
+        return
     pixel = tirx.min(tirx.floormod(step, STEPS_OF_LINE), plan.tile.pixels - 1)
     line = tirx.floordiv(step, STEPS_OF_LINE) * (LINE_BYTES // plan.itemsize)
     _prefetch(image, origin + pixel * plan.strides[0] + line, FIRST_CACHE)
 
 
-def fetch_residual(residual: tirx.Buffer, places: Sequence[Expr], elements: int, itemsize: int) -> None:
+def fetch_residual(plan: ConvPlan, residual: tirx.Buffer, places: Sequence[Expr], columns: int) -> None:
     """Fetch the residual of a tile before its contraction begins.
 
     Args:
+        plan: The kernel.
         residual: The other summand.
         places: Index of the first element of every pixel.
-        elements: Elements of a pixel.
-        itemsize: Bytes of an element.
+        columns: Vectors of output channels.
     """
+    itemsize = np.dtype(residual.dtype).itemsize
+    if int(np.prod(plan.key.shapes[1])) * itemsize <= FETCH_ABOVE_BYTES:
+        return
     for place in places:
-        for offset in range(0, elements, LINE_BYTES // itemsize):
+        for offset in range(0, columns * plan.isa.lanes, LINE_BYTES // itemsize):
             _prefetch(residual, place + offset, FIRST_CACHE)
 
 

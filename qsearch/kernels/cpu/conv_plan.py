@@ -20,12 +20,6 @@ LAYER_PRECISIONS = ("fp32", "int8", "int16", "w4a8")
 BLOCK_ABOVE_BYTES = 512 * 1024
 BLOCK_BYTES = 256 * 1024
 SECOND_CACHE_BYTES = 1280 * 1024
-# Weights of a tile that stay in the first cache are not fetched ahead.
-STREAM_ABOVE_BYTES = 24 * 1024
-# Inputs and residuals larger than this are fetched ahead.
-FETCH_ABOVE_BYTES = 512 * 1024
-# Steps of all the tiles of a column that can be counted in fractions without overflow.
-MAX_COUNTED_STEPS = 1 << 16
 # A layer of fewer multiplications is not worth waking another thread for.
 SHARED_ABOVE = 1_000_000
 # Threads share rows of pixels if each gets at least so many tiles of them, else channels.
@@ -276,21 +270,8 @@ class ConvPlan:
         return self.isa.narrows_four and self.key.dtypes[-1] == "uint8" and self.out_channels >= self.isa.lanes
 
     @property
-    def fetches_rows(self) -> bool:
-        """True if the input's rows are read once, in order, from beyond the second cache."""
-        return self.flat and int(np.prod(self.key.shapes[0])) * self.itemsize > FETCH_ABOVE_BYTES
-
-    @property
-    def fetches_residual(self) -> bool:
-        """True if there is a residual, and it comes from beyond the second cache."""
-        return self.key.residual and int(np.prod(self.key.shapes[1])) * np.dtype(self.key.dtypes[1]).itemsize > FETCH_ABOVE_BYTES
-
-    @property
-    def streams_weights(self) -> bool:
-        """True if a tile's weights stream from beyond the first cache and are worth fetching ahead."""
-        return not self.nibbles and self.tile.columns * self.column_weights * self.itemsize > STREAM_ABOVE_BYTES
-
-    @property
-    def fetches_next_chunk(self) -> bool:
-        """True if a chunk's tiles are enough to fetch the next chunk's weights, one line a step at most."""
-        return self.streams_weights and self.block_grid >= self.tile.columns and self.step_count <= MAX_COUNTED_STEPS
+    def writes_over_residual(self) -> bool:
+        """True if the output may take the residual's memory: same elements, and none computed twice."""
+        key, lanes = self.key, self.isa.lanes
+        whole = self.out_channels % lanes == 0 or self.out_channels < lanes
+        return key.residual and key.dtypes[1] == key.dtypes[-1] and whole and self.all_columns % self.parts == 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
@@ -90,9 +89,9 @@ class TileWriter:
         origin = self.source.origin + y * row_stride + x * col_stride + self.group * plan.in_channels
         offsets = [i * row_stride + j * col_stride for i, j in pixels]
         base = self.output_base + (y * width + x) * out_channels + self.group * plan.out_channels
-        if plan.fetches_residual:
+        if self.buffers.residual is not None:
             firsts = [base + (i * width + j) * out_channels + self.chunk[0] * lanes for i, j in pixels]
-            fetch_residual(self.buffers.residual, firsts, self.columns * lanes, np.dtype(plan.key.dtypes[1]).itemsize)
+            fetch_residual(plan, self.buffers.residual, firsts, self.columns)
         self._contract(accumulators, origin, offsets, number)
         places = [
             (p * self.columns + c, c, base + (i * width + j) * out_channels + self._channel(c))
@@ -153,8 +152,7 @@ class TileWriter:
             at = origin + row * (plan.key.conv.dilation[0] * plan.row) + segment * plan.segments[2] + i * plan.group
             self._step(accumulators, at, offsets, source.first + done * step_weights)
             fetch_weights(plan, source.weight, (source.first, self.columns), done, number)
-            if plan.fetches_rows:
-                fetch_next_rows(plan, source.image, origin + len(offsets) * plan.strides[0], i)
+            fetch_next_rows(plan, source.image, origin + len(offsets) * plan.strides[0], i)
 
         _nest(plan.steps, step)
 

@@ -36,11 +36,17 @@ SHARED_ELEMENTS = 32768
 MOST_UNROLLED = 8
 
 
-def kernel(symbol: str, body: Callable[[], None]) -> tirx.PrimFunc:
-    """Write a PrimFunc: `body` declares its arguments with `T.arg` and emits its statements."""
+def kernel(symbol: str, body: Callable[[], None], overlapping: bool = False) -> tirx.PrimFunc:
+    """Write a PrimFunc.
+
+    Args:
+        symbol: Its name.
+        body: Declares its arguments with `T.arg` and emits its statements.
+        overlapping: Arguments may share memory.
+    """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(symbol)
-        T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
+        T.func_attr({"global_symbol": symbol, "tirx.noalias": not overlapping})
         body()
     return builder.get()
 
