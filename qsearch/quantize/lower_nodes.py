@@ -124,9 +124,8 @@ def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) ->
     prepare = _bounded_weight if context.precision[name] == "int16" else _prepared_weight
     prepared = prepare(context, name, affine, bias)
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
-    values = prepared.values.reshape(len(bias), -1)
-    corrected = np.rint(bias / scale) - affine.zero_point * values.sum(1, dtype=np.int64)
-    reach = np.abs(values).sum(1, dtype=np.int64) * affine.limits.qmax + np.abs(corrected)
+    corrected = np.rint(bias / scale) - affine.zero_point * prepared.sums
+    reach = prepared.magnitudes * affine.limits.qmax + np.abs(corrected)
     if reach.max() > MAX_ACCUMULATOR:
         raise QuantizeError(
             f"layer {name!r} can overflow its int32 accumulator (reach {int(reach.max())}): keep it in fp32 with --skip or `skip`"

@@ -7,6 +7,7 @@ the accumulator's bits about equally. See `qsearch.quantize.program` for the for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,6 +48,16 @@ class QuantizedWeight:
 
     values: np.ndarray
     scale: np.ndarray
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """Sum of every output channel's integers, int64 (O,)."""
+        return self.values.reshape(len(self.values), -1).sum(1, dtype=np.int64)
+
+    @cached_property
+    def magnitudes(self) -> np.ndarray:
+        """Sum of their magnitudes, int64 (O,)."""
+        return np.abs(self.values).reshape(len(self.values), -1).sum(1, dtype=np.int64)
 
 
 def weight_scales(weight: np.ndarray, limits: IntRange, granularity: Granularity, rule: WeightScale) -> np.ndarray:
@@ -122,8 +133,7 @@ class AccumulatorBound:
 
     def reach(self, prepared: QuantizedWeight) -> np.ndarray:
         """Largest magnitude that a sum can have, float64 (O,), exact where it fits an int32."""
-        total = np.abs(prepared.values).reshape(len(prepared.values), -1).sum(1, dtype=np.int64)
-        reach = total.astype(np.float64) * self.largest
+        reach = prepared.magnitudes.astype(np.float64) * self.largest
         if self.bias is not None:
             reach += np.abs(np.rint(self.bias / (prepared.scale.astype(np.float64) * np.float64(self.input_scale))))
         return reach
