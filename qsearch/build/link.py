@@ -7,23 +7,23 @@ Building it takes tens of milliseconds, because no kernel is compiled here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qsearch.build.arena import Arena, Lifetime, plan_arena
 from qsearch.build.cache import CompiledKernel, KernelCache, kernel_symbol
 from qsearch.build.foreign import legalize
+from qsearch.build.relax_module import Call, Constant, ModuleWriter, make_constant, place_values
 from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
 from qsearch.kernels.cpu import Tile, describe_kernel
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Op, OpKey, Program
 
-__all__ = ["CompiledModule", "Linker"]
+__all__ = ["CompiledModule", "Linker", "PlannedCall", "ProgramPlan"]
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,29 @@ class CompiledModule:
 
 
 @dataclass(frozen=True)
-class _Constant:
-    """A Relax constant and its size."""
+class PlannedCall:
+    """A call of a kernel: the operation it belongs to, the kernel's symbol, the bytes of the constants it reads."""
 
-    expression: Any
-    bytes: int
+    op: Op
+    symbol: str
+    constant_bytes: int
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One kernel call: arguments are names of values or constants, with the shapes the kernel declares."""
+class ProgramPlan:
+    """What is known of a program's module without building it.
 
-    kernel: Kernel
-    symbol: str
-    arguments: tuple[str | _Constant, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    output: str
-    shape: tuple[int, ...]
-    dtype: str
+    Attributes:
+        calls: In order.
+        weight_bytes: As in CompiledModule.
+        arena_bytes: As in CompiledModule.
+        workspace_bytes: As in CompiledModule.
+    """
 
-    @property
-    def bytes(self) -> int:
-        """Size of the output."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+    calls: tuple[PlannedCall, ...]
+    weight_bytes: int
+    arena_bytes: int
+    workspace_bytes: int
 
 
 class Linker:
@@ -102,7 +102,7 @@ class Linker:
         self.tiles = TileChoices(cache.directory, cache.target)
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
         # The source array is kept beside the packed one, so that its id stays its own.
-        self._packed: dict[tuple[tuple, int], tuple[np.ndarray, _Constant]] = {}
+        self._packed: dict[tuple[tuple, int], tuple[np.ndarray, Constant]] = {}
 
     def build(self, program: Program, linked: bool = True) -> CompiledModule:
         """Compile a program.
@@ -118,7 +118,7 @@ class Linker:
 
         calls = [call for op in program.ops for call in self._calls(op)]
         compiled = self.cache.get((call.symbol, call.kernel) for call in calls)
-        writer = _ModuleWriter(program, calls)
+        writer = ModuleWriter(program, calls)
         module = writer.write()
         if linked:
             libraries = {id(kernel.library): kernel.library for kernel in compiled.values()}
@@ -130,6 +130,15 @@ class Linker:
         workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
         kernels, arena = tuple(compiled.values()), writer.arena.bytes
         return CompiledModule(program, executable, arena, kernels, writer.constant_bytes, workspace)
+
+    def plan(self, program: Program) -> ProgramPlan:
+        """Kernels and memory of a program; nothing is compiled."""
+        calls = [(op, call) for op in program.ops for call in self._calls(op)]
+        constants = {id(one): one.bytes for _, call in calls for one in call.constants}
+        arena = place_values([call for _, call in calls], program.output.name).bytes
+        workspace = max((call.kernel.workspace_bytes for _, call in calls), default=0)
+        planned = tuple(PlannedCall(op, call.symbol, sum(one.bytes for one in call.constants)) for op, call in calls)
+        return ProgramPlan(planned, sum(constants.values()), arena, workspace)
 
     def kernels_sha256(self, program: Program) -> str:
         """What `CompiledModule.kernels_sha256` would be if the program were built now; nothing is compiled."""
@@ -149,140 +158,40 @@ class Linker:
             self._described[key] = kernel_symbol(kernel, self.target), kernel
         return self._described[key]
 
-    def _calls(self, op: Op) -> Iterator[_Call]:
+    def _calls(self, op: Op) -> Iterator[Call]:
         if op.key.kind == "foreign":
             yield from self._foreign_calls(op)
             return
         symbol, kernel = self._describe(op.key)
-        constants = [_constant(array) for array in kernel.pack(op.constants)]
+        constants = [make_constant(array) for array in kernel.pack(op.constants)]
         if kernel.pack_weight is not None:
             constants.insert(0, self._packed_weight(kernel, op.constants["weight"]))
         shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
-        yield _Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
+        yield Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
 
-    def _packed_weight(self, kernel: Kernel, weight: np.ndarray) -> _Constant:
+    def _packed_weight(self, kernel: Kernel, weight: np.ndarray) -> Constant:
         assert kernel.pack_weight is not None
         key = (kernel.variant, id(weight))
         if key not in self._packed:
-            self._packed[key] = weight, _constant(kernel.pack_weight(weight))
+            self._packed[key] = weight, make_constant(kernel.pack_weight(weight))
         return self._packed[key][1]
 
-    def _foreign_calls(self, op: Op) -> Iterator[_Call]:
+    def _foreign_calls(self, op: Op) -> Iterator[Call]:
         parameters = tuple((name, array.shape, array.dtype.name) for name, array in sorted(op.constants.items()))
         steps = legalize(op.key, parameters)
         names: dict[str, Any] = {f"input{i}": name for i, name in enumerate(op.inputs)}
         shapes = {f"input{i}": shape for i, shape in enumerate(op.key.shapes[:-1])}
         for name, array in (op.constants | steps.constants).items():
-            names[name] = _constant(array)
+            names[name] = make_constant(array)
         for step in steps.calls:
             names[step.output] = op.output.name if step.output == steps.output else f"{op.output.name}.{step.output}"
             shapes[step.output] = step.shape
             kernel = Kernel(op.key, ("foreign", step.text), step.generate, lambda constants: ())
             arguments = tuple(names[name] for name in step.inputs)
             given = tuple(shapes.get(name, ()) for name in step.inputs)
-            yield _Call(kernel, kernel_symbol(kernel, self.target), arguments, given, names[step.output], step.shape, step.dtype)
+            yield Call(kernel, kernel_symbol(kernel, self.target), arguments, given, names[step.output], step.shape, step.dtype)
 
 
 def _symbols_digest(symbols: Iterable[str]) -> str:
     """Symbols are digests of what determines a kernel's code, its tile and its generator's source included."""
     return hashlib.sha256(" ".join(sorted(symbols)).encode()).hexdigest()
-
-
-def _constant(array: np.ndarray) -> _Constant:
-    """A Relax constant that holds a copy of an array."""
-    import tvm
-    from tvm import relax
-
-    return _Constant(relax.const(tvm.runtime.tensor(np.asarray(array, order="C"))), array.nbytes)
-
-
-def _plan(calls: Sequence[_Call], output: str) -> Arena:
-    """Places of all values but the input and the output, which outlive the call.
-
-    What a kernel can write over one of its inputs takes that input's place, if nothing reads the input any more.
-    """
-    first = {call.output: step for step, call in enumerate(calls) if call.output != output}
-    last = dict(first)
-    for step, call in enumerate(calls):
-        last |= {name: step for name in call.arguments if isinstance(name, str) and name in first}
-    place = {name: name for name in first}
-    for step, call in enumerate(calls):
-        over = None if call.kernel.writes_over is None else call.arguments[call.kernel.writes_over]
-        if call.output in place and over in place and last[over] == step and call.arguments.count(over) == 1:
-            place[call.output] = place[over]
-            last[place[over]] = last[call.output]
-    sizes = {call.output: call.bytes for call in calls}
-    arena = plan_arena(Lifetime(name, sizes[name], first[name], last[name]) for name in first if place[name] == name)
-    return Arena(arena.bytes, {name: arena.offsets[root] for name, root in place.items()})
-
-
-class _ModuleWriter:
-    """Writes the Relax function that calls the kernels."""
-
-    def __init__(self, program: Program, calls: Sequence[_Call]) -> None:
-        from tvm import relax
-
-        self.program, self.calls, self.builder = program, calls, relax.BlockBuilder()
-        self.arena = _plan(calls, program.output.name)
-        self.dtypes = {call.output: call.dtype for call in calls}
-        # (what it is part of, shape, dtype) -> tensor; a value that follows another in its place takes over its tensor.
-        self.tensors: dict[tuple[int | str, tuple[int, ...], str], Any] = {}
-        self.constants: dict[int, _Constant] = {}
-        self.storage: Any = None
-
-    @property
-    def constant_bytes(self) -> int:
-        """Bytes of the distinct constants that the calls read."""
-        return sum(constant.bytes for constant in self.constants.values())
-
-    def write(self) -> Any:
-        """A module with one function, main: float32 (N, C, H, W) -> float32 (N, classes)."""
-        from tvm import relax
-
-        given, output = self.program.input, self.program.output
-        image = relax.Var("image", relax.TensorType(given.shape, given.dtype))
-        self.tensors[given.name, given.shape, given.dtype] = image
-        self.dtypes[given.name] = given.dtype
-        with self.builder.function("main", [image], pure=False):
-            if self.arena.bytes:
-                size = relax.ShapeExpr((self.arena.bytes,))
-                self.storage = self.builder.emit(relax.op.memory.alloc_storage(size, 0, "global", "uint8"))
-            for call in self.calls:
-                self._emit(call)
-            self.builder.emit_func_output(self._tensor(output.name, output.shape))
-        return self.builder.get()
-
-    def _emit(self, call: _Call) -> None:
-        from tvm import relax
-
-        arguments = []
-        for i, argument in enumerate(call.arguments):
-            if isinstance(argument, str):
-                arguments.append(self._tensor(argument, call.shapes[i]))
-            else:
-                self.constants[id(argument)] = argument
-                arguments.append(argument.expression)
-        if call.output == self.program.output.name:
-            made = relax.op.builtin.alloc_tensor(relax.ShapeExpr(call.shape), call.dtype, 0)
-            self.tensors[call.output, call.shape, call.dtype] = self.builder.emit(made)
-        arguments.append(self._tensor(call.output, call.shape))
-        self.builder.emit(relax.Call(relax.ExternFunc(call.symbol), arguments, ty_args=[relax.TupleType([])]))
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A value seen with the shape a kernel declares."""
-        from tvm import relax
-
-        offset, dtype = self.arena.offsets.get(name), self.dtypes[name]
-        key = (name if offset is None else offset, shape, dtype)
-        if key not in self.tensors:
-            extents = relax.ShapeExpr(shape)
-            if offset is None:
-                whole = next(tensor for (part, _, _), tensor in self.tensors.items() if part == name)
-                made = relax.op.memory.view(whole, extents)
-            else:
-                made = relax.op.memory.alloc_tensor(self.storage, offset, extents, dtype)
-                if offset:
-                    # Kernels expect their buffers to start where the pointer points.
-                    made = relax.op.memory.ensure_zero_offset(self.builder.emit(made))
-            self.tensors[key] = self.builder.emit(made)
-        return self.tensors[key]

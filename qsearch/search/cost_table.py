@@ -1,0 +1,161 @@
+"""The cost table: what every layer costs at every precision, and every pair of neighbours at every two.
+
+A configuration's kernels are known without building it, and each distinct kernel is timed once; their sum is the
+configuration's predicted latency, boundaries and all. For the planner that sum is split into terms of single
+layers and of pairs (`cost_fit`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qsearch.build.link import Linker, PlannedCall
+from qsearch.measure.kernel_times import KernelTimes, time_kernels
+from qsearch.models.graph import Graph
+from qsearch.quantize.program import OpKey, Program
+from qsearch.search.cost_fit import covering, fit_costs, layers_around
+from qsearch.search.pairwise import PairwiseSum
+
+__all__ = ["Cost", "CostRequest", "CostTable", "measure_costs"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Predicted cost of a configuration.
+
+    Attributes:
+        latency_ms: Sum of its kernels' times.
+        peak_bytes: As `Memory.peak_bytes`, exact.
+    """
+
+    latency_ms: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class CostRequest:
+    """What a cost table is made of.
+
+    Attributes:
+        graph: The layer graph.
+        layers: Layer -> its precisions, in the order of the variables.
+        lower: Assignment, int (variables,) -> program.
+        linker: Builds programs.
+        image: What the modules are run on, float32 (N, C, H, W).
+        seed: Of the sampled configurations.
+    """
+
+    graph: Graph
+    layers: Mapping[str, tuple[str, ...]]
+    lower: Callable[[np.ndarray], Program]
+    linker: Linker
+    image: np.ndarray
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of configurations.
+
+    Attributes:
+        latency: Milliseconds as a pairwise sum over layers.
+        weight_bytes: Bytes of constants as a pairwise sum over layers.
+        linker: Names kernels and plans memory.
+        clock: Times of kernels.
+    """
+
+    latency: PairwiseSum
+    weight_bytes: PairwiseSum
+    linker: Linker
+    clock: KernelClock
+
+    def cost(self, program: Program) -> Cost:
+        """Cost of a lowered configuration, from its own kernels."""
+        plan = self.linker.plan(program)
+        latency_ms = 1e3 * sum(self.clock.seconds(call) for call in plan.calls)
+        held = plan.arena_bytes + program.input.bytes + program.output.bytes
+        return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
+
+
+@dataclass
+class KernelClock:
+    """Seconds of kernels; of those that no measured network had, the mean of their kin.
+
+    Attributes:
+        times: What was measured.
+        missing: Symbols whose time was taken from kin.
+    """
+
+    times: KernelTimes
+    missing: set[str] = field(default_factory=set)
+    _kin: dict[tuple, list[float]] = field(default_factory=dict)
+
+    def learn(self, call: PlannedCall) -> None:
+        """Take note of a measured kernel."""
+        seconds = self.times.get(call.symbol)
+        if seconds is not None:
+            for kin in _kinships(call.op.key):
+                self._kin.setdefault(kin, []).append(seconds)
+
+    def seconds(self, call: PlannedCall) -> float:
+        """Seconds of one call; 0 where nothing like it was measured."""
+        found = self.times.get(call.symbol)
+        if found is not None:
+            return found
+        self.missing.add(call.symbol)
+        return next((float(np.mean(self._kin[kin])) for kin in _kinships(call.op.key) if kin in self._kin), 0.0)
+
+
+def _kinships(key: OpKey) -> list[tuple]:
+    """What kernels may share, the closest kinship first."""
+    shape = (key.kind, key.shapes[0], key.shapes[-1], key.conv, key.pool)
+    return [(*shape, key.precision, key.dtypes), (*shape, key.precision, key.residual), (*shape, key.precision), shape]
+
+
+def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
+    """Make the cost table; kernels that are in the cache with their times are not timed again.
+
+    Args:
+        request: What it is made of.
+        progress: Called whenever a slow step begins.
+    """
+    rng = np.random.default_rng(request.seed)
+    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
+    programs = [request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng)]
+    unknown = [one for one in programs if any(clock.times.get(call.symbol) is None for call in linker.plan(one).calls)]
+    if unknown:
+        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
+        clock.times.put(time_kernels([linker.build(one) for one in unknown], request.image))
+    for program in programs:
+        for call in linker.plan(program).calls:
+            clock.learn(call)
+    nodes = {node.name for node in request.graph.nodes}
+
+    def node_costs(row: np.ndarray) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for call in linker.plan(request.lower(row)).calls:
+            # Conversions are called after the node whose value they convert.
+            name = call.op.name if call.op.name in nodes else call.op.name.rpartition(".")[0]
+            found[name] = found.get(name, np.zeros(2)) + (1e3 * clock.seconds(call), call.constant_bytes)
+        return found
+
+    progress("splitting their costs into those of layers and neighbours")
+    latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
+    return CostTable(latency, weight_bytes, linker, clock)
+
+
+def _sizes(request: CostRequest) -> list[int]:
+    return [len(precisions) for precisions in request.layers.values()]
+
+
+def _neighbours(request: CostRequest) -> list[tuple[int, int]]:
+    """Pairs of layers that some node's kernels depend on together."""
+    index = {name: i for i, name in enumerate(request.layers)}
+    pairs: set[tuple[int, int]] = set()
+    for around in layers_around(request.graph).values():
+        pairs |= {(min(a, b), max(a, b)) for a, b in itertools.combinations((index[name] for name in around), 2)}
+    return sorted(pairs)
