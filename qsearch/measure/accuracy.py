@@ -13,7 +13,7 @@ import numpy as np
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
 
-__all__ = ["compare_accuracy", "output_digest", "paired_interval", "run_images"]
+__all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_interval", "run_images"]
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
@@ -76,7 +76,24 @@ def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.nd
         top1_loss_ci_pp=paired_interval(int((float_right & ~right).sum()), int((~float_right & right).sum()), count),
         images=count,
         output_sha256=output_digest(logits),
+        divergence=mean_divergence(float_logits, logits),
     )
+
+
+def mean_divergence(float_logits: np.ndarray, logits: np.ndarray) -> float:
+    """Mean over images of KL(float || module) between class probabilities, nats.
+
+    Args:
+        float_logits: float32 (N, classes).
+        logits: float32 (N, classes).
+    """
+    expected, given = _log_softmax(float_logits), _log_softmax(logits)
+    return max(float((np.exp(expected) * (expected - given)).sum(1).mean()), 0.0)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def output_digest(logits: np.ndarray) -> str:

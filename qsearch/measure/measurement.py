@@ -57,6 +57,8 @@ class Accuracy:
         top1_loss_ci_pp: 95 % interval of the loss, paired image by image.
         images: Number of images.
         output_sha256: Digest of every output byte, in image order.
+        divergence: Mean Kullback-Leibler divergence of this module's class probabilities from float's, nats; None in
+            records of older versions.
     """
 
     top1: float
@@ -65,6 +67,7 @@ class Accuracy:
     top1_loss_ci_pp: tuple[float, float]
     images: int
     output_sha256: str
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

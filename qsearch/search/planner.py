@@ -1,0 +1,246 @@
+"""The planner: proposes the configuration from which it expects the most hypervolume.
+
+Candidates are the exact minima of many weightings of latency, bytes and divergence over the corrected tables
+(Lagrangian relaxation: the supported part of the predicted front) and small changes of measured front members (the
+rest of it). Of these the one with the largest expected gain in hypervolume over the measured front is proposed, the
+noise of a measured loss taken into account (Emmerich, Giannakoglou and Naujoks 2006, "Single- and multiobjective
+evolutionary optimization assisted by Gaussian random field metamodels").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace, LogRange
+from qsearch.search.cost_table import Cost
+from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
+from qsearch.search.pairwise import PairwiseSum, minimize
+from qsearch.search.study import finished
+from qsearch.search.surrogate import Observation, correct_divergence, correct_latency, fit_loss_curve
+
+__all__ = ["PlannerSampler", "Tables"]
+
+# Weightings per proposal, and how far they reach around equal shares: factors of ten.
+WEIGHTINGS, REACH = 128, 2.0
+# Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
+SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
+# Points of the percentile's range that are told apart.
+TAILS = 3
+# Gauss-Hermite nodes for the noise of a measured loss.
+NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured before the first trial. Variables are the space's layers, values their precisions.
+
+    Attributes:
+        latency: Milliseconds.
+        weight_bytes: Bytes.
+        divergence: A configuration's calibration, granularity and weight scale -> nats.
+        cost: Configuration -> its cost, exactly.
+        baseline: The float module.
+    """
+
+    latency: PairwiseSum
+    weight_bytes: PairwiseSum
+    divergence: Callable[[QuantConfig], PairwiseSum]
+    cost: Callable[[QuantConfig], Cost]
+    baseline: Measurement
+
+
+class PlannerSampler(optuna.samplers.BaseSampler):
+    """An Optuna sampler that plans over measured tables.
+
+    Args:
+        space: The search space.
+        tables: Of the same model and target.
+        seed: Of the weightings and changes.
+    """
+
+    def __init__(self, space: BoundSpace, tables: Tables, seed: int) -> None:
+        self.space, self.tables = space, tables
+        self.rng = np.random.default_rng(seed)
+        self.fallback = optuna.samplers.RandomSampler(seed=seed)
+        self.settings = _settings(space)
+        self.divergences = [tables.divergence(self._config_of(setting)) for setting in self.settings]
+        self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
+        self.costs: dict[str, Cost] = {}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All parameters at once."""
+        return self.space.distributions()
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Values for all parameters."""
+        seen = [one for one in finished(study) if "measurement" in one.user_attrs]
+        known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
+        observations = [found for one in seen if (found := self._observe(one)) is not None]
+        front = np.array([one.values for one in seen], np.float64).reshape(-1, 3) / self.scale
+        values = self.propose(observations, front, known)
+        return {name: value for name, value in values.items() if name in search_space}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A parameter that the plan does not cover."""
+        return self.fallback.sample_independent(study, trial, param_name, param_distribution)
+
+    def propose(self, observations: Sequence[Observation], measured: np.ndarray, known: set[str]) -> dict[str, Any]:
+        """The candidate with the most expected hypervolume.
+
+        Args:
+            observations: Measured trials.
+            measured: Their objectives over the float module's, float64 (N, 3).
+            known: Content hashes of configurations that need not be proposed again.
+        """
+        latency = correct_latency(self.tables.latency, observations)
+        divergences = correct_divergence(self.divergences, observations)
+        curve = fit_loss_curve(observations)
+        front = np.clip(measured, 0.0, None)
+        front = front[(front < 1.0).all(1)]
+        candidates = self._candidates(latency, divergences, observations, front)
+        rows = np.stack([row for row, _ in candidates])
+        nats = np.array([divergences[setting](row[None])[0] for row, setting in candidates])
+        held = self.scale[1] - self.tables.weight_bytes(np.zeros((1, rows.shape[1]), np.int64))[0]
+        rough = np.stack([latency(rows), self.tables.weight_bytes(rows) + held, curve(nats)], 1)
+        gains = _expected_gains(rough / self.scale, curve.sd_pp / LOSS_BOUND_PP, front)
+        correction = latency(rows) - self.tables.latency(rows)
+        best: tuple[float, dict[str, Any]] | None = None
+        tried = 0
+        for k in np.argsort(-gains):
+            values = self._values(rows[k], int(candidates[k][1]))
+            config = self.space.config(values)
+            if (digest := config.content_hash()) in known:
+                continue
+            cost = self._cost(digest, config)
+            exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
+            gain = float(_expected_gains(exact, curve.sd_pp / LOSS_BOUND_PP, front)[0])
+            if best is None or gain > best[0]:
+                best = gain, values
+            tried += 1
+            if tried == SHORTLIST:
+                break
+        # Nothing new among the candidates: the driver steps aside from a duplicate by itself.
+        return best[1] if best is not None else self._values(rows[0], int(candidates[0][1]))
+
+    def _candidates(
+        self,
+        latency: PairwiseSum,
+        divergences: Sequence[PairwiseSum],
+        observations: Sequence[Observation],
+        front: np.ndarray,
+    ) -> list[tuple[np.ndarray, int]]:
+        """Assignments, each with the setting of the least predicted divergence among those looked at."""
+        sizes = np.array(latency.sizes)
+        middle = np.stack([self.rng.integers(sizes) for _ in range(8)])
+        order = np.argsort([table(middle).mean() for table in divergences])
+        some = {int(order[0]), *(int(s) for s in self.rng.permutation(order)[: SETTINGS - 1])}
+        worst = max(float(divergences[int(order[0])](np.array([sizes - 1]))[0]), 1e-12)
+        weights = 10.0 ** self.rng.uniform(-REACH, REACH, (WEIGHTINGS, 2)) / self.scale[:2]
+        weights = np.concatenate([weights, np.full((WEIGHTINGS, 1), 1.0 / worst)], 1)
+        rows = [row for s in some for row in minimize([latency, self.tables.weight_bytes, divergences[s]], weights)]
+        rows += self._changes(observations, sizes)
+        unique = np.unique(np.stack(rows), axis=0)
+        nats = np.stack([table(unique) for table in divergences])
+        return [(row, int(s)) for row, s in zip(unique, nats.argmin(0), strict=True)]
+
+    def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
+        """Measured front members with one or two layers changed."""
+        if not observations:
+            return []
+        points = np.array([(one.latency_ms, self._weight(one), one.loss_pp) for one in observations])
+        members = [observations[i].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
+        free = np.flatnonzero(sizes > 1)
+        changed = []
+        for _ in range(CHANGES if len(free) else 0):
+            row = members[self.rng.integers(len(members))].copy()
+            for i in self.rng.choice(free, min(len(free), self.rng.integers(1, 3)), replace=False):
+                row[i] = (row[i] + self.rng.integers(1, sizes[i])) % sizes[i]
+            changed.append(row)
+        return changed
+
+    def _weight(self, one: Observation) -> float:
+        return float(self.tables.weight_bytes(one.assignment[None])[0])
+
+    def _observe(self, trial: FrozenTrial) -> Observation | None:
+        """A trial as an observation; None if the tables do not cover it."""
+        config = QuantConfig.model_validate(trial.user_attrs["config"])
+        measured = measurement_from_json(trial.user_attrs["measurement"])
+        values = dict(trial.params)
+        row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
+        setting = min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], values))
+        low, high = measured.accuracy.top1_loss_ci_pp
+        sd = (high - low) / 4
+        return Observation(
+            row, setting, measured.latency.median_ms, measured.accuracy.divergence, measured.accuracy.top1_loss_pp, sd
+        )
+
+    def _cost(self, digest: str, config: QuantConfig) -> Cost:
+        if digest not in self.costs:
+            self.costs[digest] = self.tables.cost(config)
+        return self.costs[digest]
+
+    def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
+        layers = {one.name: one.values[value] for one, value in zip(self.space.layers, row, strict=True)}
+        return {**self.settings[setting], **layers}
+
+    def _config_of(self, setting: Mapping[str, Any]) -> QuantConfig:
+        """A configuration with this setting; its precisions do not matter, but for not being all fp32."""
+        layers = {one.name: one.values[-1] for one in self.space.layers}
+        return self.space.config({**setting, **layers})
+
+
+def _settings(space: BoundSpace) -> list[dict[str, Any]]:
+    """Every combination of the parameters that are no layer's, the percentile's range at a few points."""
+    found: list[dict[str, Any]] = [{}]
+    for one in space.settings:
+        values: Sequence[Any] = one.values
+        if isinstance(one, LogRange):
+            values = [float(value) for value in np.geomspace(one.low, one.high, TAILS)]
+        found = [{**setting, one.name: value} for setting in found for value in values]
+    kept: dict[str, dict[str, Any]] = {}
+    for setting in found:
+        layers = {one.name: one.values[-1] for one in space.layers}
+        kept.setdefault(space.config({**setting, **layers}).content_hash(), setting)
+    return list(kept.values())
+
+
+def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
+    """How far a trial's parameters are from a setting; only the percentile is a matter of degree."""
+    total = 0.0
+    for name, value in setting.items():
+        given = values.get(name, value)
+        total += abs(np.log10(value / given)) if name == PERCENTILE_TAIL else 100.0 * (value != given)
+    return total
+
+
+def _expected_gains(points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
+    """Hypervolume that each point is expected to add to a front, reference (1, 1, 1).
+
+    Args:
+        points: Predicted objectives, float64 (N, 3); the third is uncertain.
+        loss_sd: Standard deviation of the third.
+        front: float64 (M, 3), within the reference.
+    """
+    reference = np.ones(3)
+    before = float(moocore.hypervolume(front, ref=reference)) if len(front) else 0.0
+    gains = np.zeros(len(points))
+    for n, point in enumerate(points):
+        for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
+            moved = np.array([point[0], point[1], max(point[2] + node * loss_sd, 0.0)])
+            if (moved < 1.0).all():
+                gains[n] += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=reference)) - before)
+    return gains
