@@ -167,7 +167,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         changed = []
         for _ in range(CHANGES if len(free) else 0):
             row = members[self.rng.integers(len(members))].copy()
-            for i in self.rng.choice(free, min(len(free), self.rng.integers(1, 3)), replace=False):
+            for i in self.rng.permutation(free)[: self.rng.integers(1, 3)]:
                 row[i] = (row[i] + self.rng.integers(1, sizes[i])) % sizes[i]
             changed.append(row)
         return changed
@@ -179,14 +179,15 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A trial as an observation; None if the tables do not cover it."""
         config = QuantConfig.model_validate(trial.user_attrs["config"])
         measured = measurement_from_json(trial.user_attrs["measurement"])
-        values = dict(trial.params)
+        scored = measured.accuracy
+        if scored.divergence is None:
+            return None
         row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
-        setting = min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], values))
-        low, high = measured.accuracy.top1_loss_ci_pp
-        sd = (high - low) / 4
-        return Observation(
-            row, setting, measured.latency.median_ms, measured.accuracy.divergence, measured.accuracy.top1_loss_pp, sd
-        )
+        setting = min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
+        low, high = scored.top1_loss_ci_pp
+        # The interval reaches two standard errors either way.
+        deviation = (high - low) / 4
+        return Observation(row, setting, measured.latency.median_ms, scored.divergence, scored.top1_loss_pp, deviation)
 
     def _cost(self, digest: str, config: QuantConfig) -> Cost:
         if digest not in self.costs:
