@@ -162,7 +162,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         if not observations:
             return []
         points = np.array([(one.latency_ms, self._weight(one), one.loss_pp) for one in observations])
-        members = [observations[i].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
+        members = [observations[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
         for _ in range(CHANGES if len(free) else 0):
