@@ -28,7 +28,7 @@ from qsearch.search.pairwise import PairwiseSum, minimize
 from qsearch.search.study import finished
 from qsearch.search.surrogate import Observation, correct_divergence, correct_latency, fit_loss_curve
 
-__all__ = ["PlannerSampler", "Tables"]
+__all__ = ["PlannerSampler", "Tables", "planner_settings"]
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
@@ -72,7 +72,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.space, self.tables = space, tables
         self.rng = np.random.default_rng(seed)
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
-        self.settings = _settings(space)
+        self.settings = planner_settings(space)
         self.divergences = [tables.divergence(self._config_of(setting)) for setting in self.settings]
         self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
         self.costs: dict[str, Cost] = {}
@@ -204,7 +204,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         return self.space.config({**setting, **layers})
 
 
-def _settings(space: BoundSpace) -> list[dict[str, Any]]:
+def planner_settings(space: BoundSpace) -> list[dict[str, Any]]:
     """Every combination of the parameters that are no layer's, the percentile's range at a few points."""
     found: list[dict[str, Any]] = [{}]
     for one in space.settings:

@@ -1,0 +1,105 @@
+"""Measure the planner's tables: what layers cost, and what each of them does to the outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from qsearch.build.link import Linker
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.models.graph import Model
+from qsearch.quantize.lower import lower
+from qsearch.quantize.program import Program
+from qsearch.quantize.weights import WeightStore
+from qsearch.search.bound_space import BoundSpace
+from qsearch.search.cost_table import Cost, CostRequest, CostTable, measure_costs
+from qsearch.search.evaluator import Progress
+from qsearch.search.pairwise import PairwiseSum
+from qsearch.search.planner import Tables, planner_settings
+from qsearch.search.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
+
+__all__ = ["TableSource", "measure_tables"]
+
+
+class TableSource(Protocol):
+    """What tables are measured on."""
+
+    model: Model
+    linker: Linker
+    weights: WeightStore
+    seconds: dict[str, float]
+
+    @property
+    def baseline(self) -> Measurement:
+        """The float module."""
+        ...
+
+    def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
+        """Activation ranges of a configuration's calibration."""
+        ...
+
+    def images(self, part: str) -> np.ndarray:
+        """Preprocessed images, float32 (N, C, H, W)."""
+        ...
+
+
+def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -> Tables:
+    """Measure both tables; how long it took is booked in `source.seconds`.
+
+    Args:
+        source: A model, its images and a target.
+        space: Bound to that model.
+        progress: Called whenever a slow step begins.
+    """
+    start = time.monotonic()
+    costs = _costs(source, space, progress)
+    source.seconds["cost_table"] = time.monotonic() - start
+    progress("measuring the sensitivity of layers")
+    start = time.monotonic()
+    sensitivity = _sensitivity(source, space)
+    source.seconds["sensitivity_table"] = time.monotonic() - start
+
+    def divergence(config: QuantConfig) -> PairwiseSum:
+        found = sensitivity.divergence(config.calibration, config.granularity, config.weight_scale)
+        return PairwiseSum(tuple(found[one.name] for one in space.layers), {})
+
+    def cost(config: QuantConfig) -> Cost:
+        return costs.cost(lower(source.model, config, source.ranges(config), source.weights))
+
+    return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline)
+
+
+def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
+    return {one.name: one.values for one in space.layers}
+
+
+def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTable:
+    setting = planner_settings(space)[0]
+
+    def lowered(row: np.ndarray) -> Program:
+        values = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
+        config = space.config({**setting, **values})
+        return lower(source.model, config, source.ranges(config), source.weights)
+
+    request = CostRequest(source.model.graph, _layers(space), lowered, source.linker, source.images("search")[:1])
+    return measure_costs(request, progress)
+
+
+def _sensitivity(source: TableSource, space: BoundSpace) -> Sensitivity:
+    lowest = {one.name: one.values[-1] for one in space.layers}
+    configs = [space.config({**setting, **lowest}) for setting in planner_settings(space)]
+    calibrations = {config.calibration.model_dump_json(): config.calibration for config in configs}
+    request = SensitivityRequest(
+        source.model,
+        source.images("calibration"),
+        lambda calibration: source.ranges(QuantConfig(calibration=calibration)),
+        source.weights,
+        _layers(space),
+        tuple(calibrations.values()),
+        tuple(dict.fromkeys((config.granularity, config.weight_scale) for config in configs)),
+    )
+    return measure_sensitivity(request)

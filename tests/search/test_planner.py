@@ -1,0 +1,153 @@
+"""The planner and its surrogate, on problems whose true costs are known."""
+
+import itertools
+
+import moocore
+import numpy as np
+import optuna
+import pytest
+from networks import network
+
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
+from qsearch.search.bound_space import bind_space
+from qsearch.search.cost_table import Cost
+from qsearch.search.pairwise import PairwiseSum
+from qsearch.search.planner import PlannerSampler, Tables, planner_settings
+from qsearch.search.samplers import make_sampler
+from qsearch.search.space import SearchSpace
+from qsearch.search.surrogate import LossCurve, Observation, correct_divergence, correct_latency, fit_loss_curve
+
+GRAPH = network("bottlenecks")[0].graph
+SPACE = bind_space(
+    SearchSpace.model_validate(
+        {"version": 1, "name": "two modes", "precisions": {"default": ["fp32", "int8"]}, "calibration": {"modes": ["max", "mse"]}}
+    ),
+    GRAPH,
+)
+LAYERS = len(SPACE.layers)
+IMAGES = 400
+
+
+class Problem:
+    """True costs, the tables' errors about them, and noise of measurement that is fixed per configuration."""
+
+    def __init__(self, seed):
+        rng = np.random.default_rng(seed)
+        fp32 = rng.lognormal(0, 0.6, LAYERS)
+        pairs = {(i, i + 1): rng.uniform(0, 0.1) * (1 - np.eye(2)) for i in range(LAYERS - 1)}
+        self.latency = PairwiseSum(
+            tuple(np.array([a, a / b]) for a, b in zip(fp32, rng.uniform(1.2, 4, LAYERS), strict=True)), pairs
+        )
+        self.bytes = PairwiseSum(tuple(np.array([b, b / 4]) for b in rng.lognormal(10, 1, LAYERS).round()), {})
+        nats = rng.lognormal(0, 1.5, LAYERS)
+        nats *= 0.15 / nats.sum()
+        self.nats = PairwiseSum(tuple(np.array([0, n]) for n in nats), {})
+        self.table_latency = PairwiseSum(tuple(t * rng.lognormal(0, 0.1, 2) for t in self.latency.unary), pairs)
+        self.table_nats = PairwiseSum(tuple(t * rng.lognormal(0, 0.5) for t in self.nats.unary), {})
+        self.baseline = self.measure(SPACE.config({one.name: "fp32" for one in SPACE.layers} | {"calibration": "max"}))
+
+    def row(self, config):
+        return np.array([[one.values.index(config.precision[one.name]) for one in SPACE.layers]])
+
+    def factor(self, config):
+        return {"max": 2.0, "mse": 1.0}[config.calibration.mode]
+
+    def measure(self, config):
+        row, noise = self.row(config), np.random.default_rng(int(config.content_hash()[:8], 16))
+        nats = float(self.nats(row)[0]) * self.factor(config)
+        loss = round((25 * nats + noise.normal(0, 0.2 * (nats > 0))) * IMAGES / 100) * 100 / IMAGES
+        latency = float(self.latency(row)[0]) * (1 + noise.normal(0, 0.005))
+        accuracy = Accuracy(80 - loss, 95.0, loss, (loss - 0.5, loss + 0.5), IMAGES, "", nats)
+        return Measurement(Latency(latency, 0.0, 21, 1), Memory(int(self.bytes(row)[0]), 1000, 0), accuracy)
+
+    def tables(self):
+        def scaled(config):
+            return PairwiseSum(tuple(self.factor(config) * one for one in self.table_nats.unary), {})
+
+        def cost(config):
+            row = self.row(config)
+            return Cost(float(self.table_latency(row)[0]), int(self.bytes(row)[0]) + 1000)
+
+        return Tables(self.table_latency, self.bytes, scaled, cost, self.baseline)
+
+    def hypervolume(self, values):
+        scale = (self.baseline.latency.median_ms, self.baseline.memory.peak_bytes, 10.0)
+        points = np.clip(np.array(values) / scale, 0, None)
+        points = points[(points < 1).all(1)]
+        return float(moocore.hypervolume(points, ref=np.ones(3))) if len(points) else 0.0
+
+    def search(self, sampler, budget):
+        study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
+        values, seen = [], set()
+        for _ in range(budget):
+            trial = study.ask(SPACE.distributions())
+            config = SPACE.config(trial.params)
+            measured = self.measure(config)
+            trial.set_user_attr("config_hash", config.content_hash())
+            trial.set_user_attr("config", config.to_json())
+            trial.set_user_attr("measurement", measured.to_json())
+            seen.add(config.content_hash())
+            values.append((measured.latency.median_ms, float(measured.memory.peak_bytes), measured.accuracy.top1_loss_pp))
+            study.tell(trial, values[-1])
+        return self.hypervolume(values), len(seen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_planner_finds_nearly_the_whole_front_where_random_finds_part(seed):
+    problem = Problem(seed)
+    every = []
+    for row in itertools.product(range(2), repeat=LAYERS):
+        layers = {one.name: one.values[v] for one, v in zip(SPACE.layers, row, strict=True)}
+        for mode in ("max", "mse"):
+            measured = problem.measure(SPACE.config({**layers, "calibration": mode}))
+            every.append((measured.latency.median_ms, float(measured.memory.peak_bytes), measured.accuracy.top1_loss_pp))
+    reference = problem.hypervolume(every)
+    planned, distinct = problem.search(PlannerSampler(SPACE, problem.tables(), seed), 25)
+    drawn, _ = problem.search(make_sampler("random", seed, 0), 25)
+    assert distinct == 25
+    assert planned >= 0.95 * reference
+    assert planned > drawn
+
+
+def test_settings_are_every_combination_the_percentile_at_a_few_points():
+    space = bind_space(
+        SearchSpace.model_validate({"version": 1, "name": "all", "precisions": {"default": ["fp32", "int8"]}}), GRAPH
+    )
+    modes = [setting["calibration"] for setting in planner_settings(space)]
+    granularities = len(next(one.values for one in space.settings if one.name == "granularity"))
+    assert modes.count("percentile") == 3 * granularities
+    assert all(modes.count(mode) == granularities for mode in set(modes) - {"percentile"})
+
+
+def observations(problem, count, seed):
+    rng = np.random.default_rng(seed)
+    found = []
+    for row in rng.integers(0, 2, (count, LAYERS)):
+        nats = float(problem.nats(row[None])[0])
+        found.append(Observation(row, 0, float(problem.latency(row[None])[0]), nats, 25 * nats, 0.2))
+    return found
+
+
+def test_measured_trials_correct_the_tables():
+    problem = Problem(4)
+    seen, unseen = observations(problem, 60, 0), observations(problem, 200, 1)
+    rows = np.stack([one.assignment for one in unseen])
+    for truth, table, corrected in (
+        (problem.latency, problem.table_latency, correct_latency(problem.table_latency, seen)),
+        (problem.nats, problem.table_nats, correct_divergence([problem.table_nats], seen)[0]),
+    ):
+        before, after = (np.abs(one(rows) - truth(rows)).mean() for one in (table, corrected))
+        assert after < 0.4 * before
+
+
+def test_nothing_is_corrected_without_trials():
+    problem = Problem(0)
+    assert correct_latency(problem.table_latency, []) is problem.table_latency
+    assert correct_divergence([problem.table_nats], []) == [problem.table_nats]
+    assert fit_loss_curve([]) == LossCurve()
+
+
+def test_the_loss_curve_follows_the_trials():
+    curve = fit_loss_curve(observations(Problem(1), 80, 2))
+    assert curve.exponent == 1.0
+    np.testing.assert_allclose(curve(np.array([0.1, 0.0])), [2.5, 0.0], rtol=0.02)
