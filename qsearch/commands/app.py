@@ -17,6 +17,7 @@ from qsearch.commands.export import export
 from qsearch.commands.front import front
 from qsearch.commands.run import run
 from qsearch.commands.search import search
+from qsearch.commands.tables import tables
 from qsearch.commands.terminal import INTERRUPTED, say
 from qsearch.commands.tune import tune
 from qsearch.commands.verify import verify
@@ -25,7 +26,7 @@ from qsearch.errors import QSearchError
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, tune, export, verify, run, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, tables, tune, export, verify, run, dashboard)
 
 
 # What an environment may do to any command, and what helps.

@@ -28,7 +28,7 @@ from qsearch.search.pairwise import PairwiseSum, minimize
 from qsearch.search.study import finished
 from qsearch.search.surrogate import Observation, correct_divergence, correct_latency, fit_loss_curve
 
-__all__ = ["PlannerSampler", "Tables", "planner_settings"]
+__all__ = ["PlannerSampler", "Tables", "layer_rows", "planner_settings"]
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
@@ -202,6 +202,32 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A configuration with this setting; its precisions do not matter, but for not being all fp32."""
         layers = {one.name: one.values[-1] for one in self.space.layers}
         return self.space.config({**setting, **layers})
+
+
+def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
+    """The tables layer by layer, the largest divergence first, in the setting that makes the least of it.
+
+    Returns:
+        For every layer and each of its precisions but the first: layer, precision, divergence in nats, and latency_ms
+        and weight_bytes as they differ from the first precision, neighbours staying as they are.
+    """
+    lowest = {one.name: one.values[-1] for one in space.layers}
+    worst = np.array([[len(one.values) - 1 for one in space.layers]])
+    found = [tables.divergence(space.config({**setting, **lowest})) for setting in planner_settings(space)]
+    divergence = min(found, key=lambda one: float(one(worst)[0]))
+    rows = [
+        {
+            "layer": layer.name,
+            "precision": precision,
+            "divergence": float(divergence.unary[i][value]),
+            "latency_ms": float(tables.latency.unary[i][value] - tables.latency.unary[i][0]),
+            "weight_bytes": float(tables.weight_bytes.unary[i][value] - tables.weight_bytes.unary[i][0]),
+        }
+        for i, layer in enumerate(space.layers)
+        for value, precision in enumerate(layer.values)
+        if value
+    ]
+    return sorted(rows, key=lambda row: -float(str(row["divergence"])))
 
 
 def planner_settings(space: BoundSpace) -> list[dict[str, Any]]:

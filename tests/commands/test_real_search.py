@@ -89,7 +89,7 @@ def test_damaged_caches_are_rebuilt(small: Path) -> None:
 
 def test_interrupt_timeout_and_a_larger_budget(small: Path) -> None:
     options = (*SMALL[:-1], "other", "--budget")
-    process = start(small, *options, "500")
+    process = start(small, *options, "50000")
     pictures = small / "studies" / "other.artifacts"
     while process.poll() is None and len(list(pictures.glob("*"))) < 2:
         time.sleep(0.01)
@@ -102,9 +102,9 @@ def test_interrupt_timeout_and_a_larger_budget(small: Path) -> None:
     assert "Traceback" not in words
     done = completed(small, "other")
     assert f"intact with {len(done)} completed trials" in words
-    late = within(small, *options, "500", "--timeout", "0", "--json")
+    late = within(small, *options, "50000", "--timeout", "0", "--json")
     assert late.returncode == 0, late.stderr
-    assert f"time is up after {len(done)} of 500" in late.stderr
+    assert f"time is up after {len(done)} of 50000" in late.stderr
     assert json.loads(late.stdout)["trials"]["complete"] == len(done)
     more = within(small, *options, str(len(done) + 2), "--json")
     assert json.loads(more.stdout)["trials"]["complete"] == len(done) + 2

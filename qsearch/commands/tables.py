@@ -1,0 +1,59 @@
+"""`tables`: what every layer of a model costs and what quantizing it does to the outputs, most sensitive first."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
+from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+
+__all__ = ["tables"]
+
+
+def tables(
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Data = None,
+    target: Target = "llvm",
+    threads: Threads = 1,
+    space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
+    seed: Seed = 0,
+    preprocessing: Preprocessing = None,
+    convert_channels: ConvertChannels = False,
+    json: Json = False,
+) -> None:
+    """Measure the planner's tables: each layer's cost and sensitivity at each precision, most sensitive first."""
+    from qsearch.search.evaluator import Settings
+    from qsearch.search.space import load_space
+
+    chosen = load_space(space)
+    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+
+    from qsearch.search.bound_space import bind_space
+    from qsearch.search.objective import open_evaluator
+    from qsearch.search.planner import layer_rows
+    from qsearch.search.tables import measure_tables
+
+    with stdout_reserved():
+        evaluator = open_evaluator(settings, say)
+        bound = bind_space(chosen, evaluator.graph)
+        measured = measure_tables(evaluator, bound, say)
+    rows = layer_rows(bound, measured)
+    if json:
+        print_json({"model": model, "layers": rows, "seconds": evaluator.seconds})
+        return
+    _print(model, rows)
+
+
+def _print(model: str, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"layers of {model}, most sensitive first, against their first precision", title_justify="left")
+    for name in ("layer", "precision", "divergence, nats", "latency, us", "weights, bytes"):
+        table.add_column(name, justify="left" if name in ("layer", "precision") else "right")
+    for row in rows:
+        numbers = (f"{row['divergence']:.2e}", f"{1e3 * row['latency_ms']:+.1f}", f"{row['weight_bytes']:+.0f}")
+        table.add_row(row["layer"], row["precision"], *numbers)
+    print_table(table)
