@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
+from qsearch.search.early_stopping import StoppingRule
 
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
 
@@ -37,10 +39,14 @@ def make_graph(layers: int = 8) -> Graph:
 
 
 class AnalyticEvaluator:
-    """An Evaluator over `make_graph` whose measurements depend on the configuration alone."""
+    """An Evaluator over `make_graph` whose measurements depend on the configuration alone.
 
-    def __init__(self, layers: int = 8, identity: dict[str, str] | None = None) -> None:
+    With `blocks` it obeys a stopping rule: the interval of its loss shrinks from block to block.
+    """
+
+    def __init__(self, layers: int = 8, identity: dict[str, str] | None = None, blocks: bool = False) -> None:
         """Draw the layers' costs."""
+        self.blocks = blocks
         self.graph = make_graph(layers)
         self.seconds = {"float_pass": 0.25}
         self.identity = identity or {"model": "m" * 64, "data": "d" * 64, "target": "llvm"}
@@ -51,18 +57,34 @@ class AnalyticEvaluator:
         self.measured: list[str] = []
         self.baseline = self._measure(QuantConfig(default_precision="fp32"))
 
-    def evaluate(self, config: QuantConfig) -> Measurement:
+    def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Measure, and remember that it was."""
         self.measured.append(config.content_hash())
-        return self._measure(config)
+        measurement = self._measure(config)
+        if self.blocks and rule is not None:
+            rule.check(measurement.latency, measurement.memory)
+            loss, images = measurement.accuracy.top1_loss_pp, measurement.accuracy.images
+            for seen in (50, 100, 250, 500):
+                half = 0.5 * np.sqrt(images / seen - 1)
+                rule.check(measurement.latency, measurement.memory, seen, (loss - half, loss + half))
+        return measurement
+
+    def refer_to(self, baseline: Measurement) -> None:
+        """Count against another run's float module, which is the same."""
+        self.baseline = baseline
 
     def kernels_sha256(self, config: QuantConfig) -> str:
         """One kernel for all, which the environment may change."""
         return os.environ.get("KERNELS", "k" * 64)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
-        """Measure again, a little worse."""
+        """Measure again, a little worse; with AGAIN=worse the largest turns out to be slow and inaccurate too."""
         again = [self._measure(config, worse=0.25) for config in configs]
+        if os.environ.get("AGAIN") == "worse":
+            largest = max(range(len(again)), key=lambda index: again[index].memory.peak_bytes)
+            slow = max(one.latency.median_ms for one in again) + 1.0
+            lossy = replace(again[largest].accuracy, top1_loss_pp=99.0)
+            again[largest] = replace(again[largest], latency=Latency(slow, 0.01, 5, 10), accuracy=lossy)
         return [(one.latency, one.accuracy) for one in again]
 
     def _measure(self, config: QuantConfig, worse: float = 0.0) -> Measurement:
@@ -73,21 +95,26 @@ class AnalyticEvaluator:
         loss = float((self._loss * lowered).sum() * factor) + worse * bool(lowered.any())
         accuracy = Accuracy(90 - loss, 99.0, loss, (loss - 0.5, loss + 0.5), 1000, "0" * 64)
         memory = Memory(int(4000 * len(lowered) - 3000 * lowered.sum()), 1000, 0)
+        if "FLOAT_IS_BEST" in os.environ and lowered.any():
+            latency_ms, memory = 20.0 + lowered.sum(), Memory(100_000, 0, 0)
         seconds = {"lower": 0.01, "build": 0.02}
         return Measurement(Latency(latency_ms, 0.01, 5, 10), memory, accuracy, seconds, self.kernels_sha256(config))
 
 
 class TroublesomeEvaluator(AnalyticEvaluator):
-    """Does what environment variables say: TROUBLE=kill|interrupt|fail|defect|slow at the measurement TROUBLE_AT."""
+    """Does what environment variables say: TROUBLE=kill|interrupt|fail|defect|slow|noise at the measurement TROUBLE_AT."""
 
-    def evaluate(self, config: QuantConfig) -> Measurement:
+    def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Measure, or make trouble."""
         trouble, at = os.environ.get("TROUBLE", ""), int(os.environ.get("TROUBLE_AT", "1"))
         if trouble == "slow":
             time.sleep(0.5)
         if len(self.measured) + 1 == at:
             self._make_trouble(trouble)
-        return super().evaluate(config)
+        measurement = super().evaluate(config, rule)
+        if trouble == "noise" and len(self.measured) >= at:
+            return replace(measurement, latency=replace(measurement.latency, noisy=True))
+        return measurement
 
     def _make_trouble(self, trouble: str) -> None:
         if trouble == "kill":
@@ -105,7 +132,8 @@ class TroublesomeEvaluator(AnalyticEvaluator):
 def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
     """Stand in for qsearch.search.objective.open_evaluator."""
     print("a library that prints to stdout")
-    return TroublesomeEvaluator(identity={"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"})
+    identity = {"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"}
+    return TroublesomeEvaluator(identity=identity, blocks="BLOCKS" in os.environ)
 
 
 def stand_in() -> types.ModuleType:

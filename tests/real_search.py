@@ -23,8 +23,8 @@ from qsearch.commands.app import app
 CLI = Path(__file__).parents[1] / "cli.py"
 BUDGET = 6
 # A network of three layers and two dozen images of noise: what the demo would show, in seconds.
-SMALL = ("search", "--model", "broken_networks:Net", "--data", "data", "--study", "small")
-SEARCH = ("search", "--study", "real", "--budget", str(BUDGET), "--json")
+SMALL = ("search", "--model", "broken_networks:Net", "--data", "data", "--no-early-stopping", "--study", "small")
+SEARCH = ("search", "--study", "real", "--budget", str(BUDGET), "--no-early-stopping", "--json")
 # What a process killed at another moment would have left.
 STRAYS = (
     "studies/cache/kernels/.batch-dead/kernel.o",

@@ -30,8 +30,8 @@ def export(
     from qsearch.errors import UsageError
     from qsearch.export.bundle import require_vacant
     from qsearch.report.documents import baseline_of, settings_of
+    from qsearch.search.front import kept_points, study_front, study_point
     from qsearch.search.front import pick as pick_point
-    from qsearch.search.front import study_front, study_point
     from qsearch.search.study import load_study, recorded_parts
 
     chosen = {"--trial": trial is not None, "--pick": pick is not None, "--all": all_points}
@@ -45,8 +45,11 @@ def export(
         if trial is not None:
             points = [study_point(handle.study, trial)]
         else:
-            points = list(front) if all_points and front else [pick_point(front, pick or "knee", max_loss_pp)]
+            kept = list(kept_points(front))
+            points = kept if all_points and kept else [pick_point(front, pick or "knee", max_loss_pp, baseline)]
         settings, parts = settings_of(handle), recorded_parts(handle.study)
+    if points[0].number is None:
+        say("nothing that was tried beats float in any objective: float itself is exported")
     directories = [out / f"trial-{point.trial}" if all_points else out for point in points]
     for directory in directories:
         # Said before the model is loaded, and before the first of many bundles is written.
@@ -64,6 +67,7 @@ def export(
         for point, directory in zip(points, directories, strict=True):
             rows.append(export_point(evaluator, point, baseline, directory))
             again = ", measured again" if rows[-1]["remeasured"] else ""
-            say(f"trial {point.trial} -> {directory} ({rows[-1]['module_bytes']:,} bytes{again})")
+            what = "float" if point.number is None else f"trial {point.number}"
+            say(f"{what} -> {directory} ({rows[-1]['module_bytes']:,} bytes{again})")
     if json:
         print_json({"study": study, "bundles": rows})

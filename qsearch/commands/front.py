@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsearch.commands.options import Json, Storage, Study
-from qsearch.commands.terminal import print_json, print_table, say
+from qsearch.commands.terminal import NOTHING_BEATS_FLOAT, print_json, print_table, say
 
 __all__ = ["front"]
 
@@ -11,8 +11,7 @@ __all__ = ["front"]
 def front(study: Study, storage: Storage = None, json: Json = False) -> None:
     """Show the Pareto front of a study against float."""
     from qsearch.report.documents import baseline_of, study_document
-    from qsearch.report.tables import front_table
-    from qsearch.search.front import study_front
+    from qsearch.report.tables import study_table
     from qsearch.search.study import load_study
 
     handle = load_study(study, storage)
@@ -21,10 +20,15 @@ def front(study: Study, storage: Storage = None, json: Json = False) -> None:
         print_json(document)
         return
     with handle.guard():
-        points, baseline = study_front(handle.study), baseline_of(handle)
-    if baseline is None or not points:
+        baseline = baseline_of(handle)
+    if baseline is None or not document["front"] + document["closest"]:
         say(f"study {study} has no completed trial yet; the search that made it continues with the same command")
         return
-    complete = document["trials"]["complete"]
-    print_table(front_table(points, baseline, f"front of study {study}: {len(points)} of {complete} trials"))
-    say(f"hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory and 10 pp of loss")
+    print_table(study_table(handle, baseline))
+    if document["beats_float"] is False:
+        say(NOTHING_BEATS_FLOAT)
+    points, complete = len(document["front"]), document["trials"]["complete"]
+    say(
+        f"{points} of {complete} trials, hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory "
+        "and 10 pp of loss"
+    )

@@ -19,7 +19,7 @@ from qsearch.commands.options import (
     Weights,
     default_study,
 )
-from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+from qsearch.commands.terminal import INFEASIBLE, print_json, print_table, say, stdout_reserved
 
 __all__ = ["search"]
 
@@ -31,18 +31,29 @@ def search(
     target: Target = "llvm",
     threads: Threads = 1,
     space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
-    budget: Annotated[int, typer.Option(min=1, help="Completed trials that the study shall have in total.")] = 200,
+    budget: Annotated[int, typer.Option(min=1, help="Measured trials that the study shall have in total.")] = 200,
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="from the model")] = None,
     storage: Storage = None,
     sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii or gp.")] = "tpe",
     seed: Seed = 0,
     tune: Annotated[float, typer.Option(min=0.0, help="Before a new study, time register tiles for so many seconds.")] = 0.0,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Constraint: largest latency wanted, milliseconds.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Constraint: most memory wanted, bytes.")] = None,
+    max_loss_pp: Annotated[float | None, typer.Option(help="Constraint: most top-1 lost, percentage points.")] = None,
+    early_stopping: Annotated[
+        bool, typer.Option(help="End a trial as soon as its first images show that it can reach neither front nor constraints.")
+    ] = True,
     preprocessing: Preprocessing = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
 ) -> None:
-    """Search per-layer precisions; the same command again continues its study."""
+    """Search per-layer precisions; the same command again continues its study.
+
+    A study keeps its constraints: others are refused and need another --study name. If no configuration is within them
+    at the end, the closest ones are printed and the exit status is 3. Trials stopped early count against the budget.
+    """
+    from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluator import Settings
     from qsearch.search.samplers import make_sampler
     from qsearch.search.space import load_space
@@ -52,6 +63,7 @@ def search(
     # Whatever is wrong with the command itself is said before minutes are spent on the model.
     database_file(storage_url(name, storage))
     make_sampler(sampler, seed, 0)
+    limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     chosen = load_space(space)
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
@@ -65,8 +77,12 @@ def search(
             say(f"study {name} has begun: it keeps its kernels, nothing is tuned")
         elif tune:
             tune_model(settings, chosen.precisions.names, tune)
-        document, table = run_session(SearchRequest(settings, chosen, name, storage, sampler, budget, timeout))
+        document, table = run_session(
+            SearchRequest(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping)
+        )
     if json:
         print_json(document)
     else:
         print_table(table)
+    if document["closest"]:
+        raise typer.Exit(INFEASIBLE)

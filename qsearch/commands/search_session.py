@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 from rich.table import Table
 
-from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.commands.terminal import INTERRUPTED, NOTHING_BEATS_FLOAT, say
 from qsearch.commands.trial_progress import TrialProgress
 from qsearch.config import named_config
 from qsearch.errors import TrialError
 from qsearch.report.documents import baseline_of, record_run, study_document
 from qsearch.report.notes import TrialNotes
-from qsearch.report.tables import front_table
+from qsearch.report.tables import study_table
 from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.constraints import Constraints, limits_text
 from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.evaluator import Evaluator, Settings
 from qsearch.search.front import record_heldout, study_front
 from qsearch.search.objective import open_evaluator
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace
-from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, finished, study_to_search
+from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 
 __all__ = ["SearchRequest", "run_session"]
 
@@ -43,8 +44,10 @@ class SearchRequest:
         study: Name of the study.
         storage: SQLAlchemy URL; None for the default.
         sampler: Its name.
-        budget: Completed trials the study shall have in total.
+        budget: Measured trials the study shall have in total.
         timeout_s: No trial is begun after that many seconds of trials.
+        limits: Objective -> largest value wanted.
+        early_stopping: Whether trials end as soon as their outcome is certain.
     """
 
     settings: Settings
@@ -54,6 +57,8 @@ class SearchRequest:
     sampler: str
     budget: int
     timeout_s: float | None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    early_stopping: bool = True
 
 
 def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
@@ -73,10 +78,14 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
+        evaluator.refer_to(baseline)
         _run_trials(handle, request, bound, evaluator)
         _verify(handle, evaluator)
         record_run(handle, baseline, _facts(request, evaluator, start))
-        return study_document(handle), front_table(study_front(handle.study), baseline, f"front of study {handle.name}")
+        document = study_document(handle)
+        if document["beats_float"] is False:
+            say(NOTHING_BEATS_FLOAT)
+        return document, study_table(handle, baseline)
 
 
 def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
@@ -86,6 +95,9 @@ def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     # Seed and preprocessing belong to the data: they decide which images are in which part, and what becomes of them.
     data = [str(settings.data or "the model's own"), f"seed {settings.seed}"]
     data += [f"preprocessing {settings.preprocessing}"] if settings.preprocessing else []
+    if request.limits:
+        # Left out where there are none, as studies made before there were constraints have it.
+        parts["constraints"] = limits_text(request.limits)
     labels = {"model": settings.model, "data": ", ".join(data), "space": request.space.name}
     return Identity(parts, labels)
 
@@ -108,23 +120,26 @@ def _kernels(evaluator: Evaluator, precisions: Sequence[str]) -> str:
 def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[str, Any]:
     seconds = {**evaluator.seconds, "total": time.monotonic() - start}
     settings = request.settings
-    return {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
+    facts = {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
+    return facts | {"limits": dict(request.limits)}
 
 
 def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
     with handle.guard():
-        done, trials = len(finished(handle.study)), len(handle.study.get_trials(deepcopy=False))
+        done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
-        say(f"continuing study {handle.name} with {done} completed trials")
+        say(f"continuing study {handle.name} with {done} measured trials")
     handle.study.sampler = make_sampler(request.sampler, request.settings.seed, trials)
     baseline = baseline_of(handle) or evaluator.baseline
-    problem = SearchProblem(bound, evaluator.evaluate, TrialNotes(handle, evaluator.graph, baseline))
+    constraints = Constraints.against(baseline, request.limits)
+    notes = TrialNotes(handle, evaluator.graph, baseline)
+    problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping)
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
     with TrialProgress(done, request.budget, baseline) as progress:
         outcome = run_search(handle, problem, limits, progress.on_trial)
-    done += outcome.completed
+    done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
-        say(f"interrupted; study {handle.name} is intact with {done} completed trials, the same command continues it")
+        say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")
         raise typer.Exit(INTERRUPTED)
     if outcome.stopped == "timeout":
         say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
@@ -138,7 +153,7 @@ def _verify(handle: StudyHandle, evaluator: Evaluator) -> None:
         front = study_front(handle.study)
     if all(point.heldout is not None for point in front):
         return
-    say(f"measuring the {len(front)} points of the front again, on held-out images")
+    say(f"measuring the {len(front)} points of the front again, in a fresh process and on held-out images")
     verdicts = evaluator.verify_front([point.config for point in front])
     with handle.guard():
         record_heldout(handle.study, front, verdicts)

@@ -11,11 +11,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["INTERRUPTED", "print_json", "print_table", "say", "stderr_console", "stdout_reserved"]
+__all__ = [
+    "INFEASIBLE",
+    "INTERRUPTED",
+    "NOTHING_BEATS_FLOAT",
+    "print_json",
+    "print_table",
+    "say",
+    "stderr_console",
+    "stdout_reserved",
+]
 
 
 # 128 + SIGINT, as shells have it.
 INTERRUPTED = 130
+# A search that ended without a configuration within its constraints.
+INFEASIBLE = 3
+NOTHING_BEATS_FLOAT = "nothing that was tried beats float in any objective: `export` picks float"
 
 
 def stderr_console() -> Console:

@@ -9,23 +9,30 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qsearch.commands.terminal import say, stderr_console
+from qsearch.measure.latency import MOST_SPREAD
 from qsearch.measure.measurement import Measurement
 from qsearch.report.pictures import byte_text
 
 __all__ = ["TrialProgress"]
 
 SECONDS_BETWEEN_LINES = 10.0
+NOISE = (
+    f"this machine is too noisy to time on: beside float, a module's time spreads by more than {MOST_SPREAD:.0%} of itself, even "
+    "when timed for longer. End what else is running, or pin the search to an idle core (taskset -c N); the trials concerned "
+    "carry the attribute noisy_timing"
+)
 
 
 class TrialProgress:
     """Shows each finished trial; use as a context manager around the search."""
 
     def __init__(self, done: int, budget: int, baseline: Measurement) -> None:
-        """Start at `done` of `budget` completed trials; latencies are shown as speed-up over `baseline`."""
+        """Start at `done` of `budget` measured trials; latencies are shown as speed-up over `baseline`."""
         console = stderr_console()
         self._done, self._budget, self._baseline = done, budget, baseline
         self._bar: Progress | None = None
         self._last_line = -SECONDS_BETWEEN_LINES
+        self._noise_said = False
         if console.is_terminal:
             bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(TextColumn("trials"), *bar, TextColumn("{task.fields[last]}"), console=console)
@@ -44,13 +51,17 @@ class TrialProgress:
 
     def on_trial(self, trial: FrozenTrial) -> None:
         """Show a trial that was measured or failed."""
-        if trial.state != TrialState.COMPLETE:
+        if trial.state == TrialState.FAIL:
             self._line(f"trial {trial.number} failed: {trial.user_attrs.get('error')}")
             return
+        if trial.user_attrs.get("noisy_timing") and not self._noise_said:
+            self._noise_said = True
+            self._line(NOISE)
         self._done += 1
-        latency_ms, peak_bytes, loss_pp = trial.values
+        latency_ms, peak_bytes = trial.user_attrs["latency_ms"], trial.user_attrs["peak_bytes"]
         speedup = self._baseline.latency.median_ms / latency_ms
-        text = f"last: {latency_ms:.3f} ms ({speedup:.2f}x), {byte_text(peak_bytes)}, loss {loss_pp:+.2f} pp"
+        loss = f"loss {trial.values[2]:+.2f} pp" if trial.state == TrialState.COMPLETE else trial.user_attrs["stopped_early"]
+        text = f"last: {latency_ms:.3f} ms ({speedup:.2f}x), {byte_text(peak_bytes)}, {loss}"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, last=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self._done >= self._budget:

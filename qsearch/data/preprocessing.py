@@ -65,6 +65,12 @@ class Preprocessing:
             raise DataError(f"preprocessing: {field} must be {expected}, got {getattr(self, field)!r}")
 
     @property
+    def value_range(self) -> tuple[float, float]:
+        """Smallest and largest value it can give."""
+        bounds = [(edge - m) / s for m, s in zip(self.mean, self.std, strict=True) for edge in (0.0, 1.0)]
+        return min(bounds), max(bounds)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the tensor that `apply` returns."""
         return (self.channels, *self.crop)

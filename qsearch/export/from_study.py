@@ -76,7 +76,7 @@ def _measured_again(evaluator: ModelEvaluator, point: FrontPoint) -> FrontPoint:
     """The same configuration with what its module shows now."""
     evaluator.progress(f"measuring trial {point.trial} again: its kernels have changed")
     measurement = evaluator.evaluate(point.config)
-    heldout = None if point.heldout is None else Heldout(*evaluator.verify_front([point.config])[0])
+    heldout = None if point.heldout is None else Heldout(*evaluator.measure_again([point.config])[0])
     return replace(point, measurement=measurement, heldout=heldout)
 
 
@@ -93,7 +93,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         directory: Where to write.
 
     Returns:
-        trial, bundle, module_bytes: bytes of the module file, remeasured: whether the figures are new.
+        trial (None for float), bundle, module_bytes: bytes of the module file, remeasured: whether the figures are new.
 
     Raises:
         BundleError: The module that is built now is not the one that was measured, or nothing can be written.
@@ -116,7 +116,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
     )
     write_bundle(directory, evaluator.linker, program, content)
     module_bytes = (directory / "model.so").stat().st_size
-    return {"trial": point.trial, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remark is not None}
+    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remark is not None}
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:
@@ -132,7 +132,7 @@ def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:
 def _metrics(point: FrontPoint, baseline: Measurement) -> dict[str, Any]:
     measured = point.measurement
     metrics: dict[str, Any] = {
-        "trial": point.trial,
+        "trial": point.number,
         "latency_ms": measured.latency.median_ms,
         "peak_bytes": measured.memory.peak_bytes,
         "search": measured.to_json(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,17 +13,14 @@ import numpy as np
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
 
-__all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_interval", "run_images"]
+__all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_interval", "run_blocks", "run_images"]
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
 
 
 def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1, threads: int = 1) -> np.ndarray:
-    """Run a module on images: as many at a time as there are processors for the threads of each.
-
-    TVM gives every calling thread a pool of its own, so that one call per processor would not share but multiply
-    a module's threads.
+    """Run a module on images, see `run_blocks`.
 
     Args:
         open_machine: Makes a virtual machine of the module; called once per worker.
@@ -37,26 +34,56 @@ def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int =
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
+    return next(run_blocks(open_machine, images, [np.arange(len(images))], batch, threads))
+
+
+def run_blocks(
+    open_machine: Callable[[], Any], images: np.ndarray, blocks: Sequence[np.ndarray], batch: int = 1, threads: int = 1
+) -> Iterator[np.ndarray]:
+    """Run a module on blocks of images, each when it is asked for: as many images at a time as there are processors.
+
+    TVM gives every calling thread a pool of its own, so that one call per processor would not share but multiply
+    a module's threads.
+
+    Args:
+        open_machine: Makes a virtual machine of the module; called once per worker.
+        images: float32 (N, C, H, W).
+        blocks: Positions of images, a multiple of batch in each.
+        batch: Batch the module was compiled for.
+        threads: Threads the module runs on.
+
+    Yields:
+        Logits of a block, float32 (block, classes).
+
+    Raises:
+        MeasureError: The module fails, or yields NaN or infinity.
+    """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(processors // threads, len(images)))
-    shares = np.array_split(np.arange(0, len(images), batch), workers)
+    machines: dict[int, Any] = {}
+
+    def run_share(worker: int, rows: np.ndarray) -> np.ndarray:
+        if worker not in machines and len(rows):
+            machines[worker] = open_machine()
+        return _run_share(machines.get(worker), images, rows)
+
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda starts: _run_share(open_machine, images, starts, batch), shares))
-    logits = np.concatenate([part for part in parts if len(part)])
-    if not np.isfinite(logits).all():
-        raise MeasureError("the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range")
-    return logits
+        for block in blocks:
+            shares = np.array_split(block.reshape(-1, batch), workers)
+            parts = list(pool.map(run_share, range(workers), shares))
+            logits = np.concatenate([part for part in parts if len(part)])
+            if not np.isfinite(logits).all():
+                raise MeasureError(
+                    "the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range"
+                )
+            yield logits
 
 
-def _run_share(open_machine: Callable[[], Any], images: np.ndarray, starts: np.ndarray, batch: int) -> np.ndarray:
+def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     import tvm
 
-    run = open_machine()["main"]
-    rows = []
-    for start in starts:
-        result = run(tvm.runtime.tensor(np.ascontiguousarray(images[start : start + batch])))
-        rows.append(result.numpy())
-    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+    logits = [machine["main"](tvm.runtime.tensor(np.ascontiguousarray(images[row]))).numpy() for row in rows]
+    return np.concatenate(logits) if logits else np.zeros((0, 0), np.float32)
 
 
 def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:

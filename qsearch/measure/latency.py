@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from qsearch.measure.measurement import Latency
 
-__all__ = ["TimingSettings", "measure_interleaved", "measure_latency"]
+__all__ = ["MOST_SPREAD", "TimingSettings", "measure_interleaved", "measure_latency", "measure_paired"]
+
+# Half the interquartile range of the paired ratios, as a share of their median, above which they are noise. At 21
+# repeats the standard error of the median is then 4 %: 1.25 sigma / sqrt(n), with sigma 1.48 times the half range.
+MOST_SPREAD = 0.10
+LONGER = 3
+# Slept before each repeat of a pair. On a core that something else runs on as well, a process that has just slept starts
+# on a fresh slice of time; without that the slices fall into step with the turns, and always hit the same one of the two.
+PAUSE_S = 2e-3
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,57 @@ def measure_interleaved(
     Returns:
         A latency per machine.
     """
+    timers = _time(machines, image, settings)
+    used = _threads_used(threads)
+    return [timer.result(used) for timer in timers]
+
+
+def measure_paired(
+    reference: Any,
+    machines: Sequence[Any],
+    image: np.ndarray,
+    reference_ms: float,
+    settings: TimingSettings = TimingSettings(),
+    threads: int = 1,
+) -> list[Latency]:
+    """Time modules in turns with a reference module, and tell their latencies on the reference's clock.
+
+    The clock of a shared machine moves by a tenth to a third within minutes, so that milliseconds of two trials some
+    minutes apart cannot be compared. What moves the module moves the reference beside it alike: the ratio of the two,
+    taken within each round, stays. Its median times `reference_ms`, which is the same for all, is the latency.
+    If the ratios of a module spread further than MOST_SPREAD, all are timed once more, for longer.
+
+    Args:
+        reference: Relax virtual machine of the reference module.
+        machines: Relax virtual machines to time.
+        image: float32 (N, C, H, W).
+        reference_ms: The reference module's latency, milliseconds, measured once for all that shall be comparable.
+        settings: How long to time; the reference is timed as long as every module.
+        threads: Threads the modules were compiled for.
+
+    Returns:
+        A latency per machine; `noisy` where the longer try spread too far as well.
+    """
+    found = _pair(reference, machines, image, settings, threads)
+    if any(latency.noisy for latency in found):
+        found = _pair(reference, machines, image, replace(settings, repeats=LONGER * settings.repeats), threads)
+    return [replace(one, median_ms=one.median_ms * reference_ms, spread_ms=one.spread_ms * reference_ms) for one in found]
+
+
+def _pair(reference: Any, machines: Sequence[Any], image: np.ndarray, settings: TimingSettings, threads: int) -> list[Latency]:
+    """Latencies in units of the reference's."""
+    first, *timers = _time([reference, *machines], image, settings, PAUSE_S)
+    used, found = _threads_used(threads), []
+    for timer in timers:
+        low, ratio, high = (float(value) for value in np.percentile(np.divide(timer.samples, first.samples), [25, 50, 75]))
+        spread, raw = (high - low) / 2, timer.result(used)
+        paired = replace(raw, median_ms=ratio, spread_ms=spread, ratio=ratio, raw_ms=raw.median_ms)
+        found.append(replace(paired, noisy=spread > MOST_SPREAD * ratio))
+    return found
+
+
+def _time(machines: Sequence[Any], image: np.ndarray, settings: TimingSettings, pause_s: float = 0.0) -> list[_Timer]:
+    """Timers that have run, one repeat of each per round."""
     import tvm
 
     given = tvm.runtime.tensor(np.ascontiguousarray(image))
@@ -62,9 +122,10 @@ def measure_interleaved(
         timer.warm_up()
     for _ in range(settings.repeats):
         for timer in timers:
+            if pause_s:
+                time.sleep(pause_s)
             timer.repeat()
-    used = _threads_used(threads)
-    return [timer.result(used) for timer in timers]
+    return timers
 
 
 def _threads_used(threads: int) -> int:

@@ -11,12 +11,19 @@ __all__ = ["Accuracy", "Latency", "Measurement", "Memory"]
 class Latency:
     """Time of one inference.
 
+    A latency that was paired with a reference module is told on the reference's clock, see
+    `qsearch.measure.latency.measure_paired`; how long the module took by the clock on the wall is `raw_ms`.
+
     Attributes:
-        median_ms: Median over the repeats, milliseconds.
-        spread_ms: Half the interquartile range over the repeats, milliseconds.
+        median_ms: Median over the repeats, milliseconds; where paired, the reference latency times `ratio`.
+        spread_ms: Half the interquartile range over the repeats, milliseconds; where paired, that of the ratios times
+            the reference latency.
         repeats: Number of repeats; each is the mean of `number` inferences.
         number: Inferences per repeat.
         threads: Threads the module ran on.
+        ratio: Median of the paired ratios of this module's time to the reference's; None where it was timed alone.
+        raw_ms: Median over the repeats of a paired module's own time, milliseconds; None where it was timed alone.
+        noisy: Whether the paired ratios spread further than can be relied on, longer try included.
     """
 
     median_ms: float
@@ -24,6 +31,9 @@ class Latency:
     repeats: int
     number: int
     threads: int = 1
+    ratio: float | None = None
+    raw_ms: float | None = None
+    noisy: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError
 from qsearch.measure.measurement import Measurement
+from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluator import Settings
-from qsearch.search.front import FrontPoint, hypervolume, measurement_from_json, study_front
-from qsearch.search.study import StudyHandle, finished
+from qsearch.search.front import (
+    FrontPoint,
+    beats_float,
+    closest_points,
+    hypervolume,
+    kept_points,
+    measurement_from_json,
+    study_front,
+)
+from qsearch.search.study import StudyHandle, finished, measured_trials
 
 __all__ = ["baseline_of", "record_run", "settings_of", "study_document"]
 
@@ -58,17 +67,34 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
     with handle.guard():
         study = handle.study
         run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
-        baseline, front = baseline_of(handle), study_front(study)
-        complete = finished(study)
+        baseline, front, closest = baseline_of(handle), study_front(study), closest_points(study)
+        complete, measured = finished(study), measured_trials(study)
+        images = 0 if baseline is None else baseline.accuracy.images
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
     return {
         "study": handle.name,
         "storage": handle.shown_url,
         "model": run.get("model"),
         "target": run.get("target"),
-        "trials": {"complete": len(complete), "pruned": counts["pruned"], "failed": counts["fail"]},
+        "trials": {
+            "complete": len(complete),
+            "pruned": counts["pruned"],
+            "failed": counts["fail"],
+            "infeasible": sum(not is_feasible(trial) for trial in measured),
+            "stopped_early": len(measured) - len(complete),
+        },
+        # Made, and what they would have been without early stopping.
+        "image_evaluations": {
+            "made": sum(trial.user_attrs.get("images", images) for trial in measured),
+            "without_early_stopping": images * len(measured),
+        },
+        "constraints": run.get("limits", {}),
         "baseline": None if baseline is None else _baseline(baseline),
-        "front": [_point(point) for point in front],
+        "front": [_point(point) for point in kept_points(front)],
+        # On the front as the search saw it, dominated by the second measurement.
+        "dropped": [_point(point) for point in front if point not in kept_points(front)],
+        "beats_float": None if baseline is None or not front else beats_float(kept_points(front), baseline),
+        "closest": [_point(point) for point in closest],
         "hypervolume": None if baseline is None else hypervolume(front, baseline),
         "seconds": {**run.get("seconds", {}), **_medians(complete)},
     }
@@ -101,6 +127,7 @@ def _point(point: FrontPoint) -> dict[str, Any]:
             "top1_loss_ci_pp": list(heldout.accuracy.top1_loss_ci_pp),
             "images": heldout.accuracy.images,
             "latency_ms": heldout.latency.median_ms,
+            "latency_spread_ms": heldout.latency.spread_ms,
             "dominated_by": heldout.dominated_by,
         },
         "config": point.config.to_json(),

@@ -89,6 +89,9 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
         "- layers: " + ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items())),
         f"- calibration: {calibration_text(config)}",
     ]
+    if latency.ratio is not None:
+        noisy = "; **too noisy to rely on**" if latency.noisy else ""
+        rows.append(f"- timing: {latency.ratio:.3f} of float in turns with it, {latency.raw_ms:.3f} ms by the clock{noisy}")
     if measurement.kernels_sha256:
         rows.append(f"- kernels: {measurement.kernels_sha256[:12]}")
     return "\n".join(rows)

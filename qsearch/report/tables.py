@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from qsearch.config import QuantConfig
-from qsearch.measure.measurement import Accuracy, Measurement
+from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.report.notes import calibration_text
 from qsearch.report.pictures import byte_text
-from qsearch.search.front import FrontPoint
+from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
+from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table"]
+__all__ = ["EvaluateRow", "evaluate_table", "front_table", "study_table"]
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,28 @@ def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
     return table
 
 
+def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
+    """The front of a study; where no trial is within its constraints, those that come closest, under a title that says so."""
+    with handle.guard():
+        front, closest = study_front(handle.study), closest_points(handle.study)
+        limits = recorded_parts(handle.study).get("constraints")
+    if closest:
+        return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are")
+    return front_table(front, baseline, f"front of study {handle.name}")
+
+
 def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) -> Table:
     """The front of a study against float, fastest first.
 
-    The held-out column is empty until a point was measured again; a point that another one beats by that second
-    measurement is marked with the other's number.
+    The columns of the second measurement are empty until there was one. Points that another one dominates by it are
+    dropped: they come last, marked with the other's number.
     """
-    numbers = ("latency ms", "speed-up", "memory", "top-1 loss pp", "held-out pp")
+    numbers = ("latency ms", "again", "speed-up", "memory", "top-1 loss pp", "held-out pp")
     table = _table(title, ("trial",), numbers, ("layers", "calibration"))
     table.add_row(
         "float",
-        _latency(baseline),
+        _latency(baseline.latency),
+        "",
         "1.00x",
         byte_text(baseline.memory.peak_bytes),
         f"({baseline.accuracy.top1:.2f} %)",
@@ -75,17 +87,21 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
         style="dim",
         end_section=True,
     )
-    for point in front:
+    kept = kept_points(front)
+    for point in [*kept, *(point for point in front if point not in kept)]:
         measured = point.measurement
         table.add_row(
             str(point.trial),
-            _latency(measured),
+            _latency(measured.latency),
+            "" if point.heldout is None else _latency(point.heldout.latency),
             f"{baseline.latency.median_ms / measured.latency.median_ms:.2f}x",
             byte_text(measured.memory.peak_bytes),
             _loss(measured.accuracy),
             _verdict(point),
             _layers(point.config),
             calibration_text(point.config),
+            style=None if point in kept else "dim",
+            end_section=bool(kept) and point is kept[-1],
         )
     return table
 
@@ -101,8 +117,8 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], last: Sequence
     return table
 
 
-def _latency(measurement: Measurement) -> str:
-    return f"{measurement.latency.median_ms:.3f} ± {measurement.latency.spread_ms:.3f}"
+def _latency(latency: Latency) -> str:
+    return f"{latency.median_ms:.3f} ± {latency.spread_ms:.3f}"
 
 
 def _loss(accuracy: Accuracy) -> str:
@@ -114,7 +130,7 @@ def _verdict(point: FrontPoint) -> str:
     if point.heldout is None:
         return ""
     beaten = point.heldout.dominated_by
-    return _loss(point.heldout.accuracy) + ("" if beaten is None else f" (<{beaten})")
+    return _loss(point.heldout.accuracy) + ("" if beaten is None else f" (dropped for {beaten})")
 
 
 def _layers(config: QuantConfig) -> str:

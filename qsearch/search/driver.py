@@ -20,8 +20,10 @@ from qsearch.errors import MeasureError, StudyError, TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.anchors import enqueue_anchors
 from qsearch.search.bound_space import BoundSpace
+from qsearch.search.constraints import Constraints, mark_feasibility
+from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import OBJECTIVES, StudyHandle, finished, requeue
+from qsearch.search.study import OBJECTIVES, StudyHandle, finished, measured_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
@@ -39,13 +41,18 @@ class SearchProblem:
 
     Attributes:
         space: The search space over the model's layers.
-        evaluate: Measures one configuration; a TrialError fails the trial alone.
+        evaluate: Measures one configuration; a TrialError fails the trial alone. With early stopping it is given a
+            StoppingRule as well, and may raise EarlyStop.
         annotate: Adds notes and pictures to a measured trial before it is finished.
+        constraints: Limits beyond which a trial is infeasible.
+        early_stopping: Whether trials end as soon as their outcome is certain.
     """
 
     space: BoundSpace
-    evaluate: Callable[[QuantConfig], Measurement]
+    evaluate: Callable[..., Measurement]
     annotate: Annotate | None = None
+    constraints: Constraints = Constraints()
+    early_stopping: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Limits:
     """When a search ends.
 
     Attributes:
-        budget: Completed trials the study shall have in total.
+        budget: Measured trials the study shall have in total: completed ones, and those stopped early.
         timeout_s: No trial is begun after that many seconds.
         seed: Of the random steps away from duplicates.
     """
@@ -70,10 +77,12 @@ class Outcome:
     Attributes:
         stopped: Why it ended.
         completed: Trials completed by this run.
+        stopped_early: Trials that it stopped early.
     """
 
     stopped: Stop
     completed: int
+    stopped_early: int = 0
 
 
 def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_trial: OnTrial | None = None) -> Outcome:
@@ -96,7 +105,7 @@ def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_t
     try:
         return loop.run()
     except KeyboardInterrupt:
-        return Outcome("interrupted", loop.completed)
+        return loop.outcome("interrupted")
 
 
 @dataclass
@@ -108,27 +117,32 @@ class _Loop:
     limits: Limits
     on_trial: OnTrial | None
     completed: int = 0
+    stopped_early: int = 0
     duplicates: int = 0
     failures: int = 0
-    # Content hash -> number of the trial that completed it, or failed at it in this run.
+    # Content hash -> number of the trial that measured it, or failed at it in this run.
     known: dict[str, int] = field(default_factory=dict)
+
+    def outcome(self, stopped: Stop) -> Outcome:
+        """How the run ended."""
+        return Outcome(stopped, self.completed, self.stopped_early)
 
     def run(self) -> Outcome:
         start = time.monotonic()
         study = self.handle.study
         with self.handle.guard():
             enqueue_anchors(study, self.problem.space)
-            before = finished(study)
+            before = measured_trials(study)
             trials = len(study.get_trials(deepcopy=False))
         self.known = {trial.user_attrs["config_hash"]: trial.number for trial in before if "config_hash" in trial.user_attrs}
         rng = np.random.default_rng([self.limits.seed, trials])
         while True:
-            if len(before) + self.completed >= self.limits.budget:
-                return Outcome("budget", self.completed)
+            if len(before) + self.completed + self.stopped_early >= self.limits.budget:
+                return self.outcome("budget")
             if self.limits.timeout_s is not None and time.monotonic() - start >= self.limits.timeout_s:
-                return Outcome("timeout", self.completed)
+                return self.outcome("timeout")
             if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside(rng):
-                return Outcome("exhausted", self.completed)
+                return self.outcome("exhausted")
             self._one_trial()
 
     def _step_aside(self, rng: np.random.Generator) -> bool:
@@ -166,13 +180,17 @@ class _Loop:
             trial.set_user_attr("config", config.to_json())
         self.duplicates = 0
         try:
-            measurement = _checked(self.problem.evaluate(config))
+            measurement = _checked(self._evaluate(config))
+        except EarlyStop as stop:
+            self._stop(trial, config, stop.bound)
+            return
         except TrialError as error:
             self._fail(trial, digest, error)
             return
         with self.handle.guard():
             for name, value in _attributes(config, measurement).items():
                 trial.set_user_attr(name, value)
+            mark_feasibility(trial, self.problem.constraints, _values(measurement))
             if self.problem.annotate is not None:
                 self.problem.annotate(trial, config, measurement)
             study.tell(trial, _values(measurement))
@@ -180,6 +198,25 @@ class _Loop:
             self.failures = 0
             self.completed += 1
         self._finish(trial, digest)
+
+    def _evaluate(self, config: QuantConfig) -> Measurement:
+        if not self.problem.early_stopping:
+            return self.problem.evaluate(config)
+        with self.handle.guard():
+            rule = StoppingRule(finished(self.handle.study), self.problem.constraints)
+        return self.problem.evaluate(config, rule)
+
+    def _stop(self, trial: optuna.Trial, config: QuantConfig, bound: Bound) -> None:
+        """Record a trial that was stopped early: pruned, with what is known of it, and without objective values."""
+        with self.handle.guard():
+            for name, value in _stopped_attributes(config, bound).items():
+                trial.set_user_attr(name, value)
+            if bound.infeasible:
+                mark_feasibility(trial, self.problem.constraints, bound.least)
+            self.handle.study.tell(trial, state=TrialState.PRUNED)
+            self.failures = 0
+            self.stopped_early += 1
+        self._finish(trial, config.content_hash())
 
     def _fail(self, trial: optuna.Trial, digest: str, error: TrialError) -> None:
         with self.handle.guard():
@@ -229,12 +266,32 @@ def _values(measurement: Measurement) -> tuple[float, float, float]:
 
 def _attributes(config: QuantConfig, measurement: Measurement) -> dict[str, Any]:
     """What the dashboard shows of a trial; the whole measurement and a few numbers from it on their own."""
-    counts: dict[str, int] = {}
-    for precision in config.precision.values():
-        counts[f"layers_{precision}"] = counts.get(f"layers_{precision}", 0) + 1
     return {
         "measurement": measurement.to_json(),
         **dict(zip(OBJECTIVES, _values(measurement), strict=True)),
         "top1": measurement.accuracy.top1,
-        **counts,
+        "images": measurement.accuracy.images,
+        **({"noisy_timing": True} if measurement.latency.noisy else {}),
+        **_layer_counts(config),
     }
+
+
+def _stopped_attributes(config: QuantConfig, bound: Bound) -> dict[str, Any]:
+    """What the dashboard shows of a trial that was stopped early."""
+    return {
+        "bound": bound.to_json(),
+        "stopped_early": bound.reason,
+        "images": bound.images,
+        "top1_loss_bounds_pp": bound.loss_bounds_pp and list(bound.loss_bounds_pp),
+        "latency_ms": bound.latency.median_ms,
+        "peak_bytes": bound.memory.peak_bytes,
+        **({"noisy_timing": True} if bound.latency.noisy else {}),
+        **_layer_counts(config),
+    }
+
+
+def _layer_counts(config: QuantConfig) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for precision in config.precision.values():
+        counts[f"layers_{precision}"] = counts.get(f"layers_{precision}", 0) + 1
+    return counts

@@ -10,13 +10,26 @@ from typing import Any, Protocol
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.models.graph import Graph
+from qsearch.search.early_stopping import StoppingRule
 
-__all__ = ["CACHE", "Evaluator", "Progress", "Settings"]
+__all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
 
 CACHE = Path("studies/cache")
 
 # Called with a clause such as 'measuring the float module' whenever a slow step begins.
 Progress = Callable[[str], None]
+
+
+def said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
+    """A counter callback that reports only the first time."""
+    said: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not said:
+            said.append(True)
+            progress(f"{clause} ({total})")
+
+    return report
 
 
 _PATHS = ("weights", "data", "preprocessing", "cache_dir")
@@ -79,16 +92,21 @@ class Evaluator(Protocol):
         """The module with every layer in fp32."""
         ...
 
+    def refer_to(self, baseline: Measurement) -> None:
+        """Count latencies against a float module that was measured before, as a continued study has to."""
+        ...
+
     @property
     def seconds(self) -> dict[str, float]:
         """Time spent on getting ready: float_pass and others."""
         ...
 
-    def evaluate(self, config: QuantConfig) -> Measurement:
+    def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Lower, compile, link and measure one configuration on the search images.
 
         Raises:
             TrialError: This configuration cannot be built or measured; others may.
+            EarlyStop: The rule has seen enough.
         """
         ...
 
@@ -101,5 +119,5 @@ class Evaluator(Protocol):
         ...
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
-        """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
+        """Measure configurations again in a fresh process: latency interleaved with float, accuracy on the held-out images."""
         ...

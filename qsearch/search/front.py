@@ -14,14 +14,20 @@ from optuna.trial import FrozenTrial
 from qsearch.config import QuantConfig
 from qsearch.errors import StudyError, UsageError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
-from qsearch.search.study import finished
+from qsearch.search.constraints import is_feasible, violation
+from qsearch.search.study import LOSS_BOUND_PP, finished
 
 __all__ = [
+    "FLOAT_TRIAL",
     "LOSS_BOUND_PP",
     "FrontPoint",
     "Heldout",
     "Pick",
+    "beats_float",
+    "closest_points",
+    "float_point",
     "hypervolume",
+    "kept_points",
     "load_heldout",
     "measurement_from_json",
     "pick",
@@ -30,12 +36,11 @@ __all__ = [
     "study_point",
 ]
 
-# The reference point of the hypervolume: as slow as float, as large as float, and this many percentage points
-# of top-1 lost. Nothing beyond it is worth having.
-LOSS_BOUND_PP = 10.0
-
 Pick = Literal["knee", "fastest", "smallest", "most-accurate"]
 _HELDOUT = "heldout:"
+CLOSEST = 3
+# In place of a trial number: the float module is no trial.
+FLOAT_TRIAL = -1
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class FrontPoint:
     """A completed trial that no other one dominates.
 
     Attributes:
-        trial: Its number.
+        trial: Its number; FLOAT_TRIAL for the float module.
         config: What was built.
         measurement: What was measured during the search.
         heldout: What a second measurement gave; None until it was made.
@@ -68,6 +73,11 @@ class FrontPoint:
     config: QuantConfig
     measurement: Measurement
     heldout: Heldout | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The trial's number; None for the float module."""
+        return None if self.trial == FLOAT_TRIAL else self.trial
 
     @property
     def objectives(self) -> tuple[float, float, float]:
@@ -84,8 +94,8 @@ class FrontPoint:
 
 
 def study_front(study: optuna.Study) -> tuple[FrontPoint, ...]:
-    """The non-dominated completed trials, fastest first; of equal ones the earliest."""
-    trials = [trial for trial in finished(study) if "measurement" in trial.user_attrs]
+    """The non-dominated completed trials within the study's constraints, fastest first; of equal ones the earliest."""
+    trials = [trial for trial in finished(study) if "measurement" in trial.user_attrs and is_feasible(trial)]
     if not trials:
         return ()
     values = np.array([trial.values for trial in trials], dtype=np.float64)
@@ -93,6 +103,45 @@ def study_front(study: optuna.Study) -> tuple[FrontPoint, ...]:
     heldout = load_heldout(study)
     points = [_point(trial, heldout.get(trial.number)) for trial, keep in zip(trials, kept, strict=True) if keep]
     return tuple(sorted(points, key=lambda point: (point.objectives, point.trial)))
+
+
+def closest_points(study: optuna.Study, count: int = CLOSEST) -> tuple[FrontPoint, ...]:
+    """The completed trials that violate the constraints least, the closest first; none once a trial is feasible.
+
+    Args:
+        study: The study.
+        count: How many.
+    """
+    trials = sorted((trial for trial in finished(study) if "measurement" in trial.user_attrs), key=violation)
+    if not trials or is_feasible(trials[0]):
+        return ()
+    return tuple(_point(trial, None) for trial in trials[:count])
+
+
+def kept_points(front: Iterable[FrontPoint]) -> tuple[FrontPoint, ...]:
+    """The points that no other one dominates by the second measurement; all where there was none."""
+    return tuple(point for point in front if point.heldout is None or point.heldout.dominated_by is None)
+
+
+def float_point(baseline: Measurement) -> FrontPoint:
+    """The float module as something to pick."""
+    return FrontPoint(FLOAT_TRIAL, QuantConfig(default_precision="fp32"), baseline)
+
+
+def beats_float(front: Iterable[FrontPoint], baseline: Measurement) -> bool:
+    """Whether any point is better than float in any objective: in time beyond its spread, in loss beyond its interval.
+
+    Args:
+        front: The points; their second measurement counts where there is one.
+        baseline: The float module.
+    """
+    for point in front:
+        again = point.heldout or point.measurement
+        faster = again.latency.median_ms + again.latency.spread_ms < baseline.latency.median_ms
+        smaller = point.measurement.memory.peak_bytes < baseline.memory.peak_bytes
+        if faster or smaller or again.accuracy.top1_loss_ci_pp[1] < 0:
+            return True
+    return False
 
 
 def study_point(study: optuna.Study, number: int) -> FrontPoint:
@@ -124,7 +173,9 @@ def hypervolume(points: Iterable[FrontPoint], baseline: Measurement) -> float:
     return float(moocore.hypervolume(inside, ref=np.ones(3))) if len(inside) else 0.0
 
 
-def pick(front: Sequence[FrontPoint], how: str, max_loss_pp: float | None = None) -> FrontPoint:
+def pick(
+    front: Sequence[FrontPoint], how: str, max_loss_pp: float | None = None, baseline: Measurement | None = None
+) -> FrontPoint:
     """Choose one point of a front.
 
     Held-out measurements count where there are any. The knee is the point nearest to the ideal (each objective
@@ -134,6 +185,7 @@ def pick(front: Sequence[FrontPoint], how: str, max_loss_pp: float | None = None
         front: The points.
         how: 'knee', 'fastest', 'smallest' or 'most-accurate'.
         max_loss_pp: Leave out points that lose more top-1 than this, percentage points.
+        baseline: The float module, which is picked if no point beats it in any objective; None never picks it.
 
     Raises:
         UsageError: There is no such way to pick.
@@ -142,8 +194,10 @@ def pick(front: Sequence[FrontPoint], how: str, max_loss_pp: float | None = None
     if how not in get_args(Pick):
         raise UsageError(f"no way to pick {how!r}; there are: {', '.join(get_args(Pick))}")
     if not front:
-        raise StudyError("the front is empty: no trial has completed yet; run a search first")
-    points = [point for point in front if point.heldout is None or point.heldout.dominated_by is None] or list(front)
+        raise StudyError("the front is empty: no trial has completed yet, or none is within the constraints; search on, or wider")
+    points = list(kept_points(front)) or list(front)
+    if baseline is not None and not beats_float(points, baseline) and (max_loss_pp is None or max_loss_pp >= 0):
+        return float_point(baseline)
     if max_loss_pp is not None:
         least = min(point.verdict[2] for point in front)
         points = [point for point in points if point.verdict[2] <= max_loss_pp]

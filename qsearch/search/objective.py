@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,14 @@ import numpy as np
 from qsearch.build.cache import KernelCache
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.build.target import Target
-from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
-from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
 from qsearch.config import QuantConfig
 from qsearch.data import Dataset, read_preprocessing
-from qsearch.errors import CalibrationError, TrialError, UnsupportedModelError
-from qsearch.measure.accuracy import compare_accuracy, run_images
+from qsearch.errors import TrialError, UnsupportedModelError
+from qsearch.measure.accuracy import compare_accuracy, run_blocks, run_images
 from qsearch.measure.clock import Clock
-from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency
+from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
 from qsearch.measure.tune import TunedKernel, tune_programs
@@ -35,12 +35,14 @@ from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.cache_folder import CacheFolder
-from qsearch.search.evaluator import Progress, Settings
+from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.evaluator import Progress, Settings, said_once
+from qsearch.search.float_pass import float_statistics
+from qsearch.search.remeasure import remeasure
 from qsearch.search.requirements import check_classes, open_dataset, open_local_target, require_room
 
 __all__ = ["ModelEvaluator", "open_evaluator"]
 
-OBSERVE_BATCH = 16
 FLOAT = QuantConfig(default_precision="fp32")
 
 
@@ -102,7 +104,7 @@ class ModelEvaluator:
         self.weights = WeightStore()
         self.seconds: dict[str, float] = {}
         start = time.monotonic()
-        self.record = self._statistics()
+        self.record = float_statistics(model, dataset, settings.cache_dir, progress)
         self.seconds["float_pass"] = time.monotonic() - start
         self._float_logits: dict[str, np.ndarray] = {}
         self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
@@ -137,8 +139,11 @@ class ModelEvaluator:
             UnsupportedModelError: It cannot be built or measured.
         """
         with self._of_float():
-            # Every speed-up is counted against this one number: it is timed longer than a trial.
-            self._baseline = self.evaluate(FLOAT, TimingSettings(repeats=4 * TimingSettings.repeats))
+            self._baseline = self._measured(FLOAT, self._alone)
+
+    def refer_to(self, baseline: Measurement) -> None:
+        """Count latencies against a float module that was measured before, as a continued study has to."""
+        self._baseline = baseline
 
     def compile(self, config: QuantConfig) -> CompiledModule:
         """Lower and link one configuration.
@@ -187,35 +192,53 @@ class ModelEvaluator:
         """Activation ranges of a configuration's calibration, computed once per calibration."""
         key = config.calibration.model_dump_json()
         if key not in self._ranges:
-            self._ranges[key] = activation_ranges(self.record, self.model, config.calibration, self.input_range)
+            self._ranges[key] = activation_ranges(
+                self.record, self.model, config.calibration, self.dataset.preprocessing.value_range
+            )
         return self._ranges[key]
 
-    @property
-    def input_range(self) -> tuple[float, float]:
-        """Smallest and largest value that preprocessing can give."""
-        preprocessing = self.dataset.preprocessing
-        bounds = [(edge - m) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True) for edge in (0.0, 1.0)]
-        return min(bounds), max(bounds)
-
-    def evaluate(self, config: QuantConfig, timing: TimingSettings = TimingSettings()) -> Measurement:
+    def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Lower, compile, link and measure one configuration on the search images.
+
+        Its latency is that of the baseline times the paired ratio of the two, see `measure_paired`.
 
         Raises:
             TrialError: This configuration cannot be built or measured; others may.
+            EarlyStop: The rule has seen enough.
         """
+        return self._measured(config, lambda machine: self._paired(machine)[0], rule)
+
+    def _measured(self, config: QuantConfig, timed: Callable[[Any], Latency], rule: StoppingRule | None = None) -> Measurement:
         clock = Clock()
         program = lower(self.model, config, self.ranges(config), self.weights)
         clock.lap("lower")
         module = self.build(program)
         clock.lap("build")
         machine = module.open()
-        latency = measure_latency(machine, self.images("search")[:1], timing, self.target.threads)
+        latency = timed(machine)
         clock.lap("latency")
         memory = measure_memory(module)
         clock.lap("memory")
-        accuracy = self.accuracy(module, "search")
+        check = None if rule is None else partial(rule.check, latency, memory)
+        accuracy = self._accuracy_unless_stopped(module, check) if check else self.accuracy(module, "search")
         clock.lap("accuracy")
         return Measurement(latency, memory, accuracy, clock.seconds, module.kernels_sha256)
+
+    def _alone(self, machine: Any) -> Latency:
+        """The latency of the float module: every other one is counted against it, so it is timed for longer."""
+        longer = TimingSettings(repeats=4 * TimingSettings.repeats)
+        return measure_latency(machine, self.images("search")[:1], longer, self.target.threads)
+
+    def _paired(self, *machines: Any) -> list[Latency]:
+        """The latencies of modules, in turns with the float module."""
+        image, reference_ms = self.images("search")[:1], self.baseline.latency.median_ms
+        return measure_paired(self._reference, machines, image, reference_ms, threads=self.target.threads)
+
+    @cached_property
+    def _reference(self) -> Any:
+        """A virtual machine of the float module."""
+        with self._of_float():
+            return self.compile(FLOAT).open()
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, their timings interleaved with float's.
@@ -243,52 +266,34 @@ class ModelEvaluator:
         """Accuracy of a module on a part of the images."""
         return compare_accuracy(self.logits(module, part), self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
 
+    def _accuracy_unless_stopped(self, module: CompiledModule, check: Callable[..., None]) -> Accuracy:
+        """Accuracy on the search images, unless the check stops the run before the first or after a block of them."""
+        check()
+        float_logits, labels = self.float_logits("search"), self.dataset.labels("search")
+        blocks = image_blocks(float_logits, labels)
+        parts = run_blocks(module.open, self.images("search"), blocks, threads=self.target.threads)
+        return compare_accuracy(run_until(parts, blocks, float_logits, labels, check), float_logits, labels)
+
     def logits(self, module: CompiledModule, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
         return run_images(module.open, self.images(part), threads=self.target.threads)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Like `measure_again`, in a process of its own."""
+        return remeasure(self.settings, self.baseline, configs)
+
+    def measure_again(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
         modules = [self.compile(config) for config in configs]
-        machines = [self.compile(FLOAT).open(), *(module.open() for module in modules)]
-        latencies = measure_interleaved(machines, self.images("heldout")[:1], threads=self.target.threads)[1:]
+        latencies = self._paired(*(module.open() for module in modules))
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
 
     def images(self, part: str) -> np.ndarray:
         """Preprocessed images, float32 (N, C, H, W)."""
-        return self.dataset.images(part, self.settings.cache_dir / "images", _said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
+        return self.dataset.images(part, self.settings.cache_dir / "images", said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
 
     def float_logits(self, part: str) -> np.ndarray:
         """Logits of the float module, float32 (N, classes), computed once."""
         if part not in self._float_logits:
             self._float_logits[part] = self.logits(self.compile(FLOAT), part)
         return self._float_logits[part]
-
-    def _statistics(self) -> StatisticsRecord:
-        """The record of the float pass, kept between runs."""
-        key = f"{self.model.fingerprint[:16]}-{self.dataset.fingerprint[:16]}"
-        path = self.settings.cache_dir / "statistics" / f"{key}.npz"
-        if path.is_file():
-            try:
-                record = load_record(path)
-                if record.model_fingerprint == self.model.fingerprint:
-                    return record
-            except CalibrationError as error:
-                self.progress(f"{error}; running the float pass again")
-        images = self.images("calibration")
-        self.progress(f"float pass over {len(images)} calibration images")
-        record = observe(self.model, images, OBSERVE_BATCH)
-        save_record(record, path)
-        return record
-
-
-def _said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
-    """A counter callback that reports only the first time."""
-    said: list[Any] = []
-
-    def report(done: int, total: int) -> None:
-        if not said:
-            said.append(True)
-            progress(f"{clause} ({total})")
-
-    return report

@@ -17,12 +17,14 @@ from qsearch.errors import StudyError, StudyMismatchError
 from qsearch.search.storage import checked_name, database_file, driver_lock, open_storage, shown_url, storage_errors, storage_url
 
 __all__ = [
+    "LOSS_BOUND_PP",
     "OBJECTIVES",
     "OBJECTIVE_VERSION",
     "Identity",
     "StudyHandle",
     "finished",
     "load_study",
+    "measured_trials",
     "reap_trials",
     "recorded_parts",
     "requeue",
@@ -31,8 +33,10 @@ __all__ = [
 ]
 
 OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
+# Percentage points of top-1; nothing that loses more is worth having. Float's latency and bytes bound the other two.
+LOSS_BOUND_PP = 10.0
 # Raised whenever the same module would be given other numbers than before.
-OBJECTIVE_VERSION = "1"
+OBJECTIVE_VERSION = "2"
 MOST_ATTEMPTS = 3
 _IDENTITY = "identity"
 _DIGEST = re.compile(r"\w{32,}")
@@ -183,6 +187,15 @@ def recorded_parts(study: optuna.Study) -> dict[str, str]:
 def finished(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:
     """The study's trials in one state, by number; shared with the storage, not to be changed."""
     return study.get_trials(deepcopy=False, states=(state,))
+
+
+def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that count against a budget, by number: the completed ones, and those stopped early.
+
+    A stopped trial was built, timed and run on some images, and need not be tried again. A duplicate was not measured.
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return [trial for trial in trials if trial.state == TrialState.COMPLETE or "bound" in trial.user_attrs]
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial) -> bool:

@@ -8,9 +8,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 from real_search import BUDGET, SMALL, STRAYS, RealSearch, command, completed, fails, refused, start, trials, within
+
+from qsearch.config import QuantConfig
+from qsearch.errors import StudyError
+from qsearch.search.early_stopping import EarlyStop, StoppingRule
+from qsearch.search.evaluator import Settings
+from qsearch.search.front import measurement_from_json
+from qsearch.search.objective import prepare_evaluator
+from qsearch.search.remeasure import remeasure
 
 
 def test_a_killed_search_loses_and_repeats_nothing(real: RealSearch) -> None:
@@ -45,6 +54,34 @@ def test_the_document_of_a_search(real: RealSearch) -> None:
         assert point["top1_loss_ci_pp"][0] <= point["top1_loss_pp"] <= point["top1_loss_ci_pp"][1]
     assert min(point["peak_bytes"] for point in document["front"]) < document["baseline"]["peak_bytes"] / 2
     assert real.json("front", "--study", "real")["front"] == document["front"]
+
+
+def test_a_run_in_blocks_is_a_whole_run_or_certain_to_be_needless(real: RealSearch) -> None:
+    evaluator = prepare_evaluator(Settings(cache_dir=real.folder / "studies" / "cache"), lambda clause: None)
+    stored = [trial for trial in trials(real.folder) if trial.state == TrialState.COMPLETE]
+    evaluator.refer_to(measurement_from_json(stored[0].user_attrs["measurement"]))
+    config, whole = QuantConfig.model_validate(stored[1].user_attrs["config"]), stored[1].user_attrs["measurement"]
+    measured = evaluator.evaluate(config, StoppingRule([]))
+    # All images in blocks: the very outputs that the search saw in one go.
+    assert measured.accuracy.output_sha256 == whole["accuracy"]["output_sha256"]
+    assert measured.accuracy.top1_loss_pp == whole["accuracy"]["top1_loss_pp"]
+    ratio, reference_ms = measured.latency.ratio, evaluator.baseline.latency.median_ms
+    assert ratio is not None and measured.latency.median_ms == pytest.approx(ratio * reference_ms)
+    # Something as fast, as small and more accurate than it could be: a small part of the images is enough to know.
+    better = optuna.trial.create_trial(values=[0.0, 0.0, -0.5])
+    with pytest.raises(EarlyStop) as stop:
+        evaluator.evaluate(config, StoppingRule([better]))
+    bound = stop.value.bound
+    assert 0 < bound.images < measured.accuracy.images / 2
+    assert bound.loss_bounds_pp is not None
+    assert -0.5 <= bound.loss_bounds_pp[0] <= measured.accuracy.top1_loss_pp <= bound.loss_bounds_pp[1]
+
+
+def test_a_fresh_process_that_fails_says_why(real: RealSearch) -> None:
+    settings = Settings(model="nowhere:Net", cache_dir=real.folder / "studies" / "cache")
+    baseline = measurement_from_json(trials(real.folder)[0].user_attrs["measurement"])
+    with pytest.raises(StudyError, match=r"nowhere.*the same command tries once more"):
+        remeasure(settings, baseline, [QuantConfig()])
 
 
 def test_front_as_a_table(real: RealSearch) -> None:
@@ -101,7 +138,7 @@ def test_interrupt_timeout_and_a_larger_budget(small: Path) -> None:
     assert out == ""
     assert "Traceback" not in words
     done = completed(small, "other")
-    assert f"intact with {len(done)} completed trials" in words
+    assert f"intact with {len(done)} measured trials" in words
     late = within(small, *options, "50000", "--timeout", "0", "--json")
     assert late.returncode == 0, late.stderr
     assert f"time is up after {len(done)} of 50000" in late.stderr

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 from analytic import invoke
+from optuna.trial import TrialState
 
 SCRIPT = Path(__file__).parents[1] / "analytic.py"
 CLI = Path(__file__).parents[2] / "cli.py"
@@ -33,7 +35,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_document_of_search(searched: tuple[Path, dict]) -> None:
     _, document = searched
-    assert list(document) == ["study", "storage", "model", "target", "trials", "baseline", "front", "hypervolume", "seconds"]
+    run = ["study", "storage", "model", "target", "trials", "image_evaluations", "constraints", "baseline"]
+    assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "seconds"]
     assert document["study"] == document["model"] == "demo"
     assert document["storage"] == "sqlite:///studies/demo.db"
     assert document["trials"]["complete"] == 12
@@ -146,6 +149,42 @@ def test_timeout_and_exhaustion_are_said(tmp_path: Path) -> None:
     assert exhausted.exit_code == 0
     assert "stopping at 1 of 200" in exhausted.stderr
     assert json.loads(exhausted.stdout)["trials"]["complete"] == 1
+
+
+def test_a_machine_too_noisy_to_time_is_said_once(tmp_path: Path) -> None:
+    result = invoke(tmp_path, "search", "--budget", "6", TROUBLE="noise", TROUBLE_AT="3")
+    assert result.exit_code == 0, result.stderr
+    words = " ".join(result.stderr.split())
+    assert words.count("too noisy to time") == 1 and "taskset" in words
+    trials = optuna.load_study(study_name="demo", storage=f"sqlite:///{tmp_path}/studies/demo.db").get_trials()
+    noisy = [trial.user_attrs.get("noisy_timing", False) for trial in trials if trial.state == TrialState.COMPLETE]
+    assert noisy == [False] * 2 + [True] * 4
+
+
+def test_the_front_drops_what_the_second_measurement_has_dominated(tmp_path: Path) -> None:
+    result = invoke(tmp_path, "search", "--budget", "12", "--json", AGAIN="worse")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    (dropped,) = document["dropped"]
+    kept = [point["trial"] for point in document["front"]]
+    assert dropped["heldout"]["dominated_by"] in kept and dropped["trial"] not in kept
+    # Float, the most accurate as the search saw it.
+    assert (dropped["top1_loss_pp"], dropped["heldout"]["top1_loss_pp"]) == (0.0, 99.0)
+    table = invoke(tmp_path, "front", "--study", "demo").stdout
+    lines = [line for line in table.splitlines() if "dropped for" in line]
+    assert len(lines) == 1 and f"dropped for {dropped['heldout']['dominated_by']}" in lines[0]
+    for point in document["front"]:
+        assert f"{point['latency_ms']:.3f} ± " in table and f"{point['heldout']['latency_ms']:.3f} ± " in table
+        assert f"{point['top1_loss_pp']:+.2f} ± " in table and f"{point['heldout']['top1_loss_pp']:+.2f} ± " in table
+
+
+def test_where_nothing_beats_float_that_is_said(tmp_path: Path) -> None:
+    result = invoke(tmp_path, "search", "--budget", "8", "--json", FLOAT_IS_BEST="1")
+    assert result.exit_code == 0, result.stderr
+    assert "nothing that was tried beats float in any objective" in result.stderr
+    document = json.loads(result.stdout)
+    assert document["beats_float"] is False
+    assert "nothing that was tried beats float" in invoke(tmp_path, "front", "--study", "demo").stderr
 
 
 def test_missing_study(tmp_path: Path) -> None:

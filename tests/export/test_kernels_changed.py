@@ -117,3 +117,13 @@ def test_tuning_leaves_a_study_that_has_begun_as_it_is(small: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "study small has begun" in result.stderr
     assert not list((small / "studies" / "cache" / "kernels").glob("tile_*"))
+
+
+def test_float_is_exported_where_nothing_beats_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsearch.search.front.beats_float", lambda front, baseline: False)
+    row, metrics = exported(small, tmp_path / "float")
+    assert row["trial"] is None and not row["remeasured"]
+    assert metrics["trial"] is None
+    assert metrics["search"] == metrics["float"]
+    verified = within(small, "verify", str(tmp_path / "float"))
+    assert verified.returncode == 0, verified.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_note_text() -> None:
     assert "percentile 99.95, channel_wise" in text
     assert "times** as fast as float" in text
     assert text.endswith("- kernels: kkkkkkkkkkkk")
+    assert "- timing" not in text
+    measured = evaluator.evaluate(config)
+    paired = replace(measured, latency=replace(measured.latency, ratio=0.5, raw_ms=4.0, noisy=True))
+    text = note_text(config, paired, evaluator.baseline)
+    assert "- timing: 0.500 of float in turns with it, 4.000 ms by the clock; **too noisy to rely on**" in text
 
 
 def test_calibration_text() -> None:

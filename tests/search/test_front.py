@@ -14,7 +14,18 @@ from qsearch.errors import StudyError, UsageError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.bound_space import bind_space
 from qsearch.search.driver import Limits, SearchProblem, run_search
-from qsearch.search.front import FrontPoint, Heldout, hypervolume, load_heldout, pick, record_heldout, study_front
+from qsearch.search.front import (
+    FLOAT_TRIAL,
+    FrontPoint,
+    Heldout,
+    beats_float,
+    hypervolume,
+    kept_points,
+    load_heldout,
+    pick,
+    record_heldout,
+    study_front,
+)
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, finished, study_to_search
 
@@ -102,3 +113,24 @@ def test_picks_go_by_the_held_out_verdict() -> None:
     # 1 and 3 are equally small; 3 is the nearer to the ideal.
     assert pick([seen_again, beaten, *FRONT[2:]], "smallest").trial == 3
     assert pick([beaten], "smallest").trial == 2
+
+
+def test_float_is_picked_where_nothing_beats_it() -> None:
+    slower, larger = point(1, 11.0, 1000, 0.5), point(2, 9.999, 1100, 0.5)
+    # A difference within the spread of the time is none.
+    assert not beats_float([slower, larger], FLOAT)
+    assert pick([slower, larger], "fastest", baseline=FLOAT).trial == FLOAT_TRIAL
+    assert pick([slower, larger], "fastest", baseline=FLOAT).measurement is FLOAT
+    assert pick([slower, larger], "fastest").trial == 2
+    for better in (point(3, 9.0, 1000, 0.5), point(3, 11.0, 900, 0.5), point(3, 11.0, 1000, -1.5)):
+        assert beats_float([slower, better], FLOAT)
+        assert pick([slower, better], "most-accurate", baseline=FLOAT).trial != FLOAT_TRIAL
+    # What looked faster in the search and is not when measured again does not count.
+    again = measurement(10.5, 1000, 0.5)
+    assert not beats_float([replace(point(3, 9.0, 1000, 0.5), heldout=Heldout(again.latency, again.accuracy))], FLOAT)
+
+
+def test_kept_points() -> None:
+    again = measurement(8.0, 500, 4.5)
+    dropped = replace(FRONT[0], heldout=Heldout(again.latency, again.accuracy, dominated_by=3))
+    assert kept_points([dropped, *FRONT[1:]]) == FRONT[1:]

@@ -82,7 +82,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
 def test_interrupt_is_130_and_the_same_command_continues(tmp_path: Path) -> None:
     first = run(tmp_path, TROUBLE="interrupt", TROUBLE_AT="5")
     assert first.returncode == 130, first.stderr
-    assert "intact with 4 completed trials" in first.stderr
+    assert "intact with 4 measured trials" in first.stderr
     assert "Traceback" not in first.stderr
     assert first.stdout == ""
     before = completed(tmp_path)

@@ -1,0 +1,82 @@
+"""Blocks of images in the order of what they can teach: where an accuracy run may be looked at before its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+__all__ = ["image_blocks", "loss_bounds", "run_until"]
+
+# Shares of the images that float has right after which a run is looked at; a look costs next to nothing.
+LOOKS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
+
+
+def image_blocks(float_logits: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Divide images into blocks: first those that float has wrong, then the others by float's margin, least first.
+
+    A module can gain only on images of the first kind, so that after the first block all its gains are known. It loses
+    mostly where float's best class was hardly ahead of its second. The order follows from float alone and is the same
+    for every trial.
+
+    Args:
+        float_logits: float32 (N, classes) of the fp32 module.
+        labels: int64 (N,).
+
+    Returns:
+        Positions of images, int64, ascending within each block; together all of them.
+    """
+    two = np.partition(float_logits, -2, axis=1)[:, -2:]
+    order = np.argsort(two[:, 1] - two[:, 0], kind="stable")
+    right = (float_logits.argmax(1) == labels)[order]
+    wrong = int((~right).sum())
+    order = np.concatenate([order[~right], order[right]])
+    ends = [wrong, *(wrong + round(share * (len(labels) - wrong)) for share in LOOKS)]
+    return [np.sort(block) for block in np.split(order, ends) if len(block)]
+
+
+def loss_bounds(right: np.ndarray, float_right: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+    """Least and greatest top-1 loss that a run can still end with, percentage points.
+
+    Every unseen image that float has wrong may be gained, and every unseen one that it has right may be lost. These
+    are limits, not an interval of confidence: they always hold, however often they are looked at.
+
+    Args:
+        right: bool (N,), which images the module has right, of those seen.
+        float_right: bool (N,), which images float has right.
+        seen: bool (N,), which images the module has been run on.
+    """
+    gained, lost = int((seen & right & ~float_right).sum()), int((seen & ~right & float_right).sum())
+    may_gain, may_lose = int((~seen & ~float_right).sum()), int((~seen & float_right).sum())
+    share = 100.0 / len(seen)
+    return share * (lost - gained - may_gain), share * (lost - gained + may_lose)
+
+
+def run_until(
+    parts: Iterable[np.ndarray],
+    blocks: Sequence[np.ndarray],
+    float_logits: np.ndarray,
+    labels: np.ndarray,
+    look: Callable[[int, tuple[float, float]], None],
+) -> np.ndarray:
+    """Join the logits of blocks, letting somebody look at the loss so far after each but the last.
+
+    Args:
+        parts: The blocks' logits, float32 (block, classes) each, made as they are asked for.
+        blocks: As `image_blocks` gave them.
+        float_logits: float32 (N, classes) of the fp32 module.
+        labels: int64 (N,).
+        look: Called with the number of images seen and the `loss_bounds`; ends the run by raising.
+
+    Returns:
+        Logits, float32 (N, classes), in image order: what one run over all images gives.
+    """
+    logits, float_right = np.empty_like(float_logits), float_logits.argmax(1) == labels
+    right, seen = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
+    for part, block in zip(parts, blocks, strict=True):
+        logits[block] = part
+        right[block] = part.argmax(1) == labels[block]
+        seen[block] = True
+        if not seen.all():
+            look(int(seen.sum()), loss_bounds(right, float_right, seen))
+    return logits

@@ -1,0 +1,116 @@
+"""Early stopping on images: a trial that can neither enter the front nor keep within the constraints ends at once.
+
+What is known of it by then, time and bytes and limits of its loss, is a bound and no measurement: such a trial has no
+objective values, is no candidate for the front, and yet counts as tried. The limits of the loss are certain, see
+`qsearch.measure.image_blocks`: with the same times, the front is that of a search without early stopping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from qsearch.measure.measurement import Latency, Memory
+from qsearch.search.constraints import Constraints, violation
+
+__all__ = ["Bound", "EarlyStop", "StoppingRule"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is known of a trial that was stopped.
+
+    Attributes:
+        reason: Why its outcome was certain.
+        latency: As of a completed trial.
+        memory: As of a completed trial.
+        images: How many images had been seen.
+        loss_bounds_pp: Limits of the loss that all images would have given, percentage points; None before the first.
+        infeasible: Whether it was stopped because of a constraint.
+    """
+
+    reason: str
+    latency: Latency
+    memory: Memory
+    images: int
+    loss_bounds_pp: tuple[float, float] | None
+    infeasible: bool
+
+    @property
+    def least(self) -> tuple[float, float, float]:
+        """latency_ms, peak_bytes and the lowest top1_loss_pp it could have had."""
+        # More than every image cannot be gained.
+        low = -100.0 if self.loss_bounds_pp is None else self.loss_bounds_pp[0]
+        return (self.latency.median_ms, float(self.memory.peak_bytes), low)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for user attributes."""
+        return {
+            "reason": self.reason,
+            "latency": vars(self.latency),
+            "memory": vars(self.memory),
+            "images": self.images,
+            "top1_loss_bounds_pp": self.loss_bounds_pp and list(self.loss_bounds_pp),
+        }
+
+
+class EarlyStop(Exception):
+    """Ends the measurement of a trial; not an error. Its one argument is the Bound."""
+
+    @property
+    def bound(self) -> Bound:
+        """What is known of the trial."""
+        return self.args[0]
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """Says when a trial's outcome is certain, from the trials completed before it.
+
+    A trial is stopped if another one is no slower, no larger, and loses no more than the least this one can lose; or
+    if it violates the constraints more than some completed trial does, by what it can lose least. The second leaves
+    the closest configurations right where none is feasible. A dominating trial need not be feasible itself: whatever
+    it violates, the dominated one violates at least as much.
+
+    Attributes:
+        trials: The completed trials.
+        constraints: The study's.
+    """
+
+    trials: Sequence[FrozenTrial]
+    constraints: Constraints = Constraints()
+
+    def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
+        """Stop the trial if nothing it can still show would change its outcome.
+
+        Args:
+            latency: The trial's.
+            memory: The trial's.
+            images: How many images were seen.
+            loss_bounds_pp: Limits of its loss, percentage points; None before the first image.
+
+        Raises:
+            EarlyStop: Its outcome is certain.
+        """
+        bound = Bound("", latency, memory, images, loss_bounds_pp, False)
+        reason, infeasible = self._beyond_constraints(bound.least), True
+        if reason is None:
+            reason, infeasible = self._dominated(bound.least), False
+        if reason is not None:
+            raise EarlyStop(Bound(reason, latency, memory, images, loss_bounds_pp, infeasible))
+
+    def _beyond_constraints(self, least: tuple[float, float, float]) -> str | None:
+        found = {name: value for name, value in self.constraints.violations(least).items() if value > 0}
+        if not found or not self.trials or sum(found.values()) <= min(violation(trial) for trial in self.trials):
+            return None
+        return "beyond the limit of " + " and ".join(found)
+
+    def _dominated(self, least: tuple[float, float, float]) -> str | None:
+        if not self.trials:
+            return None
+        better = (np.array([trial.values for trial in self.trials]) <= least).all(axis=1)
+        return f"dominated by trial {self.trials[int(better.argmax())].number}" if better.any() else None

@@ -1,0 +1,185 @@
+"""Early stopping on images: certain outcomes only, kept apart from measurements, counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic import AnalyticEvaluator, invoke
+from optuna.trial import TrialState
+
+from qsearch.measure.accuracy import compare_accuracy
+from qsearch.measure.image_blocks import image_blocks, loss_bounds, run_until
+from qsearch.search.bound_space import bind_space
+from qsearch.search.constraints import Constraints
+from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.early_stopping import EarlyStop, StoppingRule
+from qsearch.search.front import hypervolume, study_front
+from qsearch.search.samplers import make_sampler
+from qsearch.search.space import load_space
+from qsearch.search.study import Identity, StudyHandle, finished, load_study, measured_trials, study_to_search
+
+LABELS = np.random.default_rng(5).integers(0, 7, 900)
+# Right on nine images of ten, by a margin of about two.
+FLOAT = (np.random.default_rng(6).normal(size=(900, 7)) + 2.6 * np.eye(7)[LABELS]).astype(np.float32)
+
+
+@pytest.fixture
+def handle(tmp_path: Path) -> Iterator[StudyHandle]:
+    """An empty study."""
+    with study_to_search("demo", Identity({"model": "a"}), f"sqlite:///{tmp_path}/study.db") as opened:
+        opened.study.sampler = make_sampler("random", 0, 0)
+        yield opened
+
+
+def problem(evaluator: AnalyticEvaluator, constraints: Constraints = Constraints()) -> SearchProblem:
+    """The default space with early stopping."""
+    space = bind_space(load_space("default"), evaluator.graph)
+    return SearchProblem(space, evaluator.evaluate, constraints=constraints, early_stopping=True)
+
+
+def test_blocks_begin_with_what_float_has_wrong_and_go_on_by_its_margin() -> None:
+    blocks = image_blocks(FLOAT, LABELS)
+    np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), np.arange(900))
+    wrong = FLOAT.argmax(1) != LABELS
+    np.testing.assert_array_equal(blocks[0], np.flatnonzero(wrong))
+    two = np.sort(FLOAT, axis=1)
+    margin = two[:, -1] - two[:, -2]
+    for one, following in zip(blocks[1:], blocks[2:], strict=False):
+        assert margin[one].max() <= margin[following].min()
+    assert [len(block) for block in image_blocks(FLOAT[~wrong][:3], LABELS[~wrong][:3])] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
+def test_limits_hold_at_every_look_and_a_whole_run_gives_the_same_logits(noise: float) -> None:
+    logits = FLOAT + np.random.default_rng(0).normal(0, noise, FLOAT.shape).astype(np.float32)
+    final = compare_accuracy(logits, FLOAT, LABELS).top1_loss_pp
+    blocks, looks = image_blocks(FLOAT, LABELS), []
+    joined = run_until(
+        (logits[block] for block in blocks), blocks, FLOAT, LABELS, lambda images, limits: looks.append((images, limits))
+    )
+    np.testing.assert_array_equal(joined, logits)
+    assert [images for images, _ in looks] == list(np.cumsum([len(block) for block in blocks])[:-1])
+    lows, highs = np.array([limits for _, limits in looks]).T
+    assert (lows <= final + 1e-9).all() and (final - 1e-9 <= highs).all()
+    # They only ever close in; of a slightly disturbed network little is left to know after a third of the images.
+    assert (np.diff(lows) >= -1e-9).all() and (np.diff(highs) <= 1e-9).all()
+    if noise == 0.1:
+        assert final - lows[[images for images, _ in looks].index(next(i for i, _ in looks if i > 300))] < 0.5
+
+
+def test_gains_are_bounded_by_what_float_has_wrong() -> None:
+    float_right = np.array([True] * 8 + [False] * 2)
+    nothing = np.zeros(10, bool)
+    assert loss_bounds(nothing, float_right, nothing) == (-20.0, 80.0)
+    seen = ~float_right
+    assert loss_bounds(nothing, float_right, seen) == (0.0, 80.0)
+    assert loss_bounds(seen, float_right, seen) == (-20.0, 60.0)
+
+
+def test_nothing_is_run_after_a_stop() -> None:
+    asked = []
+
+    def parts() -> Iterator[np.ndarray]:
+        for block in blocks:
+            asked.append(len(block))
+            yield FLOAT[block]
+
+    def look(images: int, limits: tuple[float, float]) -> None:
+        raise InterruptedError
+
+    blocks = image_blocks(FLOAT, LABELS)
+    with pytest.raises(InterruptedError):
+        run_until(parts(), blocks, FLOAT, LABELS, look)
+    assert asked == [len(blocks[0])]
+
+
+def test_a_trial_that_stops_is_certain_to_be_off_the_front(handle: StudyHandle) -> None:
+    evaluator = AnalyticEvaluator(blocks=True)
+    outcome = run_search(handle, problem(evaluator), Limits(40))
+    stopped = [trial for trial in finished(handle.study, TrialState.PRUNED) if "bound" in trial.user_attrs]
+    assert outcome.stopped == "budget"
+    # Stopped trials count, and are never measured twice.
+    assert outcome.completed + outcome.stopped_early == 40 == len(evaluator.measured) == len(set(evaluator.measured))
+    assert len(stopped) == outcome.stopped_early == 40 - len(finished(handle.study)) > 3
+    assert len(measured_trials(handle.study)) == 40
+    for trial in stopped:
+        assert trial.values is None and "measurement" not in trial.user_attrs
+        assert trial.user_attrs["images"] < 1000
+        assert trial.user_attrs["stopped_early"].startswith("dominated by trial ")
+        low, high = trial.user_attrs["top1_loss_bounds_pp"]
+        assert low < high
+    again = run_search(handle, problem(evaluator), Limits(46))
+    assert again.completed + again.stopped_early == 6
+    assert len(evaluator.measured) == len(set(evaluator.measured)) == 46
+
+
+def test_the_front_is_that_of_full_runs(handle: StudyHandle, tmp_path: Path) -> None:
+    evaluator = AnalyticEvaluator(blocks=True)
+    run_search(handle, problem(evaluator), Limits(32))
+    with study_to_search("full", Identity({"model": "a"}), f"sqlite:///{tmp_path}/full.db") as full:
+        full.study.sampler = make_sampler("random", 0, 0)
+        # The same configurations: random proposals do not depend on what came out.
+        run_search(full, SearchProblem(problem(evaluator).space, AnalyticEvaluator().evaluate), Limits(32))
+        every = study_front(full.study)
+    front = study_front(handle.study)
+    assert {point.trial for point in front} == {point.trial for point in every}
+    assert hypervolume(front, evaluator.baseline) == hypervolume(every, evaluator.baseline)
+
+
+def test_constraints_stop_a_trial_only_where_a_closer_one_is_known(handle: StudyHandle) -> None:
+    evaluator = AnalyticEvaluator(blocks=True)
+    constraints = Constraints.against(evaluator.baseline, {"latency_ms": 0.6 * evaluator.baseline.latency.median_ms})
+    run_search(handle, problem(evaluator, constraints), Limits(30))
+    first, *_ = handle.study.get_trials()
+    # Too slow, but the first: it is the closest so far.
+    assert first.state == TrialState.COMPLETE and not first.user_attrs["feasible"]
+    beyond = [trial for trial in handle.study.get_trials() if "limit" in trial.user_attrs.get("stopped_early", "")]
+    assert beyond
+    for trial in beyond:
+        assert (trial.state, trial.user_attrs["feasible"]) == (TrialState.PRUNED, False)
+        assert trial.user_attrs["images"] == 0 and trial.user_attrs["top1_loss_bounds_pp"] is None
+        closest = min(done.user_attrs["violation"] for done in finished(handle.study) if done.number < trial.number)
+        assert trial.user_attrs["violation"] > closest
+
+
+def test_the_rule_needs_certainty() -> None:
+    evaluator = AnalyticEvaluator()
+    latency, memory = evaluator.baseline.latency, evaluator.baseline.memory
+    StoppingRule([]).check(latency, memory, 50, (5.0, 6.0))
+    StoppingRule([], Constraints.against(evaluator.baseline, {"top1_loss_pp": 1.0})).check(latency, memory, 50, (5.0, 6.0))
+
+
+def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path) -> None:
+    options = ("search", "--budget", "28", "--sampler", "random", "--json")
+    stopping = json.loads(invoke(tmp_path, *options, BLOCKS="1").stdout)
+    trials = load_study("demo", f"sqlite:///{tmp_path}/studies/demo.db").study.get_trials()
+    images = sum(trial.user_attrs["images"] for trial in trials if "images" in trial.user_attrs)
+    assert stopping["image_evaluations"] == {"made": images, "without_early_stopping": 28_000}
+    assert images < 28_000
+    assert stopping["trials"]["complete"] + stopping["trials"]["stopped_early"] == 28
+    whole = json.loads(invoke(tmp_path, *options, "--study", "whole", "--no-early-stopping", BLOCKS="1").stdout)
+    assert whole["image_evaluations"] == {"made": 28_000, "without_early_stopping": 28_000}
+    assert whole["trials"]["complete"] == 28
+    assert [point["trial"] for point in whole["front"]] == [point["trial"] for point in stopping["front"]]
+
+
+def test_a_stop_carries_what_is_known() -> None:
+    evaluator = AnalyticEvaluator()
+    constraints = Constraints.against(evaluator.baseline, {"latency_ms": 1.0})
+    trial = type("Trial", (), {"values": [1.0, 1.0, 50.0], "number": 3, "constraints": {"latency_ms": 0.0}})
+    rule = StoppingRule([trial], constraints)  # type: ignore[list-item]
+    with pytest.raises(EarlyStop) as caught:
+        rule.check(evaluator.baseline.latency, evaluator.baseline.memory)
+    bound = caught.value.bound
+    assert (bound.reason, bound.images, bound.loss_bounds_pp, bound.infeasible) == (
+        "beyond the limit of latency_ms",
+        0,
+        None,
+        True,
+    )
+    with pytest.raises(EarlyStop, match="dominated by trial 3"):
+        StoppingRule([trial]).check(evaluator.baseline.latency, evaluator.baseline.memory, 50, (60.0, 70.0))  # type: ignore[list-item]
