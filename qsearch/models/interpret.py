@@ -8,8 +8,9 @@ CPUs; logical shapes stay (N, C, H, W).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from qsearch.errors import UnsupportedModelError
 from qsearch.models.graph import ForeignOp, Graph, Model, Node, Parameters, Pool
 from qsearch.models.interpret_memory import MEMORY_OPERATIONS
 
-__all__ = ["call_foreign", "interpret"]
+__all__ = ["call_foreign", "forward", "interpret"]
 
 _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -51,19 +52,40 @@ def interpret(model: Model, images: Tensor, on_value: Callable[[Node, Tensor], N
     Raises:
         UnsupportedModelError: A node's operation or a foreign operator is unknown.
     """
+    return forward(model, images, on_value=on_value)
+
+
+def forward(
+    model: Model,
+    images: Tensor,
+    *,
+    read: Callable[[Node, int, Tensor], Tensor] | None = None,
+    weight: Mapping[str, Tensor] | None = None,
+    on_value: Callable[[Node, Tensor], None] | None = None,
+) -> Tensor:
+    """Run the model in float, parts of it replaced, recording gradients where torch does.
+
+    Args:
+        model: The model.
+        images: As for `interpret`.
+        read: Called with a node, the position of one of its inputs and that input's value; gives what the node reads.
+        weight: Layer name -> float32 (O, I/groups, kh, kw) in place of the model's own.
+        on_value: As for `interpret`.
+
+    Returns:
+        The value of the graph's output, float32.
+
+    Raises:
+        UnsupportedModelError: A node's operation or a foreign operator is unknown.
+    """
     graph = model.graph
+    # The interpreter takes arrays and tensors alike; what is given as a tensor keeps its gradient.
+    parameters = replace(model.parameters, weight=cast(dict[str, np.ndarray], {**model.parameters.weight, **(weight or {})}))
     last_use = {name: node.name for node in graph.nodes for name in node.inputs}
     values: dict[str, Tensor] = {}
     for node in graph.nodes:
-        if node.op == "input":
-            value = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-        elif node.op == "foreign":
-            value = _foreign(node, [values[name] for name in node.inputs], graph, model.parameters, len(images))
-        elif node.op in MEMORY_OPERATIONS:
-            inputs = [values[name] for name in node.inputs]
-            value = MEMORY_OPERATIONS[node.op](node, inputs, model.parameters, len(images) // graph.input.shape[0])
-        else:
-            value = _value(node, [values[name] for name in node.inputs], model.parameters)
+        inputs = [values[name] if read is None else read(node, i, values[name]) for i, name in enumerate(node.inputs)]
+        value = _computed(node, inputs, graph, parameters, images)
         if on_value is not None:
             on_value(node, value)
         values[node.name] = value
@@ -71,6 +93,16 @@ def interpret(model: Model, images: Tensor, on_value: Callable[[Node, Tensor], N
             if last_use.get(name, node.name) == node.name and name != graph.output:
                 del values[name]
     return values[graph.output]
+
+
+def _computed(node: Node, inputs: list[Tensor], graph: Graph, parameters: Parameters, images: Tensor) -> Tensor:
+    if node.op == "input":
+        return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+    if node.op == "foreign":
+        return _foreign(node, inputs, graph, parameters, len(images))
+    if node.op in MEMORY_OPERATIONS:
+        return MEMORY_OPERATIONS[node.op](node, inputs, parameters, len(images) // graph.input.shape[0])
+    return _value(node, inputs, parameters)
 
 
 def _value(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
@@ -90,7 +122,9 @@ def _clipped(value: Tensor, clip: tuple[float, float] | None) -> Tensor:
     return value if clip is None else value.clamp(*clip)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def _tensor(array: np.ndarray | Tensor) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
     # torch warns about arrays it could write to by accident, such as memory-mapped weights.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 

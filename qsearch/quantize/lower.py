@@ -21,7 +21,7 @@ from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weights import WeightStore
 
-__all__ = ["lower", "precisions"]
+__all__ = ["lower", "precisions", "value_affines"]
 
 Ranges = dict[str, tuple[float, float]]
 LOWERINGS = NODE_LOWERINGS | ATTENTION_LOWERINGS
@@ -54,10 +54,7 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     """
     chosen = precisions(model, config)
     assignment = assign_forms(model.graph, chosen)
-    in_bytes = frozenset(name for name, form in assignment.computes.items() if form == UINT8_FORM)
-    if in_bytes:
-        ranges = shared_ranges(model.graph, in_bytes, ranges)
-    writer = _Writer(model, assignment, _affines(model, assignment, ranges, weights))
+    writer = _Writer(model, assignment, value_affines(model, assignment, ranges, weights))
     for node in model.graph.nodes:
         context = Context(model, config, chosen, assignment, writer.affines, weights)
         writer.write(node, context)
@@ -65,8 +62,24 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
     return Program(writer.input, tuple(writer.ops), output)
 
 
-def _affines(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[tuple[str, str], Affine]:
-    """Scale and zero point of every value, by form, that exists in integers."""
+def value_affines(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[tuple[str, str], Affine]:
+    """Scale and zero point of every value that exists in integers.
+
+    Args:
+        model: The model.
+        assignment: The forms of its values.
+        ranges: Node name -> (low, high) of its value, for every node.
+        weights: Prepared weights, whose sums bound 16-bit integers.
+
+    Returns:
+        (Node name, 'uint8' or 'int16') -> scale and zero point.
+
+    Raises:
+        QuantizeError: A tensor cannot be represented.
+    """
+    in_bytes = frozenset(name for name, form in assignment.computes.items() if form == UINT8_FORM)
+    if in_bytes:
+        ranges = shared_ranges(model.graph, in_bytes, ranges)
     affines: dict[tuple[str, str], Affine] = {}
     limits = _int16_limits(model, assignment, weights)
     for node in model.graph.nodes:

@@ -1,0 +1,100 @@
+"""What quantizing some layers changes in the float network: which reads are rounded, and by how much weights move.
+
+The rounding points are those of the compiled module: they are read off the forms that lowering assigns, so that a
+residual that takes its neighbour's bytes, or a lookup table between two layers, is rounded here as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from qsearch.config import Granularity, WeightScale
+from qsearch.models.graph import MOVES, Graph, Model, Node
+from qsearch.qtype import PRECISIONS
+from qsearch.quantize.affine import Affine
+from qsearch.quantize.assign import INTEGER_FORMS, SHARED, Assignment, assign_forms
+from qsearch.quantize.lower import value_affines
+from qsearch.quantize.weights import WeightStore
+
+__all__ = ["Edge", "Ranges", "Roundings", "assigned", "rounded", "rounded_reads", "rounded_weight"]
+
+# (Reader's name, position among its inputs).
+Edge = tuple[str, int]
+# The quantizers that a value passes through, one after the other, on its way to a reader.
+Roundings = tuple[Affine, ...]
+Ranges = dict[str, tuple[float, float]]
+
+_PICKS = (*SHARED, "concat")
+
+
+def assigned(graph: Graph, precision: Mapping[str, str]) -> Assignment:
+    """The forms of all values where layers not named stay in fp32."""
+    return assign_forms(graph, {node.name: precision.get(node.name, "fp32") for node in graph.layers})
+
+
+def rounded_reads(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[Edge, Roundings]:
+    """Every read that sees rounded values under an assignment of forms.
+
+    Args:
+        model: The model.
+        assignment: The forms.
+        ranges: Node name -> (low, high) of its value, for every node.
+        weights: Prepared weights.
+
+    Returns:
+        Edge -> what rounds it; edges that read float32 as it was computed are left out.
+    """
+    graph = model.graph
+    affines = value_affines(model, assignment, ranges, weights)
+    found: dict[Edge, Roundings] = {}
+    # Values that an operation only picks from rounded ones: rounding them again with the same scale changes nothing.
+    settled: dict[str, Affine | None] = {}
+    for node in graph.nodes:
+        # What is only moved is rounded where it is read in the end.
+        if node.op in MOVES:
+            continue
+        for i, name in enumerate(node.inputs):
+            root = _moved_from(graph, name)
+            forms = dict.fromkeys((assignment.produced[root], assignment.reads[node.name][i]))
+            roundings = tuple(affines[root, form] for form in forms if form in INTEGER_FORMS)
+            if roundings and roundings != (settled.get(root),):
+                found[node.name, i] = roundings
+        if node.op in _PICKS:
+            roots = [settled.get(_moved_from(graph, name)) for name in node.inputs]
+            last = {found.get((node.name, i), (root,))[-1] for i, root in enumerate(roots)}
+            settled[node.name] = last.pop() if len(last) == 1 else None
+    return found
+
+
+def _moved_from(graph: Graph, name: str) -> str:
+    while graph.by_name[name].op in MOVES:
+        name = graph.by_name[name].inputs[0]
+    return name
+
+
+def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
+    """Quantize and dequantize a value, float32 of the same shape; the value itself where nothing rounds it."""
+    for affine in roundings:
+        scale, zero = float(affine.scale), affine.zero_point
+        # In place, pass by pass: much faster than torch's own fake quantization, which also keeps a mask.
+        value = (value * (1 / scale)).round_().clamp_(affine.limits.qmin - zero, affine.limits.qmax - zero).mul_(scale)
+    return value
+
+
+def rounded_weight(
+    node: Node, weight: np.ndarray, precision: str, setting: tuple[Granularity, WeightScale], weights: WeightStore
+) -> np.ndarray:
+    """A layer's weights after quantization, float32 (O, I/groups, kh, kw).
+
+    16-bit weights are prepared for the layer's own bound on its input; a neighbour that narrows it changes little.
+    The rare channel whose scale is raised for the sake of its bias is left as it is.
+    """
+    if precision == "int16":
+        prepared = weights.bounded(node.name, weight, *setting, weights.activation_limit(node.name, weight))
+    else:
+        prepared = weights.quantized(node.name, weight, *setting, PRECISIONS[precision].weight)
+    real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
+    return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
