@@ -35,7 +35,7 @@ def search(
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="from the model")] = None,
     storage: Storage = None,
-    sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii or gp.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii, gp, or planner (measured tables first).")] = "tpe",
     seed: Seed = 0,
     tune: Annotated[float, typer.Option(min=0.0, help="Before a new study, time register tiles for so many seconds.")] = 0.0,
     max_latency_ms: Annotated[float | None, typer.Option(help="Constraint: largest latency wanted, milliseconds.")] = None,
@@ -55,14 +55,14 @@ def search(
     """
     from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluator import Settings
-    from qsearch.search.samplers import make_sampler
+    from qsearch.search.samplers import check_sampler
     from qsearch.search.space import load_space
     from qsearch.search.storage import checked_name, database_file, storage_url
 
     name = checked_name(study or default_study(model))
     # Whatever is wrong with the command itself is said before minutes are spent on the model.
     database_file(storage_url(name, storage))
-    make_sampler(sampler, seed, 0)
+    check_sampler(sampler, seed)
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     chosen = load_space(space)
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)

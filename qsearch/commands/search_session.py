@@ -27,7 +27,8 @@ from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.evaluator import Evaluator, Settings
 from qsearch.search.front import record_heldout, study_front
 from qsearch.search.objective import open_evaluator
-from qsearch.search.samplers import make_sampler
+from qsearch.search.planner import PlannerSampler
+from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 
@@ -129,11 +130,16 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
         say(f"continuing study {handle.name} with {done} measured trials")
-    handle.study.sampler = make_sampler(request.sampler, request.settings.seed, trials)
+    seed = request.settings.seed
+    planned = request.sampler == PLANNER
+    if planned:
+        handle.study.sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials))
+    else:
+        handle.study.sampler = make_sampler(request.sampler, seed, trials)
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
     notes = TrialNotes(handle, evaluator.graph, baseline)
-    problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping)
+    problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned)
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
     with TrialProgress(done, request.budget, baseline) as progress:
         outcome = run_search(handle, problem, limits, progress.on_trial)

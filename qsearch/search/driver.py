@@ -46,6 +46,7 @@ class SearchProblem:
         annotate: Adds notes and pictures to a measured trial before it is finished.
         constraints: Limits beyond which a trial is infeasible.
         early_stopping: Whether trials end as soon as their outcome is certain.
+        anchored: Whether plain starting points come first; a sampler that knows the space does without.
     """
 
     space: BoundSpace
@@ -53,6 +54,7 @@ class SearchProblem:
     annotate: Annotate | None = None
     constraints: Constraints = Constraints()
     early_stopping: bool = False
+    anchored: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class _Loop:
         start = time.monotonic()
         study = self.handle.study
         with self.handle.guard():
-            enqueue_anchors(study, self.problem.space)
+            if self.problem.anchored:
+                enqueue_anchors(study, self.problem.space)
             before = measured_trials(study)
             trials = len(study.get_trials(deepcopy=False))
         self.known = {trial.user_attrs["config_hash"]: trial.number for trial in before if "config_hash" in trial.user_attrs}

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.models.graph import Graph
+from qsearch.search.bound_space import BoundSpace
 from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.planner import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
 
@@ -116,6 +118,10 @@ class Evaluator(Protocol):
         Raises:
             TrialError: This configuration cannot be built.
         """
+        ...
+
+    def tables(self, space: BoundSpace) -> Tables:
+        """The planner's tables."""
         ...
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:

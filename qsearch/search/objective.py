@@ -34,12 +34,15 @@ from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
+from qsearch.search.bound_space import BoundSpace
 from qsearch.search.cache_folder import CacheFolder
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.evaluator import Progress, Settings, said_once
 from qsearch.search.float_pass import float_statistics
+from qsearch.search.planner import Tables
 from qsearch.search.remeasure import remeasure
 from qsearch.search.requirements import check_classes, open_dataset, open_local_target, require_room
+from qsearch.search.tables import measure_tables
 
 __all__ = ["ModelEvaluator", "open_evaluator"]
 
@@ -239,6 +242,10 @@ class ModelEvaluator:
         """A virtual machine of the float module."""
         with self._of_float():
             return self.compile(FLOAT).open()
+
+    def tables(self, space: BoundSpace) -> Tables:
+        """The planner's tables."""
+        return measure_tables(self, space, self.progress)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, their timings interleaved with float's.

@@ -10,8 +10,10 @@ import optuna
 
 from qsearch.errors import UsageError
 
-__all__ = ["DEFAULT_SAMPLER", "SAMPLERS", "make_sampler"]
+__all__ = ["DEFAULT_SAMPLER", "PLANNER", "SAMPLERS", "check_sampler", "derived_seed", "make_sampler"]
 
+# Not made here: it needs tables, see `qsearch.search.planner`.
+PLANNER = "planner"
 DEFAULT_SAMPLER = "tpe"
 # Half of Optuna's default: a budget of 200 trials should see several generations, not four.
 POPULATION = 25
@@ -47,22 +49,32 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 
 
+def check_sampler(name: str, seed: int) -> None:
+    """Refuse a sampler that does not exist, or a seed that is no seed.
+
+    Raises:
+        UsageError: There is no such sampler, or the seed is negative.
+    """
+    if name not in (*SAMPLERS, PLANNER):
+        raise UsageError(f"no sampler {name!r}; there are: {', '.join((*SAMPLERS, PLANNER))}")
+    if seed < 0:
+        raise UsageError(f"--seed must be 0 or more, got {seed}")
+
+
+def derived_seed(seed: int, trials: int) -> int:
+    """A seed of its own for every number of trials: a continued study must not draw the same numbers again."""
+    return int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
+
+
 def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
     """Make a sampler.
 
     Args:
         name: One of SAMPLERS.
         seed: The user's seed.
-        trials: Trials the study has already. A continued study must not draw the same numbers again.
-
-    Raises:
-        UsageError: There is no such sampler, or the seed is negative.
+        trials: Trials the study has already.
     """
-    if name not in SAMPLERS:
-        raise UsageError(f"no sampler {name!r}; there are: {', '.join(SAMPLERS)}")
-    if seed < 0:
-        raise UsageError(f"--seed must be 0 or more, got {seed}")
-    derived = int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
+    check_sampler(name, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name](derived)
+        return SAMPLERS[name](derived_seed(seed, trials))

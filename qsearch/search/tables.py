@@ -17,21 +17,31 @@ from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.cost_table import Cost, CostRequest, CostTable, measure_costs
-from qsearch.search.evaluator import Progress
+from qsearch.search.evaluator import Progress, Settings, said_once
 from qsearch.search.pairwise import PairwiseSum
 from qsearch.search.planner import Tables, planner_settings
-from qsearch.search.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
+from qsearch.search.sensitivity import Sensitivity, SensitivityRequest
+from qsearch.search.sensitivity_file import kept_sensitivity
 
 __all__ = ["TableSource", "measure_tables"]
+
+# Fewer rank layer_wise and 4-bit choices less well.
+IMAGES = 96
 
 
 class TableSource(Protocol):
     """What tables are measured on."""
 
+    settings: Settings
     model: Model
     linker: Linker
     weights: WeightStore
     seconds: dict[str, float]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of model, data and target."""
+        ...
 
     @property
     def baseline(self) -> Measurement:
@@ -58,9 +68,8 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     start = time.monotonic()
     costs = _costs(source, space, progress)
     source.seconds["cost_table"] = time.monotonic() - start
-    progress("measuring the sensitivity of layers")
     start = time.monotonic()
-    sensitivity = _sensitivity(source, space)
+    sensitivity = _sensitivity(source, space, progress)
     source.seconds["sensitivity_table"] = time.monotonic() - start
 
     def divergence(config: QuantConfig) -> PairwiseSum:
@@ -89,17 +98,19 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     return measure_costs(request, progress)
 
 
-def _sensitivity(source: TableSource, space: BoundSpace) -> Sensitivity:
+def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> Sensitivity:
     lowest = {one.name: one.values[-1] for one in space.layers}
     configs = [space.config({**setting, **lowest}) for setting in planner_settings(space)]
     calibrations = {config.calibration.model_dump_json(): config.calibration for config in configs}
     request = SensitivityRequest(
         source.model,
-        source.images("calibration"),
+        source.images("calibration")[:IMAGES],
         lambda calibration: source.ranges(QuantConfig(calibration=calibration)),
         source.weights,
         _layers(space),
         tuple(calibrations.values()),
         tuple(dict.fromkeys((config.granularity, config.weight_scale) for config in configs)),
     )
-    return measure_sensitivity(request)
+    identity = {name: source.identity[name] for name in ("model", "data")}
+    said = said_once(progress, "measuring the sensitivity of layers, images")
+    return kept_sensitivity(source.settings.cache_dir / "sensitivity", identity, request, said)
