@@ -33,8 +33,8 @@ def tables(
 
     from qsearch.search.bound_space import bind_space
     from qsearch.search.objective import open_evaluator
-    from qsearch.search.planner import layer_rows
-    from qsearch.search.tables import measure_tables
+    from qsearch.search.tables.layer_tables import layer_rows
+    from qsearch.search.tables.measure_tables import measure_tables
 
     with stdout_reserved():
         evaluator = open_evaluator(settings, say)

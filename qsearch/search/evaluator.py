@@ -12,7 +12,7 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.models.graph import Graph
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.planner import Tables
+from qsearch.search.tables.layer_tables import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
 

@@ -39,10 +39,10 @@ from qsearch.search.cache_folder import CacheFolder
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.evaluator import Progress, Settings, said_once
 from qsearch.search.float_pass import float_statistics
-from qsearch.search.planner import Tables
 from qsearch.search.remeasure import remeasure
 from qsearch.search.requirements import check_classes, open_dataset, open_local_target, require_room
-from qsearch.search.tables import measure_tables
+from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.measure_tables import measure_tables
 
 __all__ = ["ModelEvaluator", "open_evaluator"]
 

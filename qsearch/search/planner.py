@@ -9,8 +9,7 @@ evolutionary optimization assisted by Gaussian random field metamodels").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import moocore
@@ -20,43 +19,22 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from qsearch.config import QuantConfig
-from qsearch.measure.measurement import Measurement
-from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace, LogRange
-from qsearch.search.cost_table import Cost
+from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
-from qsearch.search.pairwise import PairwiseSum, minimize
 from qsearch.search.study import finished
 from qsearch.search.surrogate import Observation, correct_divergence, correct_latency, fit_loss_curve
+from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.pairwise import PairwiseSum, minimize
 
-__all__ = ["PlannerSampler", "Tables", "layer_rows", "planner_settings"]
+__all__ = ["PlannerSampler"]
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
 # Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
 SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
-# Points of the percentile's range that are told apart.
-TAILS = 3
 # Gauss-Hermite nodes for the noise of a measured loss.
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What was measured before the first trial. Variables are the space's layers, values their precisions.
-
-    Attributes:
-        latency: Milliseconds.
-        weight_bytes: Bytes.
-        divergence: A configuration's calibration, granularity and weight scale -> nats.
-        cost: Configuration -> its cost, exactly.
-        baseline: The float module.
-    """
-
-    latency: PairwiseSum
-    weight_bytes: PairwiseSum
-    divergence: Callable[[QuantConfig], PairwiseSum]
-    cost: Callable[[QuantConfig], Cost]
-    baseline: Measurement
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):
@@ -72,7 +50,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.space, self.tables = space, tables
         self.rng = np.random.default_rng(seed)
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
-        self.settings = planner_settings(space)
+        self.settings = table_settings(space)
         self.divergences = [tables.divergence(self._config_of(setting)) for setting in self.settings]
         self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
         self.costs: dict[str, Cost] = {}
@@ -202,47 +180,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A configuration with this setting; its precisions do not matter, but for not being all fp32."""
         layers = {one.name: one.values[-1] for one in self.space.layers}
         return self.space.config({**setting, **layers})
-
-
-def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
-    """The tables layer by layer, the largest divergence first, in the setting that makes the least of it.
-
-    Returns:
-        For every layer and each of its precisions but the first: layer, precision, divergence in nats, and latency_ms
-        and weight_bytes as they differ from the first precision, neighbours staying as they are.
-    """
-    lowest = {one.name: one.values[-1] for one in space.layers}
-    worst = np.array([[len(one.values) - 1 for one in space.layers]])
-    found = [tables.divergence(space.config({**setting, **lowest})) for setting in planner_settings(space)]
-    divergence = min(found, key=lambda one: float(one(worst)[0]))
-    rows = [
-        {
-            "layer": layer.name,
-            "precision": precision,
-            "divergence": float(divergence.unary[i][value]),
-            "latency_ms": float(tables.latency.unary[i][value] - tables.latency.unary[i][0]),
-            "weight_bytes": float(tables.weight_bytes.unary[i][value] - tables.weight_bytes.unary[i][0]),
-        }
-        for i, layer in enumerate(space.layers)
-        for value, precision in enumerate(layer.values)
-        if value
-    ]
-    return sorted(rows, key=lambda row: -float(str(row["divergence"])))
-
-
-def planner_settings(space: BoundSpace) -> list[dict[str, Any]]:
-    """Every combination of the parameters that are no layer's, the percentile's range at a few points."""
-    found: list[dict[str, Any]] = [{}]
-    for one in space.settings:
-        values: Sequence[Any] = one.values
-        if isinstance(one, LogRange):
-            values = [float(value) for value in np.geomspace(one.low, one.high, TAILS)]
-        found = [{**setting, one.name: value} for setting in found for value in values]
-    kept: dict[str, dict[str, Any]] = {}
-    for setting in found:
-        layers = {one.name: one.values[-1] for one in space.layers}
-        kept.setdefault(space.config({**setting, **layers}).content_hash(), setting)
-    return list(kept.values())
 
 
 def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:

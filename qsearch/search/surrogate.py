@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qsearch.search.pairwise import PairwiseSum
+from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = ["LossCurve", "Observation", "correct_divergence", "correct_latency", "fit_loss_curve"]
 

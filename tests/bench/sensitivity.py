@@ -39,7 +39,7 @@ from qsearch.config import QuantConfig
 from qsearch.measure.accuracy import paired_interval
 from qsearch.search.evaluator import Settings
 from qsearch.search.objective import FLOAT, ModelEvaluator, prepare_evaluator
-from qsearch.search.sensitivity import IMAGES, Sensitivity, SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest, measure_sensitivity
 
 BOOTSTRAPS = 300
 MIXTURE_IMAGES = 128

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsearch.search import pairwise
-from qsearch.search.pairwise import PairwiseSum, minimize
+from qsearch.search.tables import pairwise
+from qsearch.search.tables.pairwise import PairwiseSum, minimize
 
 
 def random_sum(rng, sizes, share):

@@ -11,7 +11,7 @@ from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.perturbation import assigned, rounded, rounded_reads, rounded_weight
+from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, rounded_weight
 
 SETTING = ("channel_wise", "max")
 

@@ -10,12 +10,13 @@ from networks import network
 
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.bound_space import bind_space
-from qsearch.search.cost_table import Cost
-from qsearch.search.pairwise import PairwiseSum
-from qsearch.search.planner import PlannerSampler, Tables, planner_settings
+from qsearch.search.planner import PlannerSampler
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.surrogate import LossCurve, Observation, correct_divergence, correct_latency, fit_loss_curve
+from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.pairwise import PairwiseSum
 
 GRAPH = network("bottlenecks")[0].graph
 SPACE = bind_space(
@@ -113,7 +114,7 @@ def test_settings_are_every_combination_the_percentile_at_a_few_points():
     space = bind_space(
         SearchSpace.model_validate({"version": 1, "name": "all", "precisions": {"default": ["fp32", "int8"]}}), GRAPH
     )
-    modes = [setting["calibration"] for setting in planner_settings(space)]
+    modes = [setting["calibration"] for setting in table_settings(space)]
     granularities = len(next(one.values for one in space.settings if one.name == "granularity"))
     assert modes.count("percentile") == 3 * granularities
     assert all(modes.count(mode) == granularities for mode in set(modes) - {"percentile"})

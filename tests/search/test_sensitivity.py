@@ -18,10 +18,10 @@ from qsearch.errors import DataError, StudyError
 from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.perturbation import assigned, rounded, rounded_reads, rounded_weight
-from qsearch.search.projection import fisher_direction
-from qsearch.search.sensitivity import SensitivityRequest, measure_sensitivity
-from qsearch.search.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path
+from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, rounded_weight
+from qsearch.search.tables.projection import fisher_direction
+from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path
 
 MAX = Calibration()
 PLAIN = ("channel_wise", "max")

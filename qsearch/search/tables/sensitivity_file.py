@@ -18,7 +18,7 @@ import numpy as np
 
 from qsearch.config import Calibration
 from qsearch.errors import StudyError
-from qsearch.search.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
 
 __all__ = ["kept_sensitivity", "load_sensitivity", "save_sensitivity", "sensitivity_path"]
 

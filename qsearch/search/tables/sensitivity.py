@@ -28,8 +28,8 @@ from qsearch.config import Calibration, Granularity, WeightScale
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, rounded_weight
-from qsearch.search.projection import Rounded, project
+from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, rounded_weight
+from qsearch.search.tables.projection import Rounded, project
 
 __all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "WeightSetting", "integer_pairs", "measure_sensitivity"]
 

@@ -16,12 +16,12 @@ from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.evaluator import Progress, Settings, said_once
-from qsearch.search.pairwise import PairwiseSum
-from qsearch.search.planner import Tables, planner_settings
-from qsearch.search.sensitivity import Sensitivity, SensitivityRequest
-from qsearch.search.sensitivity_file import kept_sensitivity
+from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
+from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest
+from qsearch.search.tables.sensitivity_file import kept_sensitivity
 
 __all__ = ["TableSource", "measure_tables"]
 
@@ -87,7 +87,7 @@ def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
 
 
 def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTable:
-    setting = planner_settings(space)[0]
+    setting = table_settings(space)[0]
 
     def lowered(row: np.ndarray) -> Program:
         values = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
@@ -100,7 +100,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
 
 def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> Sensitivity:
     lowest = {one.name: one.values[-1] for one in space.layers}
-    configs = [space.config({**setting, **lowest}) for setting in planner_settings(space)]
+    configs = [space.config({**setting, **lowest}) for setting in table_settings(space)]
     calibrations = {config.calibration.model_dump_json(): config.calibration for config in configs}
     request = SensitivityRequest(
         source.model,

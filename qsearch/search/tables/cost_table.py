@@ -17,8 +17,8 @@ from qsearch.build.link import Linker, PlannedCall
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
-from qsearch.search.cost_fit import covering, fit_costs, layers_around
-from qsearch.search.pairwise import PairwiseSum
+from qsearch.search.tables.cost_fit import covering, fit_costs, layers_around
+from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = ["Cost", "CostRequest", "CostTable", "measure_costs"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from qsearch.models.graph import Graph
-from qsearch.search.pairwise import PairwiseSum
+from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = ["covering", "fit_costs", "layers_around"]
 

@@ -1,0 +1,80 @@
+"""The planner's tables of a network's layers: latency, bytes and divergence at each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.search.bound_space import BoundSpace, LogRange
+from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.pairwise import PairwiseSum
+
+__all__ = ["Tables", "layer_rows", "table_settings"]
+
+# Points of the percentile's range that are told apart.
+TAILS = 3
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured before the first trial. Variables are the space's layers, values their precisions.
+
+    Attributes:
+        latency: Milliseconds.
+        weight_bytes: Bytes.
+        divergence: A configuration's calibration, granularity and weight scale -> nats.
+        cost: Configuration -> its cost, exactly.
+        baseline: The float module.
+    """
+
+    latency: PairwiseSum
+    weight_bytes: PairwiseSum
+    divergence: Callable[[QuantConfig], PairwiseSum]
+    cost: Callable[[QuantConfig], Cost]
+    baseline: Measurement
+
+
+def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
+    """The tables layer by layer, the largest divergence first, in the setting that makes the least of it.
+
+    Returns:
+        For every layer and each of its precisions but the first: layer, precision, divergence in nats, and latency_ms
+        and weight_bytes as they differ from the first precision, neighbours staying as they are.
+    """
+    lowest = {one.name: one.values[-1] for one in space.layers}
+    worst = np.array([[len(one.values) - 1 for one in space.layers]])
+    found = [tables.divergence(space.config({**setting, **lowest})) for setting in table_settings(space)]
+    divergence = min(found, key=lambda one: float(one(worst)[0]))
+    rows = [
+        {
+            "layer": layer.name,
+            "precision": precision,
+            "divergence": float(divergence.unary[i][value]),
+            "latency_ms": float(tables.latency.unary[i][value] - tables.latency.unary[i][0]),
+            "weight_bytes": float(tables.weight_bytes.unary[i][value] - tables.weight_bytes.unary[i][0]),
+        }
+        for i, layer in enumerate(space.layers)
+        for value, precision in enumerate(layer.values)
+        if value
+    ]
+    return sorted(rows, key=lambda row: -float(str(row["divergence"])))
+
+
+def table_settings(space: BoundSpace) -> list[dict[str, Any]]:
+    """Every combination of the parameters that are no layer's, the percentile's range at a few points."""
+    found: list[dict[str, Any]] = [{}]
+    for one in space.settings:
+        values: Sequence[Any] = one.values
+        if isinstance(one, LogRange):
+            values = [float(value) for value in np.geomspace(one.low, one.high, TAILS)]
+        found = [{**setting, one.name: value} for setting in found for value in values]
+    kept: dict[str, dict[str, Any]] = {}
+    for setting in found:
+        layers = {one.name: one.values[-1] for one in space.layers}
+        kept.setdefault(space.config({**setting, **layers}).content_hash(), setting)
+    return list(kept.values())
