@@ -131,13 +131,13 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
     if trials:
         say(f"continuing study {handle.name} with {done} measured trials")
     seed = request.settings.seed
-    planned = request.sampler == PLANNER
-    if planned:
-        handle.study.sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials))
-    else:
-        handle.study.sampler = make_sampler(request.sampler, seed, trials)
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
+    planned = request.sampler == PLANNER
+    if planned:
+        handle.study.sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials), constraints)
+    else:
+        handle.study.sampler = make_sampler(request.sampler, seed, trials)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned)
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
