@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import moocore
 import numpy as np
 import optuna
 from measured import cpu_seconds
-from problems import Problem, write_json
+from problems import Problem, source_digest, write_json
 
-import qsearch.search
 from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
@@ -28,7 +25,7 @@ from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 
-__all__ = ["PLAIN", "Run", "fill", "kept_run", "make_study", "measure_all"]
+__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all"]
 
 # Appended to a sampler's name: without the starting points that `search` gives the usual samplers.
 PLAIN = "-plain"
@@ -110,12 +107,10 @@ def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
 
 
 def _version(sampler: str) -> str:
-    """Digest of the sources that decide what a sampler proposes: a run of other sources is not this sampler's."""
-    folder = Path(qsearch.search.__file__).parent
-    names = ("samplers.py", "proposals.py", "anchors.py") if sampler != PLANNER else ("*.py", "tables/*.py")
-    files = sorted(file for name in names for file in folder.glob(name))
-    content = b"".join(file.read_bytes() for file in files) + optuna.__version__.encode()
-    return hashlib.sha256(content).hexdigest()[:12]
+    """Of the sources that decide what a sampler proposes: a run made with others is not this sampler's."""
+    if sampler == PLANNER:
+        return source_digest("*.py", "tables/*.py")
+    return f"{source_digest('samplers.py', 'proposals.py', 'anchors.py')}-{optuna.__version__}"
 
 
 def measure_all(problem: Problem) -> None:

@@ -120,4 +120,4 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def cpu_seconds() -> float:
     """Processor seconds of this process and of the linkers and compilers it has waited for."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])

@@ -16,6 +16,7 @@ import numpy as np
 import small_network
 from measured import MeasuredFolder, cpu_seconds
 
+import qsearch.search
 from qsearch.config import QuantConfig, named_config
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import BoundSpace, bind_space
@@ -26,7 +27,7 @@ from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
 from qsearch.search.tables.layer_tables import Tables
 
-__all__ = ["PROBLEMS", "FloatRun", "Problem", "TimedTables", "fingerprint", "open_problem", "write_json"]
+__all__ = ["PROBLEMS", "FloatRun", "Problem", "TimedTables", "fingerprint", "open_problem", "source_digest", "write_json"]
 
 PROBLEMS = ("small", "demo", "efficientnet_lite0")
 
@@ -58,7 +59,7 @@ class Problem:
         measured: What is known.
         folder: Where runs are kept.
         measure_tables: Measures the planner's tables.
-        float_run: Of the search images; None where early stopping cannot be replayed.
+        float_run: Of the search images.
     """
 
     name: str
@@ -67,8 +68,13 @@ class Problem:
     measured: MeasuredFolder
     folder: Path
     measure_tables: Callable[[], TimedTables]
-    float_run: FloatRun | None = None
+    float_run: FloatRun
     _tables: list[TimedTables] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Number of search images."""
+        return len(self.float_run.labels)
 
     def tables(self) -> TimedTables:
         """The planner's tables, made once."""
@@ -95,9 +101,9 @@ def open_problem(name: str, root: Path, data: Path | None, cache: Path | None) -
     bound = bind_space(space, evaluator.graph)
     float_run = FloatRun(evaluator.float_logits("search"), evaluator.dataset.labels("search"))
     measured = MeasuredFolder(folder / "measured", _Recorder(evaluator).measure)
-    return Problem(
-        name, bound, baseline, measured, folder, lambda: _timed_tables(evaluator, bound, folder / "tables.json"), float_run
-    )
+    # Their cost is that of this version of them.
+    cost = folder / f"tables-{source_digest('tables/*.py')}.json"
+    return Problem(name, bound, baseline, measured, folder, lambda: _timed_tables(evaluator, bound, cost), float_run)
 
 
 class _Recorder:
@@ -161,6 +167,13 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             fresh.tables(space)
             write_json(path, {"cpu_s": cpu_seconds() - start, "wall_s": fresh.seconds})
     return TimedTables(evaluator.tables(space), json.loads(path.read_text(encoding="utf-8"))["cpu_s"])
+
+
+def source_digest(*patterns: str) -> str:
+    """Digest of some source files of the search, named by globs."""
+    folder = Path(qsearch.search.__file__).parent
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def write_json(path: Path, data: object) -> None:
