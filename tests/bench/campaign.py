@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 
-__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all"]
+__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all", "settle"]
 
 # Appended to a sampler's name: without the starting points that `search` gives the usual samplers.
 PLAIN = "-plain"
 # How often other processes' measurements are looked at, in measurements.
 REFRESH = 50
+# Of a configuration on the front: with one each, the front of thousands would be that of the luckiest.
+TIMINGS = 5
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,14 @@ def _version(sampler: str) -> str:
 
 
 def measure_all(problem: Problem) -> None:
-    """Measure every configuration of a space, in random order; noisy measurements are made once more."""
-    seen: dict[str, QuantConfig] = {}
+    """Measure every configuration of a space, in random order."""
+    left: dict[str, QuantConfig] = {}
     for values in problem.space.all_values():
         config = problem.space.config(values)
-        seen.setdefault(config.content_hash(), config)
-    left = [config for digest, config in seen.items() if _is_missing(problem, digest)]
+        left.setdefault(config.content_hash(), config)
     order = np.random.default_rng(time.time_ns()).permutation(len(left))
-    _measure_each(problem, (left[index] for index in order), len(seen))
+    configs = list(left.values())
+    _measure_each(problem, (configs[index] for index in order), len(left))
 
 
 def fill(problem: Problem, count: int) -> None:
@@ -132,7 +134,7 @@ def fill(problem: Problem, count: int) -> None:
         while len(problem.measured.known) < count:
             near = _random_values(problem.space, rng)
             if problem.measured.known and rng.random() < 0.5:
-                near = _values_of(problem.space, _random_member(problem, rng))
+                near = _values_of(problem.space, problem.measured.known[rng.choice(_front(problem))].config)
             values = unseen_values(problem.space, near, problem.measured.known, rng)
             if values is None:
                 return
@@ -141,27 +143,42 @@ def fill(problem: Problem, count: int) -> None:
     _measure_each(problem, proposals(), count)
 
 
-def _measure_each(problem: Problem, configs: Iterator[QuantConfig], count: int) -> None:
+def settle(problem: Problem) -> None:
+    """Time what is on the front, or was noisy, again until all of that has TIMINGS timings."""
+    measured = problem.measured
+    while True:
+        measured.refresh()
+        noisy = [digest for digest, one in measured.known.items() if one.measurement.latency.noisy]
+        left = [digest for digest in {*_front(problem), *noisy} if measured.timings(digest) < TIMINGS]
+        if not left:
+            return
+        print(f"timing {len(left)} configurations again", file=sys.stderr, flush=True)
+        for digest in left:
+            measured.time_again(measured.known[digest].config)
+
+
+def _front(problem: Problem) -> list[str]:
+    """The known configurations that no other one dominates."""
+    known = problem.measured.known
+    kept = moocore.is_nondominated(np.array([one.objectives for one in known.values()]))
+    return [digest for digest, keep in zip(known, kept, strict=True) if keep]
+
+
+def _measure_each(problem: Problem, configs: Iterable[QuantConfig], count: int) -> None:
     start, done = time.monotonic(), 0
     for config in configs:
-        if done % REFRESH == 0:
-            problem.measured.refresh()
-        if not _is_missing(problem, config.content_hash()):
+        if config.content_hash() in problem.measured.known:
             continue
         try:
-            problem.measured.remeasure(config)
+            problem.measured.evaluate(config)
         except TrialError as error:
             print(f"failed: {error}", file=sys.stderr, flush=True)
             continue
         done += 1
         if done % REFRESH == 0:
+            problem.measured.refresh()
             each = (time.monotonic() - start) / done
             print(f"{len(problem.measured.known)} of {count} known, {each:.2f} s each", file=sys.stderr, flush=True)
-
-
-def _is_missing(problem: Problem, digest: str) -> bool:
-    found = problem.measured.known.get(digest)
-    return found is None or found.measurement.latency.noisy
 
 
 def _random_values(space: BoundSpace, rng: np.random.Generator) -> dict[str, Any]:
@@ -169,13 +186,6 @@ def _random_values(space: BoundSpace, rng: np.random.Generator) -> dict[str, Any
     shares = {layer.values: rng.dirichlet(np.ones(len(layer.values))) for layer in space.layers}
     values: dict[str, Any] = {one.name: one.values[rng.integers(len(one.values))] for one in space.settings}
     return values | {layer.name: layer.values[rng.choice(len(layer.values), p=shares[layer.values])] for layer in space.layers}
-
-
-def _random_member(problem: Problem, rng: np.random.Generator) -> QuantConfig:
-    """One of the configurations that no known one dominates."""
-    known = list(problem.measured.known.values())
-    front = np.flatnonzero(moocore.is_nondominated(np.array([one.objectives for one in known])))
-    return known[int(rng.choice(front))].config
 
 
 def _values_of(space: BoundSpace, config: QuantConfig) -> dict[str, Any]:

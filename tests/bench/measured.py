@@ -6,18 +6,30 @@ import base64
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qsearch.config import QuantConfig
-from qsearch.measure.measurement import Measurement
+from qsearch.measure.measurement import Latency, Measurement
 from qsearch.search.front import measurement_from_json
 
-__all__ = ["Measured", "MeasuredFolder", "cpu_seconds", "read_lines"]
+__all__ = ["Measured", "MeasuredFolder", "Source", "cpu_seconds", "read_lines"]
+
+
+class Source(Protocol):
+    """What measures."""
+
+    def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
+        """A configuration's measurement, and bool (N,), which search images it had right, where that is known."""
+        ...
+
+    def time(self, config: QuantConfig) -> Latency:
+        """Its latency alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,46 +75,66 @@ class Measured:
 class MeasuredFolder:
     """The measurements of one problem: a file of lines per process, so that several can measure at once.
 
+    The least of thousands of timings is mostly luck. A configuration may therefore be timed more than once; its latency
+    is the middle one, leaving out the noisy ones where there are others.
+
     Args:
         path: The folder.
-        measure: Measures a configuration: its measurement, and which images it had right if that is known.
+        source: Measures what is not known.
     """
 
-    def __init__(self, path: Path, measure: Callable[[QuantConfig], tuple[Measurement, np.ndarray | None]]) -> None:
-        self.path, self.measure = path, measure
+    def __init__(self, path: Path, source: Source) -> None:
+        self.path, self.source = path, source
         path.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, Measured] = {}
+        self._timings: dict[str, list[Latency]] = {}
         # Of the process and of its start: process numbers are used again.
         self.file = path / f"{time.time_ns():x}-{os.getpid()}.jsonl"
+        self._read: dict[Path, int] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what other processes have measured."""
+        """Read what other processes have measured since."""
         for file in sorted(self.path.glob("*.jsonl")):
-            for line in read_lines(file):
-                self._keep(Measured.from_json(line))
+            lines = [] if file == self.file else list(read_lines(file))
+            for line in lines[self._read.get(file, 0) :]:
+                self._keep(line)
+            self._read[file] = len(lines)
 
     def evaluate(self, config: QuantConfig) -> Measured:
         """What is known of a configuration, measuring it if that is nothing."""
-        found = self.known.get(config.content_hash())
-        return self.remeasure(config) if found is None else found
+        digest = config.content_hash()
+        if digest not in self.known:
+            start = cpu_seconds()
+            measurement, right = self.source.measure(config)
+            self._append(Measured(config, measurement, cpu_seconds() - start, right).to_json())
+        return self.known[digest]
 
-    def remeasure(self, config: QuantConfig) -> Measured:
-        """Measure a configuration, and keep that unless its timing is noisy and what was known is not."""
-        start = cpu_seconds()
-        measurement, right = self.measure(config)
-        found = Measured(config, measurement, cpu_seconds() - start, right)
+    def time_again(self, config: QuantConfig) -> None:
+        """Time a known configuration once more."""
+        self._append({"again": config.content_hash(), "latency": vars(self.source.time(config))})
+
+    def timings(self, digest: str) -> int:
+        """How often a configuration was timed."""
+        return len(self._timings.get(digest, ()))
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(found.to_json()) + "\n")
-        self._keep(found)
-        return self.known[config.content_hash()]
+            stream.write(json.dumps(line) + "\n")
+        self._keep(line)
 
-    def _keep(self, found: Measured) -> None:
-        """Of several measurements of one configuration the first that is not noisy counts, whichever process reads them."""
-        digest = found.config.content_hash()
-        before = self.known.get(digest)
-        if before is None or (before.measurement.latency.noisy and not found.measurement.latency.noisy):
-            self.known[digest] = found
+    def _keep(self, line: dict[str, Any]) -> None:
+        found = None if "again" in line else Measured.from_json(line)
+        digest = line["again"] if found is None else found.config.content_hash()
+        timing = Latency(**line["latency"]) if found is None else found.measurement.latency
+        timings = self._timings.setdefault(digest, [])
+        timings.append(timing)
+        # Two processes may have measured it, and the second timing may be read before the first.
+        known = self.known.get(digest, found)
+        if known is not None:
+            quiet = [one for one in timings if not one.noisy] or timings
+            middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
+            self.known[digest] = replace(known, measurement=replace(known.measurement, latency=middle))
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

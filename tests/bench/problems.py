@@ -18,8 +18,9 @@ from measured import MeasuredFolder, cpu_seconds
 
 import qsearch.search
 from qsearch.config import QuantConfig, named_config
-from qsearch.measure.measurement import Measurement
+from qsearch.measure.measurement import Latency, Measurement, Memory
 from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.evaluator import Settings
 from qsearch.search.front import measurement_from_json
 from qsearch.search.objective import ModelEvaluator, open_evaluator
@@ -100,7 +101,7 @@ def open_problem(name: str, root: Path, data: Path | None, cache: Path | None) -
     evaluator.refer_to(baseline)
     bound = bind_space(space, evaluator.graph)
     float_run = FloatRun(evaluator.float_logits("search"), evaluator.dataset.labels("search"))
-    measured = MeasuredFolder(folder / "measured", _Recorder(evaluator).measure)
+    measured = MeasuredFolder(folder / "measured", _Recorder(evaluator))
     # Their cost is that of this version of them.
     cost = folder / f"tables-{source_digest('tables/*.py')}.json"
     return Problem(name, bound, baseline, measured, folder, lambda: _timed_tables(evaluator, bound, cost), float_run)
@@ -122,6 +123,19 @@ class _Recorder:
 
     def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
         return self.evaluator.evaluate(config), self.right
+
+    def time(self, config: QuantConfig) -> Latency:
+        try:
+            return self.evaluator.evaluate(config, _TimingOnly(())).latency
+        except EarlyStop as stop:
+            return stop.bound.latency
+
+
+class _TimingOnly(StoppingRule):
+    """Ends every measurement before the first image."""
+
+    def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
+        raise EarlyStop(Bound("only timed", latency, memory, images, loss_bounds_pp, False))
 
 
 def _settings(name: str, root: Path, data: Path | None, cache: Path) -> tuple[Settings, SearchSpace]:

@@ -7,8 +7,9 @@
 Every run goes through the loop of `qsearch search`, starting points of the usual samplers included (`tpe-plain` is TPE
 without them), over an in-memory study and without early stopping. Measurements are kept in FOLDER by configuration and
 shared by all runs, as are the finished runs: the same command again adds only what is missing. Latencies are told on the
-clock of the first process that opened the problem. --enumerate and --fill only measure; they may be killed at any moment,
-and several may run at once.
+clock of the first process that opened the problem. --enumerate, --fill and --settle only measure; they may be killed at any
+moment, and several may run at once. --settle belongs before the runs and after them: it times what is on the front of all
+that is known five times, since the best of thousands of single timings is mostly luck; the middle one counts.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
                    the whole space, once enumerated, for the others the union of all runs and of --fill.
@@ -31,7 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TVM_NUM_THREADS", "1")
 
-from campaign import PLAIN, Run, fill, kept_run, measure_all
+from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
 from problems import PROBLEMS, Problem, open_problem
 from verdicts import Curves, curves_of, reference_hypervolume, results, verdicts
 
@@ -96,6 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
     parser.add_argument("--enumerate", action="store_true", help="only measure: every configuration")
     parser.add_argument("--fill", type=int, metavar="N", help="only measure: until N configurations are known")
+    parser.add_argument("--settle", action="store_true", help="only measure: time the front of what is known again")
     parser.add_argument("--plot", type=Path, help="write the curves to this PNG file")
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")
     options = parser.parse_args()
@@ -117,9 +119,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if options.enumerate:
         measure_all(problem)
-        return
     if options.fill:
         fill(problem, options.fill)
+    if options.settle:
+        settle(problem)
+    if options.enumerate or options.fill or options.settle:
         return
     document, curves = compare(problem, options.samplers, options.seeds, options.trials)
     if options.plot:
