@@ -163,7 +163,7 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
 def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:
     """Say in the study how far its front could go by the planner's tables; nothing where another sampler searched."""
     sampler = handle.study.sampler
-    if not isinstance(sampler, PlannerSampler):
+    if not isinstance(sampler, PlannerSampler) or not sampler.space.parameters:
         return
     with handle.guard():
         trials = [trial for trial in finished(handle.study) if "measurement" in trial.user_attrs]
