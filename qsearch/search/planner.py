@@ -71,12 +71,14 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         """Values for all parameters."""
         known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
-        stopped = [one for one in finished(study, TrialState.PRUNED) if "bound" in one.user_attrs]
-        seen = [one for one in finished(study) if "measurement" in one.user_attrs]
-        observations = [found for one in (*seen, *stopped) if (found := self._observe(one)) is not None]
-        front = np.array([one.values for one in seen], np.float64).reshape(-1, 3) / self.scale
-        values = self.propose(observations, front, known)
+        front = np.array([one.values for one in _completed(study)], np.float64).reshape(-1, 3) / self.scale
+        values = self.propose(self.observations(study), front, known)
         return {name: value for name, value in values.items() if name in search_space}
+
+    def observations(self, study: optuna.Study) -> list[Observation]:
+        """What is known of the completed trials of a study and of those stopped early."""
+        stopped = [one for one in finished(study, TrialState.PRUNED) if "bound" in one.user_attrs]
+        return [found for one in (*_completed(study), *stopped) if (found := self._observe(one)) is not None]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -185,6 +187,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A configuration with this setting; its precisions do not matter, but for not being all fp32."""
         layers = {one.name: one.values[-1] for one in self.space.layers}
         return self.space.config({**setting, **layers})
+
+
+def _completed(study: optuna.Study) -> list[FrozenTrial]:
+    return [one for one in finished(study) if "measurement" in one.user_attrs]
 
 
 def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:

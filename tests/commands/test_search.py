@@ -36,7 +36,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_document_of_search(searched: tuple[Path, dict]) -> None:
     _, document = searched
     run = ["study", "storage", "model", "target", "trials", "image_evaluations", "constraints", "baseline"]
-    assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "seconds"]
+    assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "bound", "seconds"]
     assert document["study"] == document["model"] == "demo"
     assert document["storage"] == "sqlite:///studies/demo.db"
     assert document["trials"]["complete"] == 12

@@ -224,6 +224,6 @@ def test_trials_that_were_stopped_early_are_learned_from():
     for name, value in {"config": config.to_json(), "config_hash": config.content_hash(), **stopped}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    seen = sampler._observe(study.trials[0])
+    (seen,) = sampler.observations(study)
     assert (seen.score, seen.latency_ms, seen.least_loss_pp) == (None, 7.0, 4.0)
     assert SPACE.config(study.ask(SPACE.distributions()).params) != config
