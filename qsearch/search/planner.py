@@ -37,6 +37,8 @@ WEIGHTINGS, REACH = 128, 2.0
 SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
 # Gauss-Hermite nodes for the noise of a measured loss.
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
+# A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
+Placed = tuple[np.ndarray, int]
 # How far beyond a limit the corner of the hypervolume is, so that points at the limit count; a share of the scale.
 LIMIT_MARGIN = 0.02
 
@@ -72,7 +74,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """Values for all parameters."""
         known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
         front = np.array([one.values for one in _completed(study)], np.float64).reshape(-1, 3) / self.scale
-        values = self.propose(self.observations(study), front, known)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pending = [self._placed(one) for one in running if one.number != trial.number and "config" in one.user_attrs]
+        values = self.propose(self.observations(study), front, known, pending)
         return {name: value for name, value in values.items() if name in search_space}
 
     def observations(self, study: optuna.Study) -> list[Observation]:
@@ -86,16 +90,20 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A parameter that the plan does not cover."""
         return self.fallback.sample_independent(study, trial, param_name, param_distribution)
 
-    def propose(self, observations: Sequence[Observation], measured: np.ndarray, known: set[str]) -> dict[str, Any]:
+    def propose(
+        self, observations: Sequence[Observation], measured: np.ndarray, known: set[str], pending: Sequence[Placed] = ()
+    ) -> dict[str, Any]:
         """The candidate with the most expected hypervolume.
 
         Args:
             observations: Measured trials.
-            measured: Their objectives over the float module's, float64 (N, 3).
+            measured: The objectives of completed ones over the float module's, float64 (N, 3).
             known: Content hashes of configurations that need not be proposed again.
+            pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
+                looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
         model = fit_surrogate(self.tables.latency, self.divergences, observations)
-        front = np.clip(measured, 0.0, None)
+        front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
         candidates = self._candidates(model, observations)
         rows = np.stack([row for row, _ in candidates])
@@ -155,11 +163,20 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def _weight(self, one: Observation) -> float:
         return float(self.tables.weight_bytes(one.assignment[None])[0])
 
-    def _observe(self, trial: FrozenTrial) -> Observation | None:
-        """A trial as an observation; None if the tables do not cover it."""
+    def _believed(self, model: Surrogate, pending: Placed) -> np.ndarray:
+        """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
+        row, setting = pending
+        loss_pp = model.curve(model.divergences[setting](row[None]))[0]
+        return np.array([[model.latency(row[None])[0], self._cost(row).peak_bytes, loss_pp]]) / self.scale
+
+    def _placed(self, trial: FrozenTrial) -> Placed:
         config = QuantConfig.model_validate(trial.user_attrs["config"])
         row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
-        setting = min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
+        return row, min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
+
+    def _observe(self, trial: FrozenTrial) -> Observation | None:
+        """A trial as an observation; None if the tables do not cover it."""
+        row, setting = self._placed(trial)
         if trial.state == TrialState.PRUNED:
             least = trial.user_attrs["top1_loss_bounds_pp"]
             return Observation(row, setting, trial.user_attrs["latency_ms"], None, least[0] if least else -np.inf)

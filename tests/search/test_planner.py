@@ -227,3 +227,20 @@ def test_trials_that_were_stopped_early_are_learned_from():
     (seen,) = sampler.observations(study)
     assert (seen.score, seen.latency_ms, seen.least_loss_pp) == (None, 7.0, 4.0)
     assert SPACE.config(study.ask(SPACE.distributions()).params) != config
+
+
+def test_what_is_being_measured_is_not_proposed_again_nor_its_like():
+    problem = Problem(6)
+    sampler = PlannerSampler(SPACE, problem.tables(), 0)
+    study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
+    pending, predicted = [], []
+    for _ in range(6):
+        trial = study.ask(SPACE.distributions())
+        config = SPACE.config(trial.params)
+        trial.set_user_attr("config_hash", config.content_hash())
+        trial.set_user_attr("config", config.to_json())
+        pending.append(config)
+        predicted.append(objectives(problem.measure(config)))
+    assert len({config.content_hash() for config in pending}) == 6
+    # Six proposals without an answer, and yet together they cover most of what there is.
+    assert problem.hypervolume(predicted) >= 0.9 * problem.hypervolume(problem.every())
