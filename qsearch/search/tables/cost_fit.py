@@ -70,7 +70,7 @@ def covering(sizes: Sequence[int], pairs: Sequence[tuple[int, int]], rng: np.ran
         missing -= {(i, j, int(row[i]), int(row[j])) for row in chosen[-max(sizes) :] for i, j in pairs}
         if not missing or len(chosen) >= limit:
             return np.array(chosen)
-        drafts = [np.array([rng.integers(size) for size in sizes]) for _ in range(8)]
+        drafts = [np.array([rng.integers(size) for size in sizes]) for _ in range(DRAFTS)]
         chosen.append(max(drafts, key=lambda row: sum((i, j, int(row[i]), int(row[j])) in missing for i, j in pairs)))
         assert chosen[-1] is not last
 

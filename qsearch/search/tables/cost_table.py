@@ -46,6 +46,8 @@ class CostRequest:
         lower: Assignment, int (variables,) -> program.
         linker: Builds programs.
         image: What the modules are run on, float32 (N, C, H, W).
+        reference: The float module, which trials are timed in turns with.
+        reference_ms: Its latency, on whose clock theirs are told, milliseconds.
         seed: Of the sampled configurations.
     """
 
@@ -54,6 +56,8 @@ class CostRequest:
     lower: Callable[[np.ndarray], Program]
     linker: Linker
     image: np.ndarray
+    reference: Program
+    reference_ms: float
     seed: int = 0
 
 
@@ -66,17 +70,19 @@ class CostTable:
         weight_bytes: Bytes of constants as a pairwise sum over layers.
         linker: Names kernels and plans memory.
         clock: Times of kernels.
+        scale: From the clock of the kernels' times, which may be of another day, to that of the trials.
     """
 
     latency: PairwiseSum
     weight_bytes: PairwiseSum
     linker: Linker
     clock: KernelClock
+    scale: float = 1.0
 
     def cost(self, program: Program) -> Cost:
         """Cost of a lowered configuration, from its own kernels."""
         plan = self.linker.plan(program)
-        latency_ms = 1e3 * sum(self.clock.seconds(call) for call in plan.calls)
+        latency_ms = 1e3 * self.scale * sum(self.clock.seconds(call) for call in plan.calls)
         held = plan.arena_bytes + program.input.bytes + program.output.bytes
         return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
 
@@ -125,11 +131,11 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     """
     rng = np.random.default_rng(request.seed)
     linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
-    programs = [request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng)]
+    programs = [request.reference, *(request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng))]
     unknown = [one for one in programs if any(clock.times.get(call.symbol) is None for call in linker.plan(one).calls)]
     if unknown:
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        clock.times.put(time_kernels([linker.build(one) for one in unknown], request.image))
+        clock.times.put(_new_times(time_kernels([linker.build(one) for one in unknown], request.image), clock.times))
     for program in programs:
         for call in linker.plan(program).calls:
             clock.learn(call)
@@ -145,7 +151,20 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
-    return CostTable(latency, weight_bytes, linker, clock)
+    predicted_ms = 1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls)
+    scale = request.reference_ms / predicted_ms
+    return CostTable(latency.scaled(scale), weight_bytes, linker, clock, scale)
+
+
+def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, float]:
+    """Times of kernels that had none, told on the clock of those that had.
+
+    The machine may have been faster or slower when the others were timed; those that were timed both times tell by how
+    much.
+    """
+    before = {symbol: seconds for symbol in found if (seconds := known.get(symbol)) is not None}
+    ratio = float(np.median([seconds / found[symbol] for symbol, seconds in before.items()])) if before else 1.0
+    return {symbol: ratio * seconds for symbol, seconds in found.items() if symbol not in before}
 
 
 def _sizes(request: CostRequest) -> list[int]:

@@ -94,7 +94,16 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
         config = space.config({**setting, **values})
         return lower(source.model, config, source.ranges(config), source.weights)
 
-    request = CostRequest(source.model.graph, _layers(space), lowered, source.linker, source.images("search")[:1])
+    in_float = QuantConfig(default_precision="fp32")
+    request = CostRequest(
+        source.model.graph,
+        _layers(space),
+        lowered,
+        source.linker,
+        source.images("search")[:1],
+        lower(source.model, in_float, source.ranges(in_float), source.weights),
+        source.baseline.latency.median_ms,
+    )
     return measure_costs(request, progress)
 
 
