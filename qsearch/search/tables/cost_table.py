@@ -8,7 +8,7 @@ layers and of pairs (`cost_fit`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -129,16 +129,11 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
         request: What it is made of.
         progress: Called whenever a slow step begins.
     """
-    rng = np.random.default_rng(request.seed)
-    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
+    rng, linker = np.random.default_rng(request.seed), request.linker
     programs = [request.reference, *(request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng))]
-    unknown = [one for one in programs if any(clock.times.get(call.symbol) is None for call in linker.plan(one).calls)]
-    if unknown:
-        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        clock.times.put(_new_times(time_kernels([linker.build(one) for one in unknown], request.image), clock.times))
-    for program in programs:
-        for call in linker.plan(program).calls:
-            clock.learn(call)
+    # The reference is often one of the others too.
+    plans = {tuple(call.symbol for call in calls): (one, calls) for one in programs for calls in [linker.plan(one).calls]}
+    clock = _timed(request, list(plans.values()), progress)
     nodes = {node.name for node in request.graph.nodes}
 
     def node_costs(row: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,9 +146,23 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
-    predicted_ms = 1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls)
-    scale = request.reference_ms / predicted_ms
+    scale = request.reference_ms / (1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls))
     return CostTable(latency.scaled(scale), weight_bytes, linker, clock, scale)
+
+
+def _timed(
+    request: CostRequest, plans: Sequence[tuple[Program, Sequence[PlannedCall]]], progress: Callable[[str], None]
+) -> KernelClock:
+    """A clock that knows the kernels of some programs; those that have a kernel without a time are run."""
+    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
+    unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
+    if unknown:
+        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
+        clock.times.put(_new_times(time_kernels([linker.build(one) for one in unknown], request.image), clock.times))
+    for _, calls in plans:
+        for call in calls:
+            clock.learn(call)
+    return clock
 
 
 def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, float]:
