@@ -14,7 +14,7 @@ import numpy as np
 from qsearch.models.graph import Graph
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["covering", "fit_costs", "layers_around"]
+__all__ = ["covering", "fit_costs", "layers_around", "pairs_around"]
 
 # Precisions of the layers around a node that are told apart; more would make the fit of a node ambiguous.
 MAX_AROUND = 6
@@ -44,6 +44,15 @@ def layers_around(graph: Graph) -> dict[str, tuple[str, ...]]:
         given = _union(sources[name] for name in node.inputs)
         found[node.name] = _union([own, given, readers[node.name], *(readers[name] for name in node.inputs)])[:MAX_AROUND]
     return found
+
+
+def pairs_around(graph: Graph, layers: Iterable[str]) -> list[tuple[int, int]]:
+    """Pairs of layers that some node depends on together: neighbours, and those whose values are added; i < j, in order."""
+    index = {name: i for i, name in enumerate(layers)}
+    pairs: set[tuple[int, int]] = set()
+    for around in layers_around(graph).values():
+        pairs |= {(min(a, b), max(a, b)) for a, b in itertools.combinations((index[name] for name in around), 2)}
+    return sorted(pairs)
 
 
 def _union(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

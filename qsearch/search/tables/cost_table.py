@@ -7,7 +7,6 @@ layers and of pairs (`cost_fit`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from qsearch.build.link import Linker, PlannedCall
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
-from qsearch.search.tables.cost_fit import covering, fit_costs, layers_around
+from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
 from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = ["Cost", "CostRequest", "CostTable", "measure_costs"]
@@ -130,7 +129,10 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
         progress: Called whenever a slow step begins.
     """
     rng, linker = np.random.default_rng(request.seed), request.linker
-    programs = [request.reference, *(request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng))]
+    programs = [
+        request.reference,
+        *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
+    ]
     # The reference is often one of the others too.
     plans = {tuple(call.symbol for call in calls): (one, calls) for one in programs for calls in [linker.plan(one).calls]}
     clock = _timed(request, list(plans.values()), progress)
@@ -178,12 +180,3 @@ def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, floa
 
 def _sizes(request: CostRequest) -> list[int]:
     return [len(precisions) for precisions in request.layers.values()]
-
-
-def _neighbours(request: CostRequest) -> list[tuple[int, int]]:
-    """Pairs of layers that some node's kernels depend on together."""
-    index = {name: i for i, name in enumerate(request.layers)}
-    pairs: set[tuple[int, int]] = set()
-    for around in layers_around(request.graph).values():
-        pairs |= {(min(a, b), max(a, b)) for a, b in itertools.combinations((index[name] for name in around), 2)}
-    return sorted(pairs)
