@@ -77,7 +77,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
         baseline, front, closest = baseline_of(handle), study_front(study), closest_points(study)
         complete, measured = finished(study), measured_trials(study)
-        volume = None if baseline is None else hypervolume(front, baseline)
+        volume = None if baseline is None else hypervolume(kept_points(front), baseline)
         images = 0 if baseline is None else baseline.accuracy.images
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
     return {

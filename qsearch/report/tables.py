@@ -73,9 +73,10 @@ def front_words(document: Mapping[str, Any]) -> str:
     Args:
         document: Of `qsearch.report.documents.study_document`.
     """
-    points, complete, bound = len(document["front"]), document["trials"]["complete"], document["bound"]
+    trials, bound = document["trials"], document["bound"]
+    points, measured = len(document["front"]), trials["complete"] + trials["stopped_early"]
     words = (
-        f"{points} of {complete} trials, hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory "
+        f"{points} of {measured} trials, hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory "
         "and 10 pp of loss"
     )
     if bound is None or bound["share"] is None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
 
+from qsearch.measure.kernel_times import KernelTimes
 from qsearch.measure.memory import measure_memory
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.evaluator import Settings
 from qsearch.search.objective import ModelEvaluator, open_evaluator
-from qsearch.search.space import load_space
+from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
 from qsearch.search.tables.layer_tables import Tables, layer_rows, table_settings
 from qsearch.search.tables.measure_tables import measure_tables
@@ -58,6 +59,26 @@ def test_a_second_study_times_nothing(measured: tuple[ModelEvaluator, BoundSpace
     assert layer_rows(space, again) == layer_rows(space, tables)
     assert not [clause for clause in clauses if "timing" in clause or "sensitivity" in clause]
     assert {"cost_table", "sensitivity_table"} <= set(evaluator.seconds)
+
+
+def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    evaluator, space, tables = measured
+    in_float = space.config({one.name: "fp32" for one in space.layers})
+    assert tables.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+    # Also where no layer of the space may be in float.
+    chosen = {"version": 1, "name": "int8", "precisions": {"default": ["int8"]}}
+    only = bind_space(SearchSpace.model_validate(chosen), evaluator.graph)
+    again = measure_tables(evaluator, only, lambda clause: None)
+    assert again.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+
+
+def test_new_kernels_are_told_on_the_clock_of_the_known_ones(tmp_path: Path) -> None:
+    known = KernelTimes(tmp_path)
+    known.put({"a": 1.0, "b": 3.0, "c": 5.0})
+    # The machine has become twice as slow; one of the three was disturbed.
+    found = cost_table._new_times({"a": 2.0, "b": 6.0, "c": 90.0, "d": 8.0}, known)
+    assert found == {"d": 4.0}
+    assert cost_table._new_times({"e": 8.0}, known) == {"e": 8.0}
 
 
 def test_divergence_depends_on_the_setting(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
