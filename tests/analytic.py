@@ -22,6 +22,7 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.pipeline import Pipeline
+from qsearch.search.workers import Worker
 
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
 
@@ -72,11 +73,11 @@ class AnalyticEvaluator:
 
     @contextlib.contextmanager
     def pipeline(self, jobs: int) -> Iterator[Pipeline | None]:
-        """None, but for two jobs with PIPELINE in the environment: a worker that passes configurations through."""
-        if jobs == 1 or "PIPELINE" not in os.environ:
+        """None, or with PIPELINE in the environment a worker that passes configurations through."""
+        if "PIPELINE" not in os.environ:
             yield None
             return
-        with Pipeline(PassingPacker(), lambda packed: packed, self.evaluate) as pipeline:
+        with Pipeline(Worker(PassingPacker()), lambda packed: packed, self.evaluate) as pipeline:
             yield pipeline
 
     def refer_to(self, baseline: Measurement) -> None:

@@ -36,6 +36,7 @@ from qsearch.search.remeasure import remeasure
 from qsearch.search.requirements import require_room
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.measure_tables import measure_tables
+from qsearch.search.workers import Worker
 
 __all__ = ["FLOAT", "ModelEvaluator"]
 
@@ -169,7 +170,7 @@ class ModelEvaluator:
             return
         # Compiled before there is anything beside it.
         _ = self._reference
-        with Pipeline(self._builder, open_parcel, partial(self._measured_alone, processors), processors) as pipeline:
+        with Pipeline(Worker(self._builder), open_parcel, partial(self._measured_alone, processors), processors) as pipeline:
             yield pipeline
 
     def _measured_alone(self, processors: Processors, prepared: Prepared, rule: StoppingRule | None) -> Measurement:

@@ -18,7 +18,7 @@ from qsearch.errors import BuildError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.processors import Processors
-from qsearch.search.workers import Packer, Worker
+from qsearch.search.workers import Worker
 
 __all__ = ["Pipeline"]
 
@@ -31,7 +31,7 @@ class Pipeline:
     """A worker process that prepares, and a thread that measures; use as a context manager.
 
     Args:
-        packer: Sent to the worker, where it packs configurations.
+        worker: Packs configurations; closed at the end.
         unpack: From what the worker answers to what is measured.
         measure: Measures one prepared configuration, called with it and a StoppingRule or None.
         processors: Who runs where.
@@ -39,13 +39,12 @@ class Pipeline:
 
     def __init__(
         self,
-        packer: Packer,
+        worker: Worker,
         unpack: Callable[[Any], Any],
         measure: Callable[[Any, StoppingRule | None], Measurement],
         processors: Processors = Processors(),
     ) -> None:
-        self._unpack, self._measure, self._processors = unpack, measure, processors
-        self._worker = Worker(packer)
+        self._worker, self._unpack, self._measure, self._processors = worker, unpack, measure, processors
         self._context = ExitStack()
 
     def __enter__(self) -> Pipeline:
@@ -56,17 +55,22 @@ class Pipeline:
         self._context.enter_context(self._processors.aside())
         self._loader = self._context.enter_context(ThreadPoolExecutor(1))
         self._device = self._context.enter_context(ThreadPoolExecutor(1, initializer=self._processors.everywhere))
-        # First to end: the loader may be waiting for it. The device comes to the end of its trial.
-        self._context.callback(self._worker.close)
+        self._context.callback(self._end)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the worker and wait for the threads."""
+        """End the worker, and wait until the measurement that is under way has come to its end."""
         self._context.close()
+
+    def _end(self) -> None:
+        for threads in (self._loader, self._device):
+            threads.shutdown(wait=False, cancel_futures=True)
+        # The loader may be waiting for it.
+        self._worker.close()
 
     def prepare(self, config: QuantConfig) -> Future[Any]:
         """Lower and link a configuration, and load the result."""
-        return self._loader.submit(self._load, self._worker.submit(config))
+        return self._loader.submit(self._load, config)
 
     def measure(self, prepared: Future[Any], rule: StoppingRule | None) -> Future[Measurement]:
         """Measure what was prepared, as soon as it is and everything before is measured.
@@ -80,9 +84,10 @@ class Pipeline:
         """
         return self._device.submit(lambda: self._measure(prepared.result(), rule))
 
-    def _load(self, packed: Future[Any]) -> Any:
+    def _load(self, config: QuantConfig) -> Any:
         try:
-            return self._unpack(packed.result())
+            # One at a time: whoever waits behind a configuration that the worker dies of would seem to be the cause as well.
+            return self._unpack(self._worker.submit(config).result())
         except BrokenProcessPool as error:
             raise BuildError(
                 "the process that lowers and links died at this configuration, of a defect in the compiler or for want of "

@@ -43,6 +43,8 @@ class Worker:
     def __init__(self, packer: Packer) -> None:
         self._packer = packer
         self._executor: ProcessPoolExecutor | None = None
+        self._closed = False
+        self._starting = threading.Lock()
 
     def submit(self, config: QuantConfig) -> Future[Any]:
         """Pack a configuration.
@@ -50,20 +52,23 @@ class Worker:
         Returns:
             The answer to be; a BrokenProcessPool if the process dies at it.
         """
-        with _interrupt_blocked():
-            try:
-                if self._executor is not None:
+        with self._starting, _interrupt_blocked():
+            if self._closed:
+                raise RuntimeError("the worker is closed")
+            if self._executor is not None:
+                try:
                     return self._executor.submit(_pack, config)
-            except BrokenProcessPool:
-                self.close()
+                except BrokenProcessPool:
+                    self._executor.shutdown(wait=True, kill_workers=True)
             self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(self._packer, os.getpid()))
             return self._executor.submit(_pack, config)
 
     def close(self) -> None:
         """End the process, whatever it is at."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, kill_workers=True)
-            self._executor = None
+        with self._starting:
+            self._closed = True
+            if self._executor is not None:
+                self._executor.shutdown(wait=True, kill_workers=True)
 
 
 @contextmanager
