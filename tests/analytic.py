@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.pipeline import Pipeline
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.workers import Worker
 
 LOSS_PER_NAT = 25.0
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
@@ -73,6 +75,15 @@ class AnalyticEvaluator:
                 half = 0.5 * np.sqrt(images / seen - 1)
                 rule.check(measurement.latency, measurement.memory, seen, (loss - half, loss + half))
         return measurement
+
+    @contextlib.contextmanager
+    def pipeline(self, jobs: int) -> Iterator[Pipeline | None]:
+        """None, or with PIPELINE in the environment a worker that passes configurations through."""
+        if "PIPELINE" not in os.environ:
+            yield None
+            return
+        with Pipeline(Worker(PassingPacker()), lambda packed: packed, self.evaluate) as pipeline:
+            yield pipeline
 
     def refer_to(self, baseline: Measurement) -> None:
         """Count against another run's float module, which is the same."""
@@ -125,6 +136,14 @@ class AnalyticEvaluator:
             latency_ms, memory = 20.0 + lowered.sum(), Memory(100_000, 0, 0)
         seconds = {"lower": 0.01, "build": 0.02}
         return Measurement(Latency(latency_ms, 0.01, 5, 10), memory, accuracy, seconds, self.kernels_sha256(config))
+
+
+class PassingPacker:
+    """What a worker does for `AnalyticEvaluator`: nothing."""
+
+    def pack(self, config: QuantConfig) -> QuantConfig:
+        """Hand back the configuration."""
+        return config
 
 
 class TroublesomeEvaluator(AnalyticEvaluator):

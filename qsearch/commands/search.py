@@ -44,6 +44,15 @@ def search(
     early_stopping: Annotated[
         bool, typer.Option(help="End a trial as soon as its first images show that it can reach neither front nor constraints.")
     ] = True,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="Trials at a time: with 2, one is lowered and linked in a process of its own while another is measured.",
+            show_default="2 where there are processors for it",
+        ),
+    ] = None,
     preprocessing: Preprocessing = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
@@ -55,6 +64,7 @@ def search(
     """
     from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluator import Settings
+    from qsearch.search.processors import check_jobs
     from qsearch.search.samplers import check_sampler
     from qsearch.search.space import load_space
     from qsearch.search.storage import checked_name, database_file, storage_url
@@ -64,6 +74,7 @@ def search(
     database_file(storage_url(name, storage))
     check_sampler(sampler, seed)
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
+    check_jobs(jobs, threads)
     chosen = load_space(space)
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
@@ -78,7 +89,7 @@ def search(
         elif tune:
             tune_model(settings, chosen.precisions.names, tune)
         document, table = run_session(
-            SearchRequest(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping)
+            SearchRequest(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
         )
     if json:
         print_json(document)

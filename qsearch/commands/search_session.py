@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import typer
@@ -30,6 +30,7 @@ from qsearch.search.evaluator import Evaluator, Settings
 from qsearch.search.front import record_heldout, study_front
 from qsearch.search.objective import open_evaluator
 from qsearch.search.planner import PlannerSampler
+from qsearch.search.processors import default_jobs
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
@@ -52,6 +53,7 @@ class SearchRequest:
         timeout_s: No trial is begun after that many seconds of trials.
         limits: Objective -> largest value wanted.
         early_stopping: Whether trials end as soon as their outcome is certain.
+        jobs: 2 to prepare a trial while the one before is measured; None for 2 where there are processors for it.
     """
 
     settings: Settings
@@ -63,6 +65,7 @@ class SearchRequest:
     timeout_s: float | None
     limits: Mapping[str, float] = field(default_factory=dict)
     early_stopping: bool = True
+    jobs: int | None = None
 
 
 def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
@@ -148,8 +151,9 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned)
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
-    with TrialProgress(done, request.budget, baseline) as progress:
-        outcome = run_search(handle, problem, limits, progress.on_trial)
+    jobs = request.jobs or default_jobs(request.settings.threads)
+    with evaluator.pipeline(jobs) as pipeline, TrialProgress(done, request.budget, baseline) as progress:
+        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, progress.on_trial)
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")

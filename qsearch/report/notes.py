@@ -59,7 +59,7 @@ class TrialNotes:
         title = f"{study.study_name}, trial {trial.number}: {trial.user_attrs.get('anchor', calibration_text(config))}"
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "precisions.png"
-            draw_precisions(bars, title).save(file, optimize=True)
+            draw_precisions(bars, title).save(file)
             artifact = upload_artifact(artifact_store=self._store, file_path=str(file), study_or_trial=trial)
         picture = f"![precision of every layer](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})"
         write_note(trial, note_text(config, measurement, self._baseline) + "\n\n" + picture)

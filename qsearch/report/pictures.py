@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -92,11 +93,17 @@ def _draw_column(image: Image.Image, bar: LayerBar, left: int, decades: tuple[in
     right, floor = left + COLUMN - GAP, HEADER + BARS
     draw.rectangle((left, _height(bar.weight_bytes, decades), right - 1, floor - 1), fill=colour)
     draw.rectangle((left, floor + 3, right - 1, floor + STRIP), fill=colour)
+    image.paste(_upright(bar.name), (left, floor + STRIP + 6))
+
+
+@cache
+def _upright(name: str) -> Image.Image:
+    """A layer's name, written upwards; the same in every picture of a study."""
     font = ImageFont.load_default(TEXT)
     # Pillow writes horizontally only: the name is drawn on a slip of paper, which is then turned.
-    slip = Image.new("RGB", (math.ceil(font.getlength(bar.name)) + 2, COLUMN - 2), PAPER)
-    ImageDraw.Draw(slip).text((0, 0), bar.name, fill=INK, font=font)
-    image.paste(slip.rotate(90, expand=True), (left, floor + STRIP + 6))
+    slip = Image.new("RGB", (math.ceil(font.getlength(name)) + 2, COLUMN - 2), PAPER)
+    ImageDraw.Draw(slip).text((0, 0), name, fill=INK, font=font)
+    return slip.rotate(90, expand=True)
 
 
 def _legend(bars: Sequence[LayerBar]) -> list[tuple[str, str]]:

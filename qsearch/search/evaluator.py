@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.models.graph import Graph
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.pipeline import Pipeline
 from qsearch.search.tables.layer_tables import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
@@ -110,6 +112,10 @@ class Evaluator(Protocol):
             TrialError: This configuration cannot be built or measured; others may.
             EarlyStop: The rule has seen enough.
         """
+        ...
+
+    def pipeline(self, jobs: int) -> AbstractContextManager[Pipeline | None]:
+        """Prepare configurations in a process beside the one that measures; None for one job."""
         ...
 
     def kernels_sha256(self, config: QuantConfig) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from analytic import AnalyticEvaluator
 from optuna.trial import TrialState
 
@@ -151,15 +152,16 @@ def test_other_errors_leave_the_study_intact_and_the_configuration_enqueued(hand
 def test_a_full_disk_is_one_message_and_loses_nothing(handle: StudyHandle, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = AnalyticEvaluator()
     run_search(handle, full(evaluator), Limits(5))
+    engine, most = handle.study._storage._backend.engine, [1_000_000_000]  # type: ignore[attr-defined]
+    # SQLite keeps the limit per connection, and the pool has several.
+    sqlalchemy.event.listen(engine, "checkout", lambda one, *_: one.execute(f"PRAGMA max_page_count={most[0]}"))
     with monkeypatch.context() as patch:
-        patch.setattr("qsearch.search.driver._attributes", lambda *_: {"filler": "x" * 10_000_000})
-        with handle.study._storage._backend.engine.connect() as connection:  # type: ignore[attr-defined]
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 200}")
+        patch.setattr("qsearch.search.driver.trial_attributes", lambda *_: {"filler": "x" * 10_000_000})
+        with engine.connect() as connection:
+            most[0] = connection.exec_driver_sql("PRAGMA page_count").scalar() + 200
         with pytest.raises(StudyError, match="disk is full"):
             run_search(handle, full(evaluator), Limits(10))
-        with handle.study._storage._backend.engine.connect() as connection:  # type: ignore[attr-defined]
-            connection.exec_driver_sql("PRAGMA max_page_count=1000000000")
+        most[0] = 1_000_000_000
     assert len(finished(handle.study)) == 5
     reap_trials(handle.study)
     run_search(handle, full(evaluator), Limits(10))

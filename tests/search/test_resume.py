@@ -91,6 +91,28 @@ def test_interrupt_is_130_and_the_same_command_continues(tmp_path: Path) -> None
     check_whole(tmp_path, before)
 
 
+def test_a_pipeline_that_is_interrupted_and_then_killed(tmp_path: Path) -> None:
+    first = run(tmp_path, PIPELINE="1", TROUBLE="interrupt", TROUBLE_AT="5")
+    assert first.returncode == 130, first.stderr
+    assert "Traceback" not in first.stderr
+    failed = [trial for trial in trials(tmp_path) if trial.state == TrialState.FAIL]
+    # The one that was measured, and the one that was being prepared if it had been asked for.
+    assert 1 <= len(failed) <= 2
+    assert {trial.user_attrs["error"] for trial in failed} == {"interrupted"}
+    # This process measures from the fifth trial on.
+    assert run(tmp_path, PIPELINE="1", TROUBLE="kill", TROUBLE_AT="8").returncode == -signal.SIGKILL
+    before = completed(tmp_path)
+    running = [trial for trial in trials(tmp_path) if trial.state == TrialState.RUNNING]
+    # The trial before may not have been written down yet, and the one after not been asked for.
+    assert 1 <= len(running) <= 3
+    last = run(tmp_path, PIPELINE="1")
+    assert last.returncode == 0, last.stderr
+    check_whole(tmp_path, before)
+    assert {trials(tmp_path)[one.number].user_attrs["error"] for one in running} == {"the process was killed"}
+    wanted = {trial.user_attrs["config_hash"] for trial in (*failed, *running) if "config_hash" in trial.user_attrs}
+    assert wanted <= set(completed(tmp_path).values())
+
+
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     first = subprocess.Popen(
         COMMAND, cwd=tmp_path, env=os.environ | {"TROUBLE": "slow"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,0 +1,273 @@
+"""A model, its images and a target: from a configuration to the measurements of its compiled module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from qsearch.build.link import CompiledModule
+from qsearch.build.target import Target
+from qsearch.config import QuantConfig
+from qsearch.data import Dataset
+from qsearch.errors import TrialError, UnsupportedModelError
+from qsearch.measure.accuracy import compare_accuracy, run_blocks, run_images
+from qsearch.measure.clock import Clock
+from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
+from qsearch.measure.memory import measure_memory
+from qsearch.measure.tune import TunedKernel, tune_programs
+from qsearch.models.graph import Graph, Model
+from qsearch.quantize.program import Program
+from qsearch.search.bound_space import BoundSpace
+from qsearch.search.cache_folder import CacheFolder
+from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.evaluator import Progress, Settings, said_once
+from qsearch.search.float_pass import float_statistics
+from qsearch.search.module_builder import ModuleBuilder, Prepared, open_parcel
+from qsearch.search.pipeline import Pipeline
+from qsearch.search.processors import Processors, split_processors
+from qsearch.search.remeasure import remeasure
+from qsearch.search.requirements import require_room
+from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.measure_tables import measure_tables
+from qsearch.search.workers import Worker
+
+__all__ = ["FLOAT", "ModelEvaluator"]
+
+FLOAT = QuantConfig(default_precision="fp32")
+
+
+class ModelEvaluator:
+    """A model, its images and a target, ready to measure configurations.
+
+    Args:
+        settings: Where caches are kept.
+        model: The imported model.
+        dataset: Its images.
+        target: What to compile for.
+        progress: Called whenever a slow step begins.
+    """
+
+    def __init__(self, settings: Settings, model: Model, dataset: Dataset, target: Target, progress: Progress) -> None:
+        self.settings, self.model, self.dataset, self.target, self.progress = settings, model, dataset, target, progress
+        # Kept open as long as the evaluator lives: it tells other processes that the cache is in use.
+        self._cache = CacheFolder(settings.cache_dir)
+        self.seconds: dict[str, float] = {}
+        start = time.monotonic()
+        self.record = float_statistics(model, dataset, settings.cache_dir, progress)
+        self.seconds["float_pass"] = time.monotonic() - start
+        self._builder = ModuleBuilder(model, self.record, dataset.preprocessing.value_range, target, settings.cache_dir)
+        self.linker, self.weights = self._builder.linker, self._builder.weights
+        self._float_logits: dict[str, np.ndarray] = {}
+        self._baseline: Measurement | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The layer graph."""
+        return self.model.graph
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of model, data and target."""
+        return {
+            "model": self.model.fingerprint,
+            "data": self.dataset.fingerprint,
+            "target": self.target.description,
+        }
+
+    @property
+    def baseline(self) -> Measurement:
+        """The module with every layer in fp32, on the search images."""
+        if self._baseline is None:
+            self.measure_baseline()
+        assert self._baseline is not None
+        return self._baseline
+
+    def measure_baseline(self) -> None:
+        """Measure the float module; every loss is counted against it.
+
+        Raises:
+            UnsupportedModelError: It cannot be built or measured.
+        """
+        with self._of_float():
+            self._baseline = self._measured(self._builder.prepare(FLOAT), self._alone)
+
+    def refer_to(self, baseline: Measurement) -> None:
+        """Count latencies against a float module that was measured before, as a continued study has to."""
+        self._baseline = baseline
+
+    def compile(self, config: QuantConfig) -> CompiledModule:
+        """Lower and link one configuration.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        return self.build(self._builder.lower(config))
+
+    def kernels_sha256(self, config: QuantConfig) -> str:
+        """Digest of the kernels that a configuration's module would be linked from now, without compiling them.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        return self.linker.kernels_sha256(self._builder.lower(config))
+
+    def tune(self, configs: Sequence[QuantConfig], seconds: float, progress: Callable[[int, int], None]) -> list[TunedKernel]:
+        """Time register tiles of the kernels of some configurations, see `tune_programs`."""
+        require_room(self.settings.cache_dir)
+        programs = [self._builder.lower(config) for config in configs]
+        return tune_programs(self.linker, programs, seconds, progress)
+
+    def build(self, program: Program) -> CompiledModule:
+        """Link a program, see `ModuleBuilder.build`."""
+        return self._builder.build(program)
+
+    @contextmanager
+    def _of_float(self) -> Iterator[None]:
+        """Say of a failure inside the block that it is not a matter of quantization."""
+        try:
+            yield
+        except TrialError as error:
+            raise UnsupportedModelError(
+                f"model {self.model.name!r} fails in float already: {error}. Replace that part of the model, or keep it out of "
+                "what is exported"
+            ) from error
+
+    def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
+        """Activation ranges of a configuration's calibration."""
+        return self._builder.ranges(config)
+
+    def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
+        """Lower, compile, link and measure one configuration on the search images.
+
+        Its latency is that of the baseline times the paired ratio of the two, see `measure_paired`.
+
+        Raises:
+            TrialError: This configuration cannot be built or measured; others may.
+            EarlyStop: The rule has seen enough.
+        """
+        return self._measured(self._builder.prepare(config), self._timed_beside_float, rule)
+
+    @contextmanager
+    def pipeline(self, jobs: int) -> Iterator[Pipeline | None]:
+        """Prepare configurations in a process beside the one that measures; None where that is not wanted.
+
+        Args:
+            jobs: 1 for one thing at a time.
+
+        Raises:
+            UsageError: There are not enough processors for so many jobs.
+        """
+        processors = split_processors(jobs, self.target.threads)
+        if processors is None:
+            yield None
+            return
+        # Compiled before there is anything beside it.
+        _ = self._reference
+        with Pipeline(Worker(self._builder), open_parcel, partial(self._measured_alone, processors), processors) as pipeline:
+            yield pipeline
+
+    def _measured_alone(self, processors: Processors, prepared: Prepared, rule: StoppingRule | None) -> Measurement:
+        """Measure what another process has linked, timed on processors that are kept free for that."""
+
+        def timed(machine: Any) -> Latency:
+            with processors.alone():
+                return self._timed_beside_float(machine)
+
+        return self._measured(prepared, timed, rule)
+
+    def _measured(self, prepared: Prepared, timed: Callable[[Any], Latency], rule: StoppingRule | None = None) -> Measurement:
+        clock = Clock()
+        latency = timed(prepared.open())
+        clock.lap("latency")
+        check = None if rule is None else partial(rule.check, latency, prepared.memory)
+        accuracy = self._accuracy_unless_stopped(prepared, check) if check else self.accuracy(prepared, "search")
+        clock.lap("accuracy")
+        return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
+
+    def _timed_beside_float(self, machine: Any) -> Latency:
+        return self._paired(machine)[0]
+
+    def _alone(self, machine: Any) -> Latency:
+        """The latency of the float module: every other one is counted against it, so it is timed for longer."""
+        longer = TimingSettings(repeats=4 * TimingSettings.repeats)
+        return measure_latency(machine, self.images("search")[:1], longer, self.target.threads)
+
+    def _paired(self, *machines: Any) -> list[Latency]:
+        """The latencies of modules, in turns with the float module."""
+        image, reference_ms = self.images("search")[:1], self.baseline.latency.median_ms
+        return measure_paired(self._reference, machines, image, reference_ms, threads=self.target.threads)
+
+    @cached_property
+    def _reference(self) -> Any:
+        """A virtual machine of the float module."""
+        with self._of_float():
+            return self.compile(FLOAT).open()
+
+    def tables(self, space: BoundSpace) -> Tables:
+        """The planner's tables."""
+        return measure_tables(self, space, self.progress)
+
+    def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
+        """Measure configurations side by side, their timings interleaved with float's.
+
+        Args:
+            configs: Name -> configuration.
+            part: Which images.
+
+        Returns:
+            Name -> latency, memory, accuracy, and float's latency over this one's.
+        """
+        with self._of_float():
+            reference = self.compile(FLOAT)
+            self.float_logits(part)
+        modules = {name: self.compile(config) for name, config in configs.items()}
+        machines = [module.open() for module in (reference, *modules.values())]
+        image = self.images(part)[:1]
+        float_latency, *latencies = measure_interleaved(machines, image, threads=self.target.threads)
+        return {
+            name: (latency, measure_memory(module), self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
+            for (name, module), latency in zip(modules.items(), latencies, strict=True)
+        }
+
+    def accuracy(self, module: CompiledModule | Prepared, part: str) -> Accuracy:
+        """Accuracy of a module on a part of the images."""
+        return compare_accuracy(self.logits(module, part), self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
+
+    def _accuracy_unless_stopped(self, module: CompiledModule | Prepared, check: Callable[..., None]) -> Accuracy:
+        """Accuracy on the search images, unless the check stops the run before the first or after a block of them."""
+        check()
+        float_logits, labels = self.float_logits("search"), self.dataset.labels("search")
+        blocks = image_blocks(float_logits, labels)
+        parts = run_blocks(module.open, self.images("search"), blocks, threads=self.target.threads)
+        return compare_accuracy(run_until(parts, blocks, float_logits, labels, check), float_logits, labels)
+
+    def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
+        """What a module computes of a part of the images, float32 (N, classes)."""
+        return run_images(module.open, self.images(part), threads=self.target.threads)
+
+    def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Like `measure_again`, in a process of its own."""
+        return remeasure(self.settings, self.baseline, configs)
+
+    def measure_again(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
+        """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
+        modules = [self.compile(config) for config in configs]
+        latencies = self._paired(*(module.open() for module in modules))
+        return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
+
+    def images(self, part: str) -> np.ndarray:
+        """Preprocessed images, float32 (N, C, H, W)."""
+        return self.dataset.images(part, self.settings.cache_dir / "images", said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
+
+    def float_logits(self, part: str) -> np.ndarray:
+        """Logits of the float module, float32 (N, classes), computed once."""
+        if part not in self._float_logits:
+            self._float_logits[part] = self.logits(self.compile(FLOAT), part)
+        return self._float_logits[part]

@@ -1,0 +1,149 @@
+"""From a configuration to its linked module: the part of a trial that needs neither images nor a quiet machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qsearch.build.cache import KernelCache
+from qsearch.build.link import CompiledModule, Linker
+from qsearch.build.packed import PackedModule, pack_module, unpack_module
+from qsearch.build.target import Target
+from qsearch.calibrate.ranges import activation_ranges
+from qsearch.calibrate.record import StatisticsRecord
+from qsearch.config import QuantConfig
+from qsearch.measure.clock import Clock
+from qsearch.measure.measurement import Memory
+from qsearch.measure.memory import measure_memory
+from qsearch.models.graph import Model
+from qsearch.quantize.lower import lower
+from qsearch.quantize.program import Program
+from qsearch.quantize.weights import WeightStore
+from qsearch.search.requirements import require_room
+
+__all__ = ["ModuleBuilder", "Parcel", "Prepared", "open_parcel"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A linked module, ready to be timed.
+
+    Attributes:
+        open: Makes a virtual machine of it.
+        memory: The bytes it needs.
+        kernels_sha256: Digest of its kernels.
+        seconds: Wall time of lower and build.
+    """
+
+    open: Callable[[], Any]
+    memory: Memory
+    kernels_sha256: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a process sends of a module that it has linked; see `Prepared`."""
+
+    module: PackedModule
+    memory: Memory
+    kernels_sha256: str
+    seconds: dict[str, float]
+
+
+class ModuleBuilder:
+    """Lowers and links configurations of one model; can be sent to another process, which then has caches of its own.
+
+    Args:
+        model: The imported model.
+        record: Statistics of its values.
+        value_range: (low, high) of its input.
+        target: What to compile for.
+        cache_dir: Where kernels are kept.
+    """
+
+    def __init__(
+        self, model: Model, record: StatisticsRecord, value_range: tuple[float, float], target: Target, cache_dir: Path
+    ) -> None:
+        self.model, self.record, self.value_range, self.target, self.cache_dir = model, record, value_range, target, cache_dir
+        self.linker = Linker(KernelCache(cache_dir / "kernels", target))
+        self.weights = WeightStore()
+        self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel without what was loaded and kept."""
+        return ModuleBuilder, (self.model, self.record, self.value_range, self.target, self.cache_dir.resolve())
+
+    def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
+        """Activation ranges of a configuration's calibration, computed once per calibration."""
+        key = config.calibration.model_dump_json()
+        if key not in self._ranges:
+            self._ranges[key] = activation_ranges(self.record, self.model, config.calibration, self.value_range)
+        return self._ranges[key]
+
+    def lower(self, config: QuantConfig) -> Program:
+        """The program of a configuration.
+
+        Raises:
+            TrialError: It cannot be quantized.
+        """
+        return lower(self.model, config, self.ranges(config), self.weights)
+
+    def build(self, program: Program, linked: bool = True) -> CompiledModule:
+        """Link a program, if there is room for what it may have to compile.
+
+        Args:
+            program: The program.
+            linked: As for `Linker.build`.
+
+        Raises:
+            BuildError: It does not link.
+            StudyError: The disk is full.
+        """
+        require_room(self.cache_dir)
+        return self.linker.build(program, linked)
+
+    def prepare(self, config: QuantConfig) -> Prepared:
+        """Lower and link one configuration, to be run in this process.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        clock = Clock()
+        program = self.lower(config)
+        clock.lap("lower")
+        module = self.build(program)
+        clock.lap("build")
+        return Prepared(module.open, measure_memory(module), module.kernels_sha256, clock.seconds)
+
+    def pack(self, config: QuantConfig) -> Parcel:
+        """Lower and link one configuration, to be run in another process.
+
+        Raises:
+            TrialError: It cannot be quantized or built.
+        """
+        clock = Clock()
+        program = self.lower(config)
+        clock.lap("lower")
+        module = self.build(program, linked=False)
+        # Another search may be at the same configuration.
+        name = f"{config.content_hash()[:24]}-{os.getpid()}.module"
+        packed = pack_module(module, self.cache_dir / "modules" / name)
+        clock.lap("build")
+        return Parcel(packed, measure_memory(module), module.kernels_sha256, clock.seconds)
+
+
+def open_parcel(parcel: Parcel) -> Prepared:
+    """Load what another process has linked.
+
+    Raises:
+        BuildError: It cannot be loaded.
+    """
+    import tvm
+    from tvm import relax
+
+    module = unpack_module(parcel.module)
+    return Prepared(lambda: relax.VirtualMachine(module, tvm.cpu()), parcel.memory, parcel.kernels_sha256, parcel.seconds)

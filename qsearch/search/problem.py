@@ -1,0 +1,74 @@
+"""What a search is given: the problem, when to stop; and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import optuna
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.search.bound_space import BoundSpace
+from qsearch.search.constraints import Constraints
+from qsearch.search.pipeline import Pipeline
+
+__all__ = ["Limits", "Outcome", "SearchProblem", "Stop"]
+
+Annotate = Callable[[optuna.Trial, QuantConfig, Measurement], None]
+Stop = Literal["budget", "timeout", "exhausted", "interrupted"]
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """What is searched.
+
+    Attributes:
+        space: The search space over the model's layers.
+        evaluate: Measures one configuration; a TrialError fails the trial alone. With early stopping it is given a
+            StoppingRule as well, and may raise EarlyStop.
+        annotate: Adds notes and pictures to a measured trial before it is finished.
+        constraints: Limits beyond which a trial is infeasible.
+        early_stopping: Whether trials end as soon as their outcome is certain.
+        anchored: Whether plain starting points come first; a sampler that knows the space does without.
+        pipeline: Prepares a trial while the one before is measured, in place of `evaluate`; None for one by one.
+    """
+
+    space: BoundSpace
+    evaluate: Callable[..., Measurement]
+    annotate: Annotate | None = None
+    constraints: Constraints = Constraints()
+    early_stopping: bool = False
+    anchored: bool = True
+    pipeline: Pipeline | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a search ends.
+
+    Attributes:
+        budget: Measured trials the study shall have in total: completed ones, and those stopped early.
+        timeout_s: No trial is begun after that many seconds.
+        seed: Of the random steps away from duplicates.
+    """
+
+    budget: int
+    timeout_s: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a search ended.
+
+    Attributes:
+        stopped: Why it ended.
+        completed: Trials completed by this run.
+        stopped_early: Trials that it stopped early.
+    """
+
+    stopped: Stop
+    completed: int
+    stopped_early: int = 0

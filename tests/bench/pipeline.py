@@ -1,0 +1,206 @@
+"""Trials per minute of the two-core pipeline against the serial loop; prints JSON.
+
+    python tests/bench/pipeline.py --model demo --trials 16 --json
+    python tests/bench/pipeline.py --model efficientnet_lite0 --data ../shared/data/nips2017 --trials 12 --json
+
+Both run the same configurations through the real driver, each time into a new study in SQLite with notes and pictures, in
+stretches that take turns. The serial loop is one process on one core, accuracy on one worker. Kernels are compiled and the
+worker process is started before the clock runs. Latencies of the same configuration are compared between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from qsearch.measure.measurement import Measurement
+from qsearch.report.notes import TrialNotes
+from qsearch.search.bound_space import BoundSpace, LogRange, bind_space
+from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.evaluator import Settings
+from qsearch.search.front import measurement_from_json
+from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.pipeline import Pipeline
+from qsearch.search.processors import check_jobs
+from qsearch.search.samplers import make_sampler
+from qsearch.search.space import load_space
+from qsearch.search.study import Identity, finished, study_to_search
+
+MODES = ("serial", "pipelined")
+
+
+@dataclass
+class Bench:
+    """What is run, and what was found.
+
+    Attributes:
+        evaluator: The model.
+        space: Its default space.
+        values: Parameter values of the trials.
+        early_stopping: Whether trials may end early.
+        seconds: Mode -> wall time of each stretch.
+        found: Mode -> configuration -> its measurements.
+    """
+
+    evaluator: ModelEvaluator
+    space: BoundSpace
+    values: list[dict[str, Any]]
+    early_stopping: bool
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    found: dict[str, dict[str, list[Measurement]]] = field(default_factory=lambda: {mode: {} for mode in MODES})
+
+    def stretch(self, mode: str) -> None:
+        """Run all trials once."""
+        one_core = {min(os.sched_getaffinity(0))}
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            handle = stack.enter_context(study_to_search(mode, Identity({"model": "bench"}), f"sqlite:///{folder}/study.db"))
+            handle.study.sampler = make_sampler("random", 0, 0)
+            for values in self.values:
+                handle.study.enqueue_trial(values)
+            pipeline = None
+            if mode == "serial":
+                stack.enter_context(_on(one_core))
+            else:
+                pipeline = stack.enter_context(self.evaluator.pipeline(2))
+                self._warm(pipeline)
+            notes = TrialNotes(handle, self.evaluator.graph, self.evaluator.baseline)
+            options = {"early_stopping": self.early_stopping, "anchored": False, "pipeline": pipeline}
+            problem = SearchProblem(self.space, self.evaluator.evaluate, notes, **options)
+            start = time.monotonic()
+            run_search(handle, problem, Limits(len(self.values)))
+            self.seconds[mode].append(time.monotonic() - start)
+            for trial in finished(handle.study):
+                measured = measurement_from_json(trial.user_attrs["measurement"])
+                self.found[mode].setdefault(trial.user_attrs["config_hash"], []).append(measured)
+
+    def _warm(self, pipeline: Pipeline | None) -> None:
+        """Have the worker started, and what it keeps between trials prepared as the serial loop's is."""
+        assert pipeline is not None
+        for values in self.values:
+            pipeline.prepare(self.space.config(values)).result()
+
+
+@contextlib.contextmanager
+def _on(cores: set[int]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def draw(space: BoundSpace, trials: int) -> list[dict[str, Any]]:
+    """Mixed configurations: a share of the layers, another one each time, at a random lower precision."""
+    rng, drawn = np.random.default_rng(0), {}
+    while len(drawn) < trials:
+        share = rng.uniform(0.1, 1.0)
+        values: dict[str, Any] = {}
+        for one in space.parameters:
+            of = one.values
+            if isinstance(one, LogRange) or one in space.settings:
+                values[one.name] = of[rng.integers(len(of))]
+            else:
+                values[one.name] = of[rng.integers(1, len(of))] if rng.random() < share else of[0]
+        drawn[space.config(values).content_hash()] = values
+    return list(drawn.values())
+
+
+def report(bench: Bench, model: str) -> dict[str, Any]:
+    """Trials per minute, shares of the phases, agreement of latencies."""
+    count = len(bench.values)
+    rates = {mode: [60 * count / one for one in bench.seconds[mode]] for mode in MODES}
+    ratios = [serial / pipelined for serial, pipelined in zip(*(bench.seconds[mode] for mode in MODES), strict=True)]
+    return {
+        "model": model,
+        "trials": count,
+        "early_stopping": bench.early_stopping,
+        "trials_per_minute": {mode: [round(one, 1) for one in rates[mode]] for mode in MODES},
+        "ratio": round(float(np.median(ratios)), 3),
+        "ratios": [round(one, 3) for one in ratios],
+        "ms_per_trial": {mode: phases(bench, mode) for mode in MODES},
+        "latency": agreement(bench),
+    }
+
+
+def phases(bench: Bench, mode: str) -> dict[str, float]:
+    """Mean milliseconds of each phase of a completed trial, and of a trial as a whole."""
+    found = [one for measured in bench.found[mode].values() for one in measured]
+    names = ("lower", "build", "latency", "accuracy")
+    means = {name: round(1e3 * float(np.mean([one.seconds[name] for one in found])), 1) for name in names}
+    return means | {"trial": round(1e3 * float(np.mean(bench.seconds[mode])) / len(bench.values), 1)}
+
+
+def agreement(bench: Bench) -> dict[str, float]:
+    """How far the latencies of the same configuration are apart, by itself and in units of its spread."""
+    apart, ratio, repeat, noisy = [], [], [], []
+    for digest in bench.found["serial"].keys() & bench.found["pipelined"].keys():
+        serial, pipelined = (bench.found[mode][digest] for mode in MODES)
+        one, other = (float(np.median([each.latency.median_ms for each in of])) for of in (serial, pipelined))
+        spread = float(np.median([each.latency.spread_ms for each in (*serial, *pipelined)]))
+        apart.append(abs(one - other) / spread)
+        ratio.append(other / one)
+        repeat += [each.latency.spread_ms / each.latency.median_ms for each in serial]
+        noisy += [each.latency.noisy for each in (*serial, *pipelined)]
+    return {
+        "pipelined_over_serial_median": round(float(np.median(ratio)), 4),
+        "pipelined_over_serial_p10": round(float(np.percentile(ratio, 10)), 4),
+        "pipelined_over_serial_p90": round(float(np.percentile(ratio, 90)), 4),
+        "relative_spread_median": round(float(np.median(repeat)), 4),
+        "apart_in_spreads_median": round(float(np.median(apart)), 3),
+        "within_spread_pct": round(100 * float(np.mean(np.array(apart) <= 1.0)), 1),
+        "within_two_spreads_pct": round(100 * float(np.mean(np.array(apart) <= 2.0)), 1),
+        "noisy_pct": round(100 * float(np.mean(noisy)), 1),
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--trials", type=int, default=12, help="configurations of a stretch")
+    parser.add_argument("--rounds", type=int, default=3, help="stretches of each kind")
+    parser.add_argument("--early-stopping", action="store_true")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument("--cache", type=Path, default=Path("studies/cache"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the comparison."""
+    options = parse()
+    check_jobs(2, 1)
+    evaluator = open_evaluator(
+        Settings(options.model, data=options.data, cache_dir=options.cache), lambda clause: print(clause, file=sys.stderr)
+    )
+    space = bind_space(load_space("default"), evaluator.graph)
+    bench = Bench(evaluator, space, draw(space, options.trials), options.early_stopping)
+    for values in bench.values:
+        evaluator.compile(space.config(values))
+    for index in range(options.rounds):
+        for mode in MODES if index % 2 == 0 else reversed(MODES):
+            bench.stretch(mode)
+    found = report(bench, options.model)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    main()
