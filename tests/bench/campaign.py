@@ -62,6 +62,7 @@ def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
         seed: Of the sampler.
         trials: How many configurations to measure.
     """
+    problem.measured.refresh()
     path = problem.folder / "runs" / f"{sampler}-{_version(sampler)}-{seed}.json"
     if path.is_file():
         found = Run(**json.loads(path.read_text(encoding="utf-8")))
