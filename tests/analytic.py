@@ -20,10 +20,15 @@ from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
+from qsearch.search.bound_space import BoundSpace
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.pipeline import Pipeline
+from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.workers import Worker
 
+LOSS_PER_NAT = 25.0
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
 
 
@@ -88,6 +93,24 @@ class AnalyticEvaluator:
         """One kernel for all, which the environment may change."""
         return os.environ.get("KERNELS", "k" * 64)
 
+    def tables(self, space: BoundSpace) -> Tables:
+        """The formulas as sums over the layers."""
+
+        def total(values: np.ndarray) -> PairwiseSum:
+            of_layers = zip(space.layers, values, strict=True)
+            return PairwiseSum(tuple(np.array([row[int(name == "int8")] for name in one.values]) for one, row in of_layers), {})
+
+        def divergence(config: QuantConfig) -> PairwiseSum:
+            return total(np.outer(self._loss * self._factor(config) / LOSS_PER_NAT, (0.0, 1.0)))
+
+        def cost(config: QuantConfig) -> Cost:
+            found = self._measure(config)
+            return Cost(found.latency.median_ms, found.memory.peak_bytes)
+
+        latency = total(np.stack([self._cost, self._cost * (1 - self._gain)], 1))
+        held = total(np.tile((4000.0, 1000.0), (len(space.layers), 1)))
+        return Tables(latency, held, divergence, cost, self.baseline)
+
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure again, a little worse; with AGAIN=worse the largest turns out to be slow and inaccurate too."""
         again = [self._measure(config, worse=0.25) for config in configs]
@@ -98,13 +121,16 @@ class AnalyticEvaluator:
             again[largest] = replace(again[largest], latency=Latency(slow, 0.01, 5, 10), accuracy=lossy)
         return [(one.latency, one.accuracy) for one in again]
 
+    def _factor(self, config: QuantConfig) -> float:
+        """What calibration and granularity make of every layer's loss."""
+        return MODE_FACTOR[config.calibration.mode] * (1.0 if config.granularity == "channel_wise" else 2.5)
+
     def _measure(self, config: QuantConfig, worse: float = 0.0) -> Measurement:
         precision = config.resolve(self.graph.convolutions, self.graph.dense)
         lowered = np.array([precision[layer.name] == "int8" for layer in self.graph.layers])
         latency_ms = float((self._cost * (1 - self._gain * lowered)).sum())
-        factor = MODE_FACTOR[config.calibration.mode] * (1.0 if config.granularity == "channel_wise" else 2.5)
-        loss = float((self._loss * lowered).sum() * factor) + worse * bool(lowered.any())
-        accuracy = Accuracy(90 - loss, 99.0, loss, (loss - 0.5, loss + 0.5), 1000, "0" * 64)
+        loss = float((self._loss * lowered).sum() * self._factor(config)) + worse * bool(lowered.any())
+        accuracy = Accuracy(90 - loss, 99.0, loss, (loss - 0.5, loss + 0.5), 1000, "0" * 64, loss / LOSS_PER_NAT)
         memory = Memory(int(4000 * len(lowered) - 3000 * lowered.sum()), 1000, 0)
         if "FLOAT_IS_BEST" in os.environ and lowered.any():
             latency_ms, memory = 20.0 + lowered.sum(), Memory(100_000, 0, 0)

@@ -110,8 +110,8 @@ def search_with_a_kill(folder: Path) -> RealSearch:
     """Search, kill the process once two trials are complete, and give the same command again."""
     process = start(folder, *SEARCH)
     artifacts = folder / "studies" / "real.artifacts"
-    # The third picture is written shortly before the third trial is complete.
-    while process.poll() is None and len(list(artifacts.glob("*"))) < 3:
+    # A trial's picture is written shortly before it is complete; the planner's tables may have one as well.
+    while process.poll() is None and len(list(artifacts.glob("*"))) < 4:
         time.sleep(0.01)
     process.kill()
     _, words = process.communicate()

@@ -16,7 +16,7 @@ import numpy as np
 
 from qsearch.build.cache import CompiledKernel, KernelCache, kernel_symbol
 from qsearch.build.foreign import legalize
-from qsearch.build.relax_module import Call, Constant, ModuleWriter, make_constant, place_values
+from qsearch.build.relax_module import Call, Constant, ModuleWriter, place_values
 from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
 from qsearch.kernels.cpu import Tile, describe_kernel
@@ -163,7 +163,7 @@ class Linker:
             yield from self._foreign_calls(op)
             return
         symbol, kernel = self._describe(op.key)
-        constants = [make_constant(array) for array in kernel.pack(op.constants)]
+        constants = [Constant(array) for array in kernel.pack(op.constants)]
         if kernel.pack_weight is not None:
             constants.insert(0, self._packed_weight(kernel, op.constants["weight"]))
         shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
@@ -173,7 +173,7 @@ class Linker:
         assert kernel.pack_weight is not None
         key = (kernel.variant, id(weight))
         if key not in self._packed:
-            self._packed[key] = weight, make_constant(kernel.pack_weight(weight))
+            self._packed[key] = weight, Constant(kernel.pack_weight(weight))
         return self._packed[key][1]
 
     def _foreign_calls(self, op: Op) -> Iterator[Call]:
@@ -182,7 +182,7 @@ class Linker:
         names: dict[str, Any] = {f"input{i}": name for i, name in enumerate(op.inputs)}
         shapes = {f"input{i}": shape for i, shape in enumerate(op.key.shapes[:-1])}
         for name, array in (op.constants | steps.constants).items():
-            names[name] = make_constant(array)
+            names[name] = Constant(array)
         for step in steps.calls:
             names[step.output] = op.output.name if step.output == steps.output else f"{op.output.name}.{step.output}"
             shapes[step.output] = step.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,27 @@ from qsearch.build.arena import Arena, Lifetime, plan_arena
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Program
 
-__all__ = ["Call", "Constant", "ModuleWriter", "make_constant", "place_values"]
+__all__ = ["Call", "Constant", "ModuleWriter", "place_values"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant:
-    """A Relax constant and its size."""
+    """An array that kernels read; told apart by identity."""
 
-    expression: Any
-    bytes: int
+    array: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.array.nbytes
+
+    @cached_property
+    def expression(self) -> Any:
+        """A Relax constant that holds a copy; planning does without."""
+        import tvm
+        from tvm import relax
+
+        return relax.const(tvm.runtime.tensor(np.asarray(self.array, order="C")))
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,6 @@ class Call:
     def bytes(self) -> int:
         """Size of the output."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-
-def make_constant(array: np.ndarray) -> Constant:
-    """A Relax constant that holds a copy of an array."""
-    import tvm
-    from tvm import relax
-
-    return Constant(relax.const(tvm.runtime.tensor(np.asarray(array, order="C"))), array.nbytes)
 
 
 def place_values(calls: Sequence[Call], output: str) -> Arena:

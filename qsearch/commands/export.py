@@ -45,12 +45,13 @@ def export(
         if trial is not None:
             points = [study_point(handle.study, trial)]
         else:
-            kept = list(kept_points(front))
-            points = kept if all_points and kept else [pick_point(front, pick or "knee", max_loss_pp, baseline)]
+            picked, kept = pick_point(front, pick or "knee", max_loss_pp, baseline), list(kept_points(front))
+            points = kept if all_points and kept and picked.number is not None else [picked]
         settings, parts = settings_of(handle), recorded_parts(handle.study)
     if points[0].number is None:
         say("nothing that was tried beats float in any objective: float itself is exported")
-    directories = [out / f"trial-{point.trial}" if all_points else out for point in points]
+    names = ["float" if point.number is None else f"trial-{point.number}" for point in points]
+    directories = [out / name if all_points else out for name in names]
     for directory in directories:
         # Said before the model is loaded, and before the first of many bundles is written.
         require_vacant(directory)

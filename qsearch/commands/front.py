@@ -11,7 +11,7 @@ __all__ = ["front"]
 def front(study: Study, storage: Storage = None, json: Json = False) -> None:
     """Show the Pareto front of a study against float."""
     from qsearch.report.documents import baseline_of, study_document
-    from qsearch.report.tables import study_table
+    from qsearch.report.tables import front_words, study_table
     from qsearch.search.study import load_study
 
     handle = load_study(study, storage)
@@ -27,8 +27,4 @@ def front(study: Study, storage: Storage = None, json: Json = False) -> None:
     print_table(study_table(handle, baseline))
     if document["beats_float"] is False:
         say(NOTHING_BEATS_FLOAT)
-    points, complete = len(document["front"]), document["trials"]["complete"]
-    say(
-        f"{points} of {complete} trials, hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory "
-        "and 10 pp of loss"
-    )
+    say(front_words(document))

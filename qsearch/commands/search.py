@@ -35,7 +35,7 @@ def search(
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.", show_default="from the model")] = None,
     storage: Storage = None,
-    sampler: Annotated[str, typer.Option(help="random, tpe, nsgaii, nsgaiii, gp, or planner (measured tables first).")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="planner (with measured tables), random, tpe, nsgaii, nsgaiii, gp.")] = "planner",
     seed: Seed = 0,
     tune: Annotated[float, typer.Option(min=0.0, help="Before a new study, time register tiles for so many seconds.")] = 0.0,
     max_latency_ms: Annotated[float | None, typer.Option(help="Constraint: largest latency wanted, milliseconds.")] = None,

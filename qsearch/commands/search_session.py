@@ -18,9 +18,11 @@ from qsearch.commands.terminal import INTERRUPTED, NOTHING_BEATS_FLOAT, say
 from qsearch.commands.trial_progress import TrialProgress
 from qsearch.config import named_config
 from qsearch.errors import TrialError
-from qsearch.report.documents import baseline_of, record_run, study_document
+from qsearch.report.documents import baseline_of, record_bound, record_run, study_document
 from qsearch.report.notes import TrialNotes
-from qsearch.report.tables import study_table
+from qsearch.report.table_notes import attach_tables
+from qsearch.report.tables import front_words, study_table
+from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.constraints import Constraints, limits_text
 from qsearch.search.driver import Limits, SearchProblem, run_search
@@ -32,6 +34,7 @@ from qsearch.search.processors import default_jobs
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
+from qsearch.search.tables.layer_tables import layer_rows
 
 __all__ = ["SearchRequest", "run_session"]
 
@@ -84,11 +87,14 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
         _run_trials(handle, request, bound, evaluator)
+        _record_bound(handle, request)
         _verify(handle, evaluator)
         record_run(handle, baseline, _facts(request, evaluator, start))
         document = study_document(handle)
         if document["beats_float"] is False:
             say(NOTHING_BEATS_FLOAT)
+        if document["front"]:
+            say(front_words(document))
         return document, study_table(handle, baseline)
 
 
@@ -134,13 +140,14 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
     if trials:
         say(f"continuing study {handle.name} with {done} measured trials")
     seed = request.settings.seed
-    planned = request.sampler == PLANNER
-    if planned:
-        handle.study.sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials))
-    else:
-        handle.study.sampler = make_sampler(request.sampler, seed, trials)
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
+    planned = request.sampler == PLANNER
+    if planned:
+        handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials), constraints)
+        attach_tables(handle, layer_rows(bound, sampler.tables))
+    else:
+        handle.study.sampler = make_sampler(request.sampler, seed, trials)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned)
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
@@ -155,6 +162,16 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
         say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
     if outcome.stopped == "exhausted":
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
+
+
+def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:
+    """Say in the study how far its front could go by the planner's tables; nothing where another sampler searched."""
+    sampler = handle.study.sampler
+    if not isinstance(sampler, PlannerSampler) or not sampler.space.parameters:
+        return
+    with handle.guard():
+        observations = sampler.observations(handle.study)
+    record_bound(handle, tables_bound(sampler.space, sampler.tables, observations, request.limits))
 
 
 def _verify(handle: StudyHandle, evaluator: Evaluator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +23,16 @@ def tables(
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
     convert_channels: ConvertChannels = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write a picture of the tables to.")] = None,
     json: Json = False,
 ) -> None:
     """Measure the planner's tables: each layer's cost and sensitivity at each precision, most sensitive first."""
+    from qsearch.errors import UsageError
     from qsearch.search.evaluator import Settings
     from qsearch.search.space import load_space
 
+    if plot is not None and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
+        raise UsageError(f"--plot: expected a PNG file in a directory that exists, such as tables.png, got {plot}")
     chosen = load_space(space)
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
@@ -41,10 +46,25 @@ def tables(
         bound = bind_space(chosen, evaluator.graph)
         measured = measure_tables(evaluator, bound, say)
     rows = layer_rows(bound, measured)
+    if not rows:
+        raise UsageError(f"space {chosen.name!r} leaves no layer of {model} a choice, so there is nothing to tabulate")
+    if plot is not None:
+        _draw(model, rows, plot)
     if json:
         print_json({"model": model, "layers": rows, "seconds": evaluator.seconds})
         return
     _print(model, rows)
+
+
+def _draw(model: str, rows: list[dict[str, Any]], file: Path) -> None:
+    from qsearch.errors import UsageError
+    from qsearch.report.table_pictures import draw_tables
+
+    try:
+        draw_tables(rows, f"{model}: cost and sensitivity of every layer").save(file, format="PNG", optimize=True)
+    except OSError as error:
+        raise UsageError(f"--plot: {file} cannot be written: {error.strerror or error}; give another file") from error
+    say(f"picture of the tables -> {file}")
 
 
 def _print(model: str, rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 A kernel alone in a loop finds everything in the cache and is up to a third faster than in a network. So kernels
 are timed where they run: a few networks that together contain them all are run in turns, with the virtual
-machine's instrument around every call.
+machine's instrument around every call, and without it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from qsearch.build.link import CompiledModule
 
 __all__ = ["KernelTimes", "time_kernels"]
 
+# Raised whenever the same kernels would be given other times.
+METHOD = 2
 ROUNDS = 25
 WARM_UP = 3
 # The lower quartile over rounds: other processes only ever add time.
 QUANTILE = 0.25
+# Of one module at a time: short ones are run several times, as trials are.
+TURN_S = 5e-3
+# No kernel is taken to be faster than this share of its time with the instrument.
+LEAST_SHARE = 0.1
 
 
 class KernelTimes:
@@ -50,7 +56,8 @@ class KernelTimes:
         for symbol, seconds in times.items():
             self._known[symbol] = seconds
             scratch = self.directory / f".time-{symbol}-{os.getpid()}"
-            scratch.write_text(json.dumps({"seconds": seconds, "processor": _processor()}), encoding="utf-8")
+            record = {"seconds": seconds, "processor": _processor(), "method": METHOD}
+            scratch.write_text(json.dumps(record), encoding="utf-8")
             os.replace(scratch, self._path(symbol))
 
     def _path(self, symbol: str) -> Path:
@@ -59,7 +66,8 @@ class KernelTimes:
     def _read(self, symbol: str) -> float | None:
         try:
             record = json.loads(self._path(symbol).read_text(encoding="utf-8"))
-            return float(record["seconds"]) if record["processor"] == _processor() else None
+            comparable = record["processor"] == _processor() and record["method"] == METHOD
+            return float(record["seconds"]) if comparable else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -75,38 +83,43 @@ def time_kernels(
         progress: Called with (rounds done, rounds in all).
 
     Returns:
-        Symbol -> seconds per call: over rounds the lower quartile, over the places where it is called the mean.
+        Symbol -> seconds per call: over rounds the lower quartile, over the places where it is called the mean; less
+        what the instrument takes, which is what the calls of a module last longer than the module does without it.
     """
     import tvm
 
-    runs = [_Instrumented(module) for module in modules]
     given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    times: list[list[list[float]]] = [[] for _ in runs]
+    runs = [_Instrumented(module, given) for module in modules]
+    times: list[list[np.ndarray]] = [[] for _ in runs]
     for i in range(WARM_UP + ROUNDS):
         progress(i, WARM_UP + ROUNDS)
         for run, seen in zip(runs, times, strict=True):
-            found = run(given)
+            found = run.turn()
             if i >= WARM_UP:
                 seen.append(found)
     progress(WARM_UP + ROUNDS, WARM_UP + ROUNDS)
+    quartiles = [np.quantile(np.array(seen), QUANTILE, axis=0) for seen in times]
+    excess = np.median([(found[1:].sum() - found[0]) / max(len(found) - 1, 1) for found in quartiles]) if quartiles else 0.0
     places: dict[str, list[float]] = {}
-    for run, seen in zip(runs, times, strict=True):
-        for symbol, seconds in zip(run.symbols, np.quantile(np.array(seen), QUANTILE, axis=0), strict=True):
-            places.setdefault(symbol, []).append(float(seconds))
+    for run, found in zip(runs, quartiles, strict=True):
+        for symbol, seconds in zip(run.symbols, found[1:], strict=True):
+            places.setdefault(symbol, []).append(max(float(seconds) - float(excess), LEAST_SHARE * float(seconds)))
     return {symbol: float(np.mean(found)) for symbol, found in places.items()}
 
 
 class _Instrumented:
     """A module that notes the time of each of its kernel calls."""
 
-    def __init__(self, module: CompiledModule) -> None:
-        self.machine = module.open()
+    def __init__(self, module: CompiledModule, given: Any) -> None:
+        self.given = given
+        self.plain, self.machine = module.open(), module.open()
         self.machine.set_instrument(self._mark)
         self.function = self.machine["main"]
         self.wanted = {kernel.symbol for kernel in module.kernels}
         self.symbols: list[str] = []
         self.seconds: list[float] = []
         self.start = 0.0
+        self.number = max(1, round(TURN_S / self._whole(1)))
 
     def _mark(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
         if name not in self.wanted:
@@ -118,10 +131,24 @@ class _Instrumented:
             self.symbols.append(name)
         return 0
 
-    def __call__(self, given: Any) -> list[float]:
-        self.symbols, self.seconds = [], []
-        self.function(given)
-        return self.seconds
+    def _whole(self, number: int) -> float:
+        """Seconds of one inference without the instrument, as the mean of a number of them."""
+        import tvm
+
+        return float(self.plain.time_evaluator("main", tvm.cpu(), number=number, repeat=1)(self.given).results[0])
+
+    def turn(self) -> np.ndarray:
+        """Run for a while, first without the instrument: by then caches hold of this module what they can.
+
+        Returns:
+            float64 (1 + calls,): seconds of one inference without the instrument, then those of each call.
+        """
+        whole, calls = self._whole(self.number), []
+        for _ in range(self.number):
+            self.symbols, self.seconds = [], []
+            self.function(self.given)
+            calls.append(self.seconds)
+        return np.array([whole, *np.mean(calls, axis=0)])
 
 
 @cache

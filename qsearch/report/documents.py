@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError
 from qsearch.measure.measurement import Measurement
+from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluator import Settings
 from qsearch.search.front import (
@@ -23,10 +24,11 @@ from qsearch.search.front import (
 )
 from qsearch.search.study import StudyHandle, finished, measured_trials
 
-__all__ = ["baseline_of", "record_run", "settings_of", "study_document"]
+__all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
 
 _RUN = "run"
 _BASELINE = "baseline"
+_BOUND = "tables_bound"
 
 
 def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any]) -> None:
@@ -42,6 +44,12 @@ def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any
         if _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, baseline.to_json())
         study.set_user_attr(_RUN, dict(run))
+
+
+def record_bound(handle: StudyHandle, bound: TablesBound) -> None:
+    """Keep in the study how far the planner's tables say its front could go."""
+    with handle.guard():
+        handle.study.set_user_attr(_BOUND, {"hypervolume": bound.hypervolume, "trials": bound.trials})
 
 
 def baseline_of(handle: StudyHandle) -> Measurement | None:
@@ -69,6 +77,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
         baseline, front, closest = baseline_of(handle), study_front(study), closest_points(study)
         complete, measured = finished(study), measured_trials(study)
+        volume = None if baseline is None else hypervolume(kept_points(front), baseline)
         images = 0 if baseline is None else baseline.accuracy.images
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
     return {
@@ -95,7 +104,8 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         "dropped": [_point(point) for point in front if point not in kept_points(front)],
         "beats_float": None if baseline is None or not front else beats_float(kept_points(front), baseline),
         "closest": [_point(point) for point in closest],
-        "hypervolume": None if baseline is None else hypervolume(front, baseline),
+        "hypervolume": volume,
+        "bound": _bound(study.user_attrs.get(_BOUND), volume),
         "seconds": {**run.get("seconds", {}), **_medians(complete)},
     }
 
@@ -109,6 +119,19 @@ def _baseline(baseline: Measurement) -> dict[str, Any]:
         "top5": accuracy.top5,
         "images": accuracy.images,
     }
+
+
+def _bound(recorded: Mapping[str, Any] | None, volume: float | None) -> dict[str, Any] | None:
+    """How far the front is from what the planner's tables imply; None in a study that was not planned with tables.
+
+    Returns:
+        hypervolume: that of the front which the tables predict; share: the measured front's over it; trials: measured
+        trials that had corrected the tables.
+    """
+    if recorded is None or volume is None:
+        return None
+    predicted = recorded["hypervolume"]
+    return {"hypervolume": predicted, "share": volume / predicted if predicted > 0 else None, "trials": recorded["trials"]}
 
 
 def _point(point: FrontPoint) -> dict[str, Any]:

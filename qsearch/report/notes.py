@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -18,10 +21,12 @@ from qsearch.report.pictures import byte_text, draw_precisions, layer_bars
 from qsearch.search.storage import artifact_folder
 from qsearch.search.study import StudyHandle
 
-__all__ = ["TrialNotes", "calibration_text", "note_text", "write_note"]
+__all__ = ["TrialNotes", "calibration_text", "note_text", "write_note", "write_study_note"]
 
 # The dashboard joins pieces of at most this many characters; databases may bound the length of an attribute.
 PIECE = 2045
+# Tells a note written here from one that the study's user has written or changed.
+_OWN_NOTE = "qsearch:note_sha256"
 _ARTIFACT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -117,8 +122,34 @@ def write_note(trial: optuna.Trial, text: str) -> None:
     Done without the dashboard's own function: the dashboard is an extra, a search is not, and that function reads
     every note of the study to write one.
     """
-    storage, study_id, trial_id = trial.storage, trial.study._study_id, trial._trial_id
+    _keep(trial.study, f"dashboard:{trial._trial_id}:", text, 1)
+
+
+def write_study_note(study: optuna.Study, text: str) -> None:
+    """Keep a note of the study itself, in place of an earlier one; what its user wrote there is left alone."""
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    digest = hashlib.sha256(_body(attributes).encode()).hexdigest()
+    if _body(attributes) and attributes.get(_OWN_NOTE) != digest:
+        return
+    _keep(study, "dashboard:", text, attributes.get("dashboard:note_ver", 0) + 1)
+    study._storage.set_study_system_attr(study._study_id, _OWN_NOTE, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _body(attributes: Mapping[str, Any]) -> str:
+    """The study's note as it stands."""
+    pieces = (attributes.get(f"dashboard:note_str:{index}", "") for index in range(len(attributes)))
+    return "".join(pieces)
+
+
+def _keep(study: optuna.Study, prefix: str, text: str, version: int) -> None:
+    """Write a note in pieces, and empty those that a longer one left."""
+    storage, study_id = study._storage, study._study_id
     pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     for index, piece in enumerate(pieces):
-        storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:{index}", piece)
-    storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_ver", 1)
+        storage.set_study_system_attr(study_id, f"{prefix}note_str:{index}", piece)
+    if version > 1:
+        kept = storage.get_study_system_attrs(study_id)
+        for index in range(len(pieces), len(kept)):
+            if kept.get(f"{prefix}note_str:{index}"):
+                storage.set_study_system_attr(study_id, f"{prefix}note_str:{index}", "")
+    storage.set_study_system_attr(study_id, f"{prefix}note_ver", version)

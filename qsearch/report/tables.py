@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table", "study_table"]
+__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,26 @@ def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
     if closest:
         return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are")
     return front_table(front, baseline, f"front of study {handle.name}")
+
+
+def front_words(document: Mapping[str, Any]) -> str:
+    """The size of a front in a sentence, and how far it is from what the planner's tables imply.
+
+    Args:
+        document: Of `qsearch.report.documents.study_document`.
+    """
+    trials, bound = document["trials"], document["bound"]
+    points, measured = len(document["front"]), trials["complete"] + trials["stopped_early"]
+    words = (
+        f"{points} of {measured} trials, hypervolume {document['hypervolume']:.4f} of the box below float's latency and memory "
+        "and 10 pp of loss"
+    )
+    if bound is None or bound["share"] is None:
+        return words
+    return (
+        f"{words}: {bound['share']:.1%} of the {bound['hypervolume']:.4f} that the planner's tables, corrected by "
+        f"{bound['trials']} trials, predict"
+    )
 
 
 def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) -> Table:

@@ -30,6 +30,7 @@ __all__ = [
     "kept_points",
     "load_heldout",
     "measurement_from_json",
+    "objective_hypervolume",
     "pick",
     "record_heldout",
     "study_front",
@@ -166,8 +167,12 @@ def hypervolume(points: Iterable[FrontPoint], baseline: Measurement) -> float:
         points: The front.
         baseline: The float module.
     """
-    scale = (baseline.latency.median_ms, float(baseline.memory.peak_bytes), LOSS_BOUND_PP)
-    values = np.array([point.objectives for point in points], dtype=np.float64).reshape(-1, 3) / scale
+    return objective_hypervolume(np.array([point.objectives for point in points], dtype=np.float64).reshape(-1, 3), baseline)
+
+
+def objective_hypervolume(objectives: np.ndarray, baseline: Measurement) -> float:
+    """Like `hypervolume`, of objectives: latency_ms, peak_bytes, top1_loss_pp; float64 (N, 3)."""
+    values = objectives / (baseline.latency.median_ms, float(baseline.memory.peak_bytes), LOSS_BOUND_PP)
     values[:, 2] = np.clip(values[:, 2], 0.0, None)
     inside = values[(values < 1.0).all(axis=1)]
     return float(moocore.hypervolume(inside, ref=np.ones(3))) if len(inside) else 0.0

@@ -10,22 +10,24 @@ evolutionary optimization assisted by Gaussian random field metamodels").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import moocore
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.config import QuantConfig
 from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
+from qsearch.search.constraints import Constraints
 from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
-from qsearch.search.study import finished
-from qsearch.search.surrogate import Observation, correct_divergence, correct_latency, fit_loss_curve
+from qsearch.search.study import OBJECTIVES, finished
+from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables, table_settings
-from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.pairwise import minimize
 
 __all__ = ["PlannerSampler"]
 
@@ -35,6 +37,10 @@ WEIGHTINGS, REACH = 128, 2.0
 SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
 # Gauss-Hermite nodes for the noise of a measured loss.
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
+# A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
+Placed = tuple[np.ndarray, int]
+# How far beyond a limit the corner of the hypervolume is, so that points at the limit count; a share of the scale.
+LIMIT_MARGIN = 0.02
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):
@@ -44,16 +50,19 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         space: The search space.
         tables: Of the same model and target.
         seed: Of the weightings and changes.
+        constraints: Limits of the front that is wanted.
     """
 
-    def __init__(self, space: BoundSpace, tables: Tables, seed: int) -> None:
+    def __init__(self, space: BoundSpace, tables: Tables, seed: int, constraints: Constraints = Constraints()) -> None:
         self.space, self.tables = space, tables
         self.rng = np.random.default_rng(seed)
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
         self.settings = table_settings(space)
         self.divergences = [tables.divergence(self._config_of(setting)) for setting in self.settings]
         self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
-        self.costs: dict[str, Cost] = {}
+        limits = np.array([constraints.limits.get(name, np.inf) for name in OBJECTIVES]) / self.scale
+        self.wanted = Wanted(limits, np.minimum(limits + LIMIT_MARGIN, 1.0))
+        self.costs: dict[bytes, Cost] = {}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters at once."""
@@ -63,12 +72,17 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Values for all parameters."""
-        seen = [one for one in finished(study) if "measurement" in one.user_attrs]
         known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
-        observations = [found for one in seen if (found := self._observe(one)) is not None]
-        front = np.array([one.values for one in seen], np.float64).reshape(-1, 3) / self.scale
-        values = self.propose(observations, front, known)
+        front = np.array([one.values for one in _completed(study)], np.float64).reshape(-1, 3) / self.scale
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pending = [self._placed(one) for one in running if one.number != trial.number and "config" in one.user_attrs]
+        values = self.propose(self.observations(study), front, known, pending)
         return {name: value for name, value in values.items() if name in search_space}
+
+    def observations(self, study: optuna.Study) -> list[Observation]:
+        """What is known of the completed trials of a study and of those stopped early."""
+        stopped = [one for one in finished(study, TrialState.PRUNED) if "bound" in one.user_attrs]
+        return [found for one in (*_completed(study), *stopped) if (found := self._observe(one)) is not None]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -76,52 +90,48 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A parameter that the plan does not cover."""
         return self.fallback.sample_independent(study, trial, param_name, param_distribution)
 
-    def propose(self, observations: Sequence[Observation], measured: np.ndarray, known: set[str]) -> dict[str, Any]:
+    def propose(
+        self, observations: Sequence[Observation], measured: np.ndarray, known: set[str], pending: Sequence[Placed] = ()
+    ) -> dict[str, Any]:
         """The candidate with the most expected hypervolume.
 
         Args:
             observations: Measured trials.
-            measured: Their objectives over the float module's, float64 (N, 3).
+            measured: The objectives of completed ones over the float module's, float64 (N, 3).
             known: Content hashes of configurations that need not be proposed again.
+            pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
+                looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
-        latency = correct_latency(self.tables.latency, observations)
-        divergences = correct_divergence(self.divergences, observations)
-        curve = fit_loss_curve(observations)
-        front = np.clip(measured, 0.0, None)
-        front = front[(front < 1.0).all(1)]
-        candidates = self._candidates(latency, divergences, observations, front)
+        model = fit_surrogate(self.tables.latency, self.divergences, observations)
+        front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
+        front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
+        candidates = self._candidates(model, observations)
         rows = np.stack([row for row, _ in candidates])
-        nats = np.array([divergences[setting](row[None])[0] for row, setting in candidates])
+        nats = np.array([model.divergences[setting](row[None])[0] for row, setting in candidates])
         held = self.scale[1] - self.tables.weight_bytes(np.zeros((1, rows.shape[1]), np.int64))[0]
-        rough = np.stack([latency(rows), self.tables.weight_bytes(rows) + held, curve(nats)], 1)
-        gains = _expected_gains(rough / self.scale, curve.sd_pp / LOSS_BOUND_PP, front)
-        correction = latency(rows) - self.tables.latency(rows)
-        best: tuple[float, dict[str, Any]] | None = None
+        rough = np.stack([model.latency(rows), self.tables.weight_bytes(rows) + held, model.curve(nats)], 1)
+        loss_sd = model.curve.sd_pp / LOSS_BOUND_PP
+        correction = model.latency(rows) - self.tables.latency(rows)
+        best: tuple[tuple[float, float], dict[str, Any]] | None = None
         tried = 0
-        for k in np.argsort(-gains):
+        for k in self.wanted.order(rough / self.scale, loss_sd, front):
             values = self._values(rows[k], int(candidates[k][1]))
-            config = self.space.config(values)
-            if (digest := config.content_hash()) in known:
+            if self.space.config(values).content_hash() in known:
                 continue
-            cost = self._cost(digest, config)
+            cost = self._cost(rows[k])
             exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
-            gain = float(_expected_gains(exact, curve.sd_pp / LOSS_BOUND_PP, front)[0])
-            if best is None or gain > best[0]:
-                best = gain, values
+            merit = float(self.wanted.gains(exact, loss_sd, front)[0]), -float(self.wanted.excess(exact)[0])
+            if best is None or merit > best[0]:
+                best = merit, values
             tried += 1
             if tried == SHORTLIST:
                 break
         # Nothing new among the candidates: the driver steps aside from a duplicate by itself.
         return best[1] if best is not None else self._values(rows[0], int(candidates[0][1]))
 
-    def _candidates(
-        self,
-        latency: PairwiseSum,
-        divergences: Sequence[PairwiseSum],
-        observations: Sequence[Observation],
-        front: np.ndarray,
-    ) -> list[tuple[np.ndarray, int]]:
-        """Assignments, each with the setting of the least predicted divergence among those looked at."""
+    def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> list[tuple[np.ndarray, int]]:
+        """Assignments, each with the setting of the least predicted divergence."""
+        latency, divergences = model.latency, model.divergences
         sizes = np.array(latency.sizes)
         middle = np.stack([self.rng.integers(sizes) for _ in range(8)])
         order = np.argsort([table(middle).mean() for table in divergences])
@@ -139,7 +149,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """Measured front members with one or two layers changed."""
         if not observations:
             return []
-        points = np.array([(one.latency_ms, self._weight(one), one.loss_pp) for one in observations])
+        points = np.array([(one.latency_ms, self._weight(one), one.least_loss_pp) for one in observations])
         members = [observations[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
@@ -153,24 +163,38 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def _weight(self, one: Observation) -> float:
         return float(self.tables.weight_bytes(one.assignment[None])[0])
 
+    def _believed(self, model: Surrogate, pending: Placed) -> np.ndarray:
+        """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
+        row, setting = pending
+        loss_pp = model.curve(model.divergences[setting](row[None]))[0]
+        return np.array([[model.latency(row[None])[0], self._cost(row).peak_bytes, loss_pp]]) / self.scale
+
+    def _placed(self, trial: FrozenTrial) -> Placed:
+        config = QuantConfig.model_validate(trial.user_attrs["config"])
+        row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
+        return row, min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
+
     def _observe(self, trial: FrozenTrial) -> Observation | None:
         """A trial as an observation; None if the tables do not cover it."""
-        config = QuantConfig.model_validate(trial.user_attrs["config"])
+        row, setting = self._placed(trial)
+        if trial.state == TrialState.PRUNED:
+            least = trial.user_attrs["top1_loss_bounds_pp"]
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, least[0] if least else -np.inf)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
             return None
-        row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
-        setting = min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
-        deviation = (high - low) / 4
-        return Observation(row, setting, measured.latency.median_ms, scored.divergence, scored.top1_loss_pp, deviation)
+        score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
+        return Observation(row, setting, measured.latency.median_ms, score, scored.top1_loss_pp)
 
-    def _cost(self, digest: str, config: QuantConfig) -> Cost:
-        if digest not in self.costs:
-            self.costs[digest] = self.tables.cost(config)
-        return self.costs[digest]
+    def _cost(self, row: np.ndarray) -> Cost:
+        """Exact cost of an assignment. In one setting for all: kernels and sizes hardly depend on it, prepared weights do."""
+        key = row.tobytes()
+        if key not in self.costs:
+            self.costs[key] = self.tables.cost(self.space.config(self._values(row, 0)))
+        return self.costs[key]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         layers = {one.name: one.values[value] for one, value in zip(self.space.layers, row, strict=True)}
@@ -182,6 +206,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         return self.space.config({**setting, **layers})
 
 
+def _completed(study: optuna.Study) -> list[FrozenTrial]:
+    return [one for one in finished(study) if "measurement" in one.user_attrs]
+
+
 def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
     """How far a trial's parameters are from a setting; only the percentile is a matter of degree."""
     total = 0.0
@@ -191,20 +219,39 @@ def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
     return total
 
 
-def _expected_gains(points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
-    """Hypervolume that each point is expected to add to a front, reference (1, 1, 1).
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of objective space is asked for; all objectives in shares of float's, and of LOSS_BOUND_PP.
 
-    Args:
-        points: Predicted objectives, float64 (N, 3); the third is uncertain.
-        loss_sd: Standard deviation of the third.
-        front: float64 (M, 3), within the reference.
+    Attributes:
+        limits: The constraints, float64 (3,); infinite where there is none.
+        reference: The corner that hypervolume is counted from, float64 (3,).
     """
-    reference = np.ones(3)
-    before = float(moocore.hypervolume(front, ref=reference)) if len(front) else 0.0
-    gains = np.zeros(len(points))
-    for n, point in enumerate(points):
-        for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
-            moved = np.array([point[0], point[1], max(point[2] + node * loss_sd, 0.0)])
-            if (moved < 1.0).all():
-                gains[n] += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=reference)) - before)
-    return gains
+
+    limits: np.ndarray
+    reference: np.ndarray
+
+    def order(self, points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
+        """Positions of predicted objectives, the most expected gain first; of equal gains the least excess."""
+        return np.lexsort((self.excess(points), -self.gains(points, loss_sd, front)))
+
+    def excess(self, points: np.ndarray) -> np.ndarray:
+        """How far points are beyond the limits, float64 (N,)."""
+        return np.maximum(points - self.limits, 0.0).sum(1)
+
+    def gains(self, points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
+        """Hypervolume that each point is expected to add to a front.
+
+        Args:
+            points: Predicted objectives, float64 (N, 3); the third is uncertain.
+            loss_sd: Standard deviation of the third.
+            front: float64 (M, 3), within limits and reference.
+        """
+        before = float(moocore.hypervolume(front, ref=self.reference)) if len(front) else 0.0
+        gains = np.zeros(len(points))
+        for n, point in enumerate(points):
+            for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
+                moved = np.array([point[0], point[1], max(point[2] + node * loss_sd, 0.0)])
+                if (moved < self.reference).all() and (moved <= self.limits).all():
+                    gains[n] += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before)
+        return gains

@@ -10,11 +10,10 @@ import optuna
 
 from qsearch.errors import UsageError
 
-__all__ = ["DEFAULT_SAMPLER", "PLANNER", "SAMPLERS", "check_sampler", "derived_seed", "make_sampler"]
+__all__ = ["PLANNER", "SAMPLERS", "check_sampler", "derived_seed", "make_sampler"]
 
 # Not made here: it needs tables, see `qsearch.search.planner`.
 PLANNER = "planner"
-DEFAULT_SAMPLER = "tpe"
 # Half of Optuna's default: a budget of 200 trials should see several generations, not four.
 POPULATION = 25
 

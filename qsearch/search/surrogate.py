@@ -2,7 +2,9 @@
 
 Latency and divergence are sums over layers; their terms start from the tables and are moved by Bayesian linear
 regression (Bishop 2006, "Pattern Recognition and Machine Learning", eq. 3.50, in its dual form, as there are fewer
-trials than terms). What top-1 is lost is a power of the divergence, fitted over the trials.
+trials than terms). What top-1 is lost is a power of the divergence, fitted over the trials. Of a trial that was stopped
+early a limit of its loss is known: where the tables promise less than that, they are moved to it (a step of Tobin's
+censored regression, 1958, "Estimation of relationships for limited dependent variables").
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ import numpy as np
 
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["LossCurve", "Observation", "correct_divergence", "correct_latency", "fit_loss_curve"]
+__all__ = [
+    "LossCurve",
+    "Observation",
+    "Score",
+    "Surrogate",
+    "correct_divergence",
+    "correct_latency",
+    "fit_loss_curve",
+    "fit_surrogate",
+]
 
 # Relative standard deviations: of a table's term, of what all terms have in common, of a measurement.
 LATENCY_TERM, LATENCY_SCALE, LATENCY_NOISE = 0.1, 0.3, 0.02
@@ -27,6 +38,21 @@ LEAST_SD_PP = 0.05
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a trial that saw all images lost.
+
+    Attributes:
+        divergence: Mean KL divergence from float, nats.
+        loss_pp: Top-1 loss.
+        loss_sd_pp: Its standard error.
+    """
+
+    divergence: float
+    loss_pp: float
+    loss_sd_pp: float
+
+
+@dataclass(frozen=True)
 class Observation:
     """A measured trial.
 
@@ -34,17 +60,74 @@ class Observation:
         assignment: int (layers,).
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
-        divergence: Mean KL divergence from float, nats.
-        loss_pp: Measured.
-        loss_sd_pp: Its standard error.
+        score: None if the trial was stopped early.
+        least_loss_pp: What it loses at least.
     """
 
     assignment: np.ndarray
     setting: int
     latency_ms: float
-    divergence: float
-    loss_pp: float
-    loss_sd_pp: float
+    score: Score | None
+    least_loss_pp: float
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Top-1 loss as a power of the divergence.
+
+    Attributes:
+        factor_pp: Percentage points at one nat.
+        exponent: Of the divergence.
+        sd_pp: Standard deviation of a measured loss around it.
+    """
+
+    factor_pp: float = PRIOR_PP
+    exponent: float = 1.0
+    sd_pp: float = 1.0
+
+    def __call__(self, divergence: np.ndarray) -> np.ndarray:
+        """Percentage points; float64, as many as divergences."""
+        return np.minimum(self.factor_pp * np.maximum(divergence, 0.0) ** self.exponent, 100.0)
+
+    def inverse(self, loss_pp: float) -> float:
+        """Nats at which so much is lost."""
+        return float((max(loss_pp, 0.0) / self.factor_pp) ** (1 / self.exponent))
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Predictions of objectives.
+
+    Attributes:
+        latency: Milliseconds.
+        divergences: Nats, one table per setting.
+        curve: From nats to percentage points.
+    """
+
+    latency: PairwiseSum
+    divergences: Sequence[PairwiseSum]
+    curve: LossCurve
+
+
+def fit_surrogate(latency: PairwiseSum, divergences: Sequence[PairwiseSum], observations: Sequence[Observation]) -> Surrogate:
+    """The tables, corrected by all that was measured.
+
+    Args:
+        latency: The table, milliseconds.
+        divergences: The tables, nats, one per setting.
+        observations: Completed trials, and ones stopped early.
+    """
+    scored = [one for one in observations if one.score is not None]
+    curve = fit_loss_curve(scored)
+    corrected = correct_divergence(divergences, scored)
+    worse = []
+    for one in observations:
+        nats = curve.inverse(one.least_loss_pp)
+        if one.score is None and nats > corrected[one.setting](one.assignment[None])[0]:
+            worse.append(replace(one, score=Score(nats, one.least_loss_pp, curve.sd_pp)))
+    if worse:
+        corrected = correct_divergence(divergences, scored + worse)
+    return Surrogate(correct_latency(latency, observations), corrected, curve)
 
 
 def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> PairwiseSum:
@@ -69,14 +152,15 @@ def correct_divergence(tables: Sequence[PairwiseSum], observations: Sequence[Obs
 
     A term's relative error is the same in every setting; a setting may be off by a factor as a whole.
     """
-    if not observations:
+    seen = [(one, one.score.divergence) for one in observations if one.score is not None]
+    if not seen:
         return list(tables)
     sizes = tables[0].sizes
-    rows = np.stack([one.assignment for one in observations])
-    settings = np.array([one.setting for one in observations])
-    measured = np.array([one.divergence for one in observations])
-    shares = np.stack([_unary_terms(tables[one.setting], one.assignment) for one in observations])
-    predicted = np.array([tables[one.setting](one.assignment[None])[0] for one in observations])
+    rows = np.stack([one.assignment for one, _ in seen])
+    settings = np.array([one.setting for one, _ in seen])
+    measured = np.array([nats for _, nats in seen])
+    shares = np.stack([_unary_terms(tables[one.setting], one.assignment) for one, _ in seen])
+    predicted = np.array([tables[one.setting](one.assignment[None])[0] for one, _ in seen])
     design = np.zeros((len(rows), sum(sizes) + len(tables)))
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     for n, row in enumerate(rows):
@@ -93,28 +177,9 @@ def correct_divergence(tables: Sequence[PairwiseSum], observations: Sequence[Obs
     return corrected
 
 
-@dataclass(frozen=True)
-class LossCurve:
-    """Top-1 loss as a power of the divergence.
-
-    Attributes:
-        factor_pp: Percentage points at one nat.
-        exponent: Of the divergence.
-        sd_pp: Standard deviation of a measured loss around it.
-    """
-
-    factor_pp: float = PRIOR_PP
-    exponent: float = 1.0
-    sd_pp: float = 1.0
-
-    def __call__(self, divergence: np.ndarray) -> np.ndarray:
-        """Percentage points; float64, as many as divergences."""
-        return np.minimum(self.factor_pp * np.maximum(divergence, 0.0) ** self.exponent, 100.0)
-
-
 def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:
     """Fit the curve by weighted least squares; far losses count by their relative error."""
-    seen = [one for one in observations if one.divergence > 0]
+    seen = [one.score for one in observations if one.score is not None and one.score.divergence > 0]
     if not seen:
         return LossCurve()
     divergence = np.array([one.divergence for one in seen])

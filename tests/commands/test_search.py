@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
-from analytic import invoke
+from analytic import AnalyticEvaluator, invoke
 from optuna.trial import TrialState
+
+from qsearch.search.front import objective_hypervolume
 
 SCRIPT = Path(__file__).parents[1] / "analytic.py"
 CLI = Path(__file__).parents[2] / "cli.py"
@@ -36,7 +39,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_document_of_search(searched: tuple[Path, dict]) -> None:
     _, document = searched
     run = ["study", "storage", "model", "target", "trials", "image_evaluations", "constraints", "baseline"]
-    assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "seconds"]
+    assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "bound", "seconds"]
     assert document["study"] == document["model"] == "demo"
     assert document["storage"] == "sqlite:///studies/demo.db"
     assert document["trials"]["complete"] == 12
@@ -170,6 +173,8 @@ def test_the_front_drops_what_the_second_measurement_has_dominated(tmp_path: Pat
     assert dropped["heldout"]["dominated_by"] in kept and dropped["trial"] not in kept
     # Float, the most accurate as the search saw it.
     assert (dropped["top1_loss_pp"], dropped["heldout"]["top1_loss_pp"]) == (0.0, 99.0)
+    values = [[point[name] for name in ("latency_ms", "peak_bytes", "top1_loss_pp")] for point in document["front"]]
+    assert document["hypervolume"] == pytest.approx(objective_hypervolume(np.array(values), AnalyticEvaluator().baseline))
     table = invoke(tmp_path, "front", "--study", "demo").stdout
     lines = [line for line in table.splitlines() if "dropped for" in line]
     assert len(lines) == 1 and f"dropped for {dropped['heldout']['dominated_by']}" in lines[0]

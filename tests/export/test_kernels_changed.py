@@ -127,3 +127,7 @@ def test_float_is_exported_where_nothing_beats_it(small: Path, tmp_path: Path, m
     assert metrics["search"] == metrics["float"]
     verified = within(small, "verify", str(tmp_path / "float"))
     assert verified.returncode == 0, verified.stderr
+    everything = within(small, "export", "--study", "small", "--out", str(tmp_path / "all"), "--all", "--json")
+    assert everything.returncode == 0, everything.stderr
+    assert "float itself is exported" in everything.stderr
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["float"]

@@ -8,7 +8,7 @@ from analytic import make_graph
 
 from qsearch.errors import UsageError
 from qsearch.search.bound_space import bind_space
-from qsearch.search.samplers import DEFAULT_SAMPLER, SAMPLERS, make_sampler
+from qsearch.search.samplers import SAMPLERS, make_sampler
 from qsearch.search.space import SearchSpace, load_space
 
 BOUND = bind_space(load_space("default"), make_graph())
@@ -45,7 +45,6 @@ def test_gp_proposes_jointly() -> None:
 
 def test_names() -> None:
     assert {"random", "tpe", "nsgaii", "nsgaiii", "gp"} <= set(SAMPLERS)
-    assert DEFAULT_SAMPLER in SAMPLERS
     with pytest.raises(UsageError, match="random, tpe"):
         make_sampler("cmaes", 0, 0)
     with pytest.raises(UsageError, match="--seed"):

@@ -14,7 +14,7 @@ import numpy as np
 from qsearch.models.graph import Graph
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["covering", "fit_costs", "layers_around"]
+__all__ = ["covering", "fit_costs", "layers_around", "pairs_around"]
 
 # Precisions of the layers around a node that are told apart; more would make the fit of a node ambiguous.
 MAX_AROUND = 6
@@ -46,6 +46,15 @@ def layers_around(graph: Graph) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def pairs_around(graph: Graph, layers: Iterable[str]) -> list[tuple[int, int]]:
+    """Pairs of layers that some node depends on together: neighbours, and those whose values are added; i < j, in order."""
+    index = {name: i for i, name in enumerate(layers)}
+    pairs: set[tuple[int, int]] = set()
+    for around in layers_around(graph).values():
+        pairs |= {(min(a, b), max(a, b)) for a, b in itertools.combinations((index[name] for name in around), 2)}
+    return sorted(pairs)
+
+
 def _union(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
 
@@ -70,7 +79,7 @@ def covering(sizes: Sequence[int], pairs: Sequence[tuple[int, int]], rng: np.ran
         missing -= {(i, j, int(row[i]), int(row[j])) for row in chosen[-max(sizes) :] for i, j in pairs}
         if not missing or len(chosen) >= limit:
             return np.array(chosen)
-        drafts = [np.array([rng.integers(size) for size in sizes]) for _ in range(8)]
+        drafts = [np.array([rng.integers(size) for size in sizes]) for _ in range(DRAFTS)]
         chosen.append(max(drafts, key=lambda row: sum((i, j, int(row[i]), int(row[j])) in missing for i, j in pairs)))
         assert chosen[-1] is not last
 

@@ -7,8 +7,7 @@ layers and of pairs (`cost_fit`).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +16,7 @@ from qsearch.build.link import Linker, PlannedCall
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
-from qsearch.search.tables.cost_fit import covering, fit_costs, layers_around
+from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
 from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = ["Cost", "CostRequest", "CostTable", "measure_costs"]
@@ -46,6 +45,8 @@ class CostRequest:
         lower: Assignment, int (variables,) -> program.
         linker: Builds programs.
         image: What the modules are run on, float32 (N, C, H, W).
+        reference: The float module, which trials are timed in turns with.
+        reference_ms: Its latency, on whose clock theirs are told, milliseconds.
         seed: Of the sampled configurations.
     """
 
@@ -54,6 +55,8 @@ class CostRequest:
     lower: Callable[[np.ndarray], Program]
     linker: Linker
     image: np.ndarray
+    reference: Program
+    reference_ms: float
     seed: int = 0
 
 
@@ -66,17 +69,19 @@ class CostTable:
         weight_bytes: Bytes of constants as a pairwise sum over layers.
         linker: Names kernels and plans memory.
         clock: Times of kernels.
+        scale: From the clock of the kernels' times, which may be of another day, to that of the trials.
     """
 
     latency: PairwiseSum
     weight_bytes: PairwiseSum
     linker: Linker
     clock: KernelClock
+    scale: float = 1.0
 
     def cost(self, program: Program) -> Cost:
         """Cost of a lowered configuration, from its own kernels."""
         plan = self.linker.plan(program)
-        latency_ms = 1e3 * sum(self.clock.seconds(call) for call in plan.calls)
+        latency_ms = 1e3 * self.scale * sum(self.clock.seconds(call) for call in plan.calls)
         held = plan.arena_bytes + program.input.bytes + program.output.bytes
         return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
 
@@ -123,16 +128,14 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
         request: What it is made of.
         progress: Called whenever a slow step begins.
     """
-    rng = np.random.default_rng(request.seed)
-    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
-    programs = [request.lower(row) for row in covering(_sizes(request), _neighbours(request), rng)]
-    unknown = [one for one in programs if any(clock.times.get(call.symbol) is None for call in linker.plan(one).calls)]
-    if unknown:
-        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        clock.times.put(time_kernels([linker.build(one) for one in unknown], request.image))
-    for program in programs:
-        for call in linker.plan(program).calls:
-            clock.learn(call)
+    rng, linker = np.random.default_rng(request.seed), request.linker
+    programs = [
+        request.reference,
+        *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
+    ]
+    # The reference is often one of the others too.
+    plans = {tuple(call.symbol for call in calls): (one, calls) for one in programs for calls in [linker.plan(one).calls]}
+    clock = _timed(request, list(plans.values()), progress)
     nodes = {node.name for node in request.graph.nodes}
 
     def node_costs(row: np.ndarray) -> dict[str, np.ndarray]:
@@ -145,17 +148,35 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
-    return CostTable(latency, weight_bytes, linker, clock)
+    scale = request.reference_ms / (1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls))
+    return CostTable(latency.scaled(scale), weight_bytes, linker, clock, scale)
+
+
+def _timed(
+    request: CostRequest, plans: Sequence[tuple[Program, Sequence[PlannedCall]]], progress: Callable[[str], None]
+) -> KernelClock:
+    """A clock that knows the kernels of some programs; those that have a kernel without a time are run."""
+    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
+    unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
+    if unknown:
+        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
+        clock.times.put(_new_times(time_kernels([linker.build(one) for one in unknown], request.image), clock.times))
+    for _, calls in plans:
+        for call in calls:
+            clock.learn(call)
+    return clock
+
+
+def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, float]:
+    """Times of kernels that had none, told on the clock of those that had.
+
+    The machine may have been faster or slower when the others were timed; those that were timed both times tell by how
+    much.
+    """
+    before = {symbol: seconds for symbol in found if (seconds := known.get(symbol)) is not None}
+    ratio = float(np.median([seconds / found[symbol] for symbol, seconds in before.items()])) if before else 1.0
+    return {symbol: ratio * seconds for symbol, seconds in found.items() if symbol not in before}
 
 
 def _sizes(request: CostRequest) -> list[int]:
     return [len(precisions) for precisions in request.layers.values()]
-
-
-def _neighbours(request: CostRequest) -> list[tuple[int, int]]:
-    """Pairs of layers that some node's kernels depend on together."""
-    index = {name: i for i, name in enumerate(request.layers)}
-    pairs: set[tuple[int, int]] = set()
-    for around in layers_around(request.graph).values():
-        pairs |= {(min(a, b), max(a, b)) for a, b in itertools.combinations((index[name] for name in around), 2)}
-    return sorted(pairs)

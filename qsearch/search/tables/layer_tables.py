@@ -43,16 +43,18 @@ def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
     """The tables layer by layer, the largest divergence first, in the setting that makes the least of it.
 
     Returns:
-        For every layer and each of its precisions but the first: layer, precision, divergence in nats, and latency_ms
-        and weight_bytes as they differ from the first precision, neighbours staying as they are.
+        For every layer and each of its precisions but the first: layer, its position among the layers, precision,
+        divergence in nats, and latency_ms and weight_bytes as they differ from the first precision, neighbours staying
+        as they are.
     """
     lowest = {one.name: one.values[-1] for one in space.layers}
     worst = np.array([[len(one.values) - 1 for one in space.layers]])
     found = [tables.divergence(space.config({**setting, **lowest})) for setting in table_settings(space)]
     divergence = min(found, key=lambda one: float(one(worst)[0]))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "layer": layer.name,
+            "position": i,
             "precision": precision,
             "divergence": float(divergence.unary[i][value]),
             "latency_ms": float(tables.latency.unary[i][value] - tables.latency.unary[i][0]),
@@ -62,7 +64,7 @@ def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
         for value, precision in enumerate(layer.values)
         if value
     ]
-    return sorted(rows, key=lambda row: -float(str(row["divergence"])))
+    return sorted(rows, key=lambda row: -row["divergence"])
 
 
 def table_settings(space: BoundSpace) -> list[dict[str, Any]]:

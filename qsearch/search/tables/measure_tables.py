@@ -17,7 +17,9 @@ from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluator import Progress, Settings, said_once
+from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
+from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables, table_settings
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest
@@ -72,9 +74,10 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     sensitivity = _sensitivity(source, space, progress)
     source.seconds["sensitivity_table"] = time.monotonic() - start
 
+    pairs = pairs_around(source.model.graph, _layers(space))
+
     def divergence(config: QuantConfig) -> PairwiseSum:
-        found = sensitivity.divergence(config.calibration, config.granularity, config.weight_scale)
-        return PairwiseSum(tuple(found[one.name] for one in space.layers), {})
+        return divergence_sum(sensitivity, config, pairs)
 
     def cost(config: QuantConfig) -> Cost:
         return costs.cost(lower(source.model, config, source.ranges(config), source.weights))
@@ -94,7 +97,16 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
         config = space.config({**setting, **values})
         return lower(source.model, config, source.ranges(config), source.weights)
 
-    request = CostRequest(source.model.graph, _layers(space), lowered, source.linker, source.images("search")[:1])
+    in_float = QuantConfig(default_precision="fp32")
+    request = CostRequest(
+        source.model.graph,
+        _layers(space),
+        lowered,
+        source.linker,
+        source.images("search")[:1],
+        lower(source.model, in_float, source.ranges(in_float), source.weights),
+        source.baseline.latency.median_ms,
+    )
     return measure_costs(request, progress)
 
 

@@ -58,6 +58,11 @@ class PairwiseSum:
             total += table[assignments[:, i], assignments[:, j]]
         return total
 
+    def scaled(self, factor: float) -> PairwiseSum:
+        """The sum times a factor."""
+        pairs = {pair: factor * table for pair, table in self.pairs.items()}
+        return PairwiseSum(tuple(factor * term for term in self.unary), pairs, factor * self.constant)
+
 
 def combine(sums: Sequence[PairwiseSum], weights: np.ndarray) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray]]:
     """Weighted sums, as terms with a leading axis for the weightings.

@@ -165,8 +165,11 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
         found.append(project(request.model, image, changes, generator))
         progress(start + len(image), len(request.images))
     by_read = np.stack([one.reads for one in found], 1)
+    # Shapes in full: a space that leaves no layer a choice has no pairs.
+    pairs = len(integer_pairs(request.layers))
     activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
-    weight = np.stack([one.weights for one in found], 1).reshape(len(request.weight_settings), -1, len(found))
+    activation = activation.reshape(len(request.calibrations), pairs, len(found))
+    weight = np.stack([one.weights for one in found], 1).reshape(len(request.weight_settings), pairs, len(found))
     return Sensitivity(
         dict(request.layers),
         tuple(request.calibrations),

@@ -1,0 +1,97 @@
+"""How far a front can go by what the tables say: the front that they predict, and its hypervolume."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import moocore
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.search.bound_space import BoundSpace
+from qsearch.search.front import objective_hypervolume
+from qsearch.search.study import OBJECTIVES
+from qsearch.search.surrogate import Observation, fit_surrogate
+from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.pairwise import PairwiseSum, minimize
+
+__all__ = ["TablesBound", "tables_bound"]
+
+# Weights of latency and of bytes against divergence: so many of each, over so many factors of ten either way.
+GRID, REACH = 13, 3.0
+
+
+@dataclass(frozen=True)
+class TablesBound:
+    """The front that tables predict.
+
+    Attributes:
+        points: Its objectives: latency_ms, peak_bytes, top1_loss_pp; float64 (N, 3).
+        hypervolume: As of a measured front, see `qsearch.search.front.hypervolume`.
+        trials: Measured trials that the tables were corrected by.
+    """
+
+    points: np.ndarray
+    hypervolume: float
+    trials: int
+
+
+def tables_bound(
+    space: BoundSpace, tables: Tables, observations: Sequence[Observation], limits: Mapping[str, float]
+) -> TablesBound:
+    """Predict the front from the tables as the trials have corrected them.
+
+    Its points are the exact minima of many weightings of latency, weights and divergence (Ehrgott 2005, "Multicriteria
+    Optimization", section 3.1). It is no upper bound in the strict sense, for three reasons: minima of weighted sums are the
+    supported points alone, and a front may have others between them; the weightings are a grid; and latency and loss are
+    predictions, which measured trials miss either way, the luckiest of many trials towards the better.
+
+    Args:
+        space: The search space.
+        tables: Of the same model and target.
+        observations: The measured trials.
+        limits: Objective -> largest value; what is predicted beyond it does not count.
+    """
+    settings = table_settings(space)
+    lowest = np.array([len(one.values) - 1 for one in space.layers])
+    divergences = [tables.divergence(_config(space, setting, lowest)) for setting in settings]
+    model = fit_surrogate(tables.latency, divergences, observations)
+    latency, divergences = model.latency, list(model.divergences)
+    rows, chosen = _minima(latency, tables, divergences)
+    loss_pp = model.curve(np.array([divergences[s](row[None])[0] for row, s in zip(rows, chosen, strict=True)]))
+    # Before the memory of each is planned, those that are beaten whatever it comes to are left out.
+    kept = np.flatnonzero(moocore.is_nondominated(np.stack([latency(rows), tables.weight_bytes(rows), loss_pp], 1)))
+    correction = latency(rows) - tables.latency(rows)
+    points = []
+    for k in kept:
+        cost = tables.cost(_config(space, settings[chosen[k]], rows[k]))
+        points.append((cost.latency_ms + correction[k], float(cost.peak_bytes), float(loss_pp[k])))
+    found = np.array(points, np.float64).reshape(-1, len(OBJECTIVES))
+    for index, name in enumerate(OBJECTIVES):
+        found = found[found[:, index] <= limits.get(name, np.inf)]
+    found = found[moocore.is_nondominated(found)] if len(found) else found
+    return TablesBound(found, objective_hypervolume(found, tables.baseline), len(observations))
+
+
+def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[PairwiseSum]) -> tuple[np.ndarray, np.ndarray]:
+    """Minima of a grid of weightings, each with the setting that gives it the least divergence.
+
+    Returns:
+        int64 (N, layers) and int64 (N,).
+    """
+    lowest = np.array([[size - 1 for size in latency.sizes]])
+    worst = max(min(float(one(lowest)[0]) for one in divergences), 1e-12)
+    powers = 10.0 ** np.linspace(-REACH, REACH, GRID)
+    scale = (tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes))
+    grid = [(a / scale[0], b / scale[1], 1.0 / worst) for a, b in itertools.product((0.0, *powers), repeat=2)]
+    weights = np.array([*grid, (1.0 / scale[0], 0.0, 0.0), (0.0, 1.0 / scale[1], 0.0)])
+    rows = [minimize([latency, tables.weight_bytes, one], weights) for one in divergences]
+    unique = np.unique(np.concatenate(rows), axis=0)
+    return unique, np.stack([one(unique) for one in divergences]).argmin(0)
+
+
+def _config(space: BoundSpace, setting: Mapping[str, object], row: np.ndarray) -> QuantConfig:
+    layers = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
+    return space.config({**setting, **layers})

@@ -1,0 +1,201 @@
+"""Runs of samplers through the product's own search loop, and measurements made ahead of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+from measured import cpu_seconds
+from problems import Problem, source_digest, write_json
+
+from qsearch.config import QuantConfig
+from qsearch.errors import TrialError
+from qsearch.measure.measurement import Measurement
+from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
+from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.planner import PlannerSampler
+from qsearch.search.proposals import unseen_values
+from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
+from qsearch.search.study import StudyHandle
+
+__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all", "settle"]
+
+# Appended to a sampler's name: without the starting points that `search` gives the usual samplers.
+PLAIN = "-plain"
+# How often other processes' measurements are looked at, in measurements.
+REFRESH = 50
+# Of a configuration on the front: with one each, the front of thousands would be that of the luckiest.
+TIMINGS = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One search.
+
+    Attributes:
+        sampler: Its name.
+        seed: Its seed.
+        digests: Content hashes of the measured configurations, in the order of trials.
+        seconds: Processor seconds from the begin of the search to the end of each of them, float each: what the trials
+            took when they were measured, what sampler and loop took now. The tables of a planner are not among them.
+    """
+
+    sampler: str
+    seed: int
+    digests: list[str]
+    seconds: list[float]
+
+
+def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
+    """A run that was made before, or a new one.
+
+    Args:
+        problem: What is searched.
+        sampler: One of qsearch's, or one with PLAIN at its end.
+        seed: Of the sampler.
+        trials: How many configurations to measure.
+    """
+    path = problem.folder / "runs" / f"{sampler}-{_version(sampler)}-{seed}.json"
+    if path.is_file():
+        found = Run(**json.loads(path.read_text(encoding="utf-8")))
+        if len(found.digests) >= trials and all(digest in problem.measured.known for digest in found.digests):
+            return Run(sampler, seed, found.digests[:trials], found.seconds[:trials])
+    run = _run(problem, sampler, seed, trials)
+    write_json(path, asdict(run))
+    return run
+
+
+def make_study(problem: Problem, sampler: str, seed: int) -> StudyHandle:
+    """A study in memory, with its sampler."""
+    study = optuna.create_study(directions=["minimize"] * 3)
+    if sampler == PLANNER:
+        study.sampler = PlannerSampler(problem.space, problem.tables().tables, derived_seed(seed, 0))
+    else:
+        study.sampler = make_sampler(sampler.removesuffix(PLAIN), seed, 0)
+    return StudyHandle(study, "sqlite:///in-memory.db")
+
+
+def anchored(sampler: str) -> bool:
+    """Whether a sampler is given starting points, as `search` does."""
+    return sampler != PLANNER and not sampler.endswith(PLAIN)
+
+
+def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
+    run, spent = Run(sampler, seed, [], []), 0.0
+    if sampler == PLANNER:
+        problem.tables()
+    last = cpu_seconds()
+
+    def evaluate(config: QuantConfig) -> Measurement:
+        nonlocal spent, last
+        spent += cpu_seconds() - last
+        found = problem.measured.evaluate(config)
+        spent += found.cpu_s
+        run.digests.append(config.content_hash())
+        run.seconds.append(spent)
+        last = cpu_seconds()
+        return found.measurement
+
+    searched = SearchProblem(problem.space, evaluate, anchored=anchored(sampler))
+    run_search(make_study(problem, sampler, seed), searched, Limits(trials, seed=seed))
+    return run
+
+
+def _version(sampler: str) -> str:
+    """Of the sources that decide what a sampler proposes: a run made with others is not this sampler's."""
+    if sampler == PLANNER:
+        return source_digest("*.py", "tables/*.py")
+    return f"{source_digest('samplers.py', 'proposals.py', 'anchors.py')}-{optuna.__version__}"
+
+
+def measure_all(problem: Problem) -> None:
+    """Measure every configuration of a space, in random order."""
+    left: dict[str, QuantConfig] = {}
+    for values in problem.space.all_values():
+        config = problem.space.config(values)
+        left.setdefault(config.content_hash(), config)
+    order = np.random.default_rng(time.time_ns()).permutation(len(left))
+    configs = list(left.values())
+    _measure_each(problem, (configs[index] for index in order), len(left))
+
+
+def fill(problem: Problem, count: int) -> None:
+    """Measure random mixtures and neighbours of the front in turn until so many configurations are known."""
+    rng = np.random.default_rng(time.time_ns())
+
+    def proposals() -> Iterator[QuantConfig]:
+        while len(problem.measured.known) < count:
+            near = _random_values(problem.space, rng)
+            if problem.measured.known and rng.random() < 0.5:
+                near = _values_of(problem.space, problem.measured.known[rng.choice(_front(problem))].config)
+            values = unseen_values(problem.space, near, problem.measured.known, rng)
+            if values is None:
+                return
+            yield problem.space.config(values)
+
+    _measure_each(problem, proposals(), count)
+
+
+def settle(problem: Problem) -> None:
+    """Time what is on the front, or was noisy, again until all of that has TIMINGS timings."""
+    measured = problem.measured
+    while True:
+        measured.refresh()
+        noisy = [digest for digest, one in measured.known.items() if one.measurement.latency.noisy]
+        left = [digest for digest in {*_front(problem), *noisy} if measured.timings(digest) < TIMINGS]
+        if not left:
+            return
+        print(f"timing {len(left)} configurations again", file=sys.stderr, flush=True)
+        for digest in left:
+            measured.time_again(measured.known[digest].config)
+
+
+def _front(problem: Problem) -> list[str]:
+    """The known configurations that no other one dominates."""
+    known = problem.measured.known
+    kept = moocore.is_nondominated(np.array([one.objectives for one in known.values()]))
+    return [digest for digest, keep in zip(known, kept, strict=True) if keep]
+
+
+def _measure_each(problem: Problem, configs: Iterable[QuantConfig], count: int) -> None:
+    start, done = time.monotonic(), 0
+    for config in configs:
+        if config.content_hash() in problem.measured.known:
+            continue
+        try:
+            problem.measured.evaluate(config)
+        except TrialError as error:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            continue
+        done += 1
+        if done % REFRESH == 0:
+            problem.measured.refresh()
+            each = (time.monotonic() - start) / done
+            print(f"{len(problem.measured.known)} of {count} known, {each:.2f} s each", file=sys.stderr, flush=True)
+
+
+def _random_values(space: BoundSpace, rng: np.random.Generator) -> dict[str, Any]:
+    """Parameter values; shares of the precisions are drawn first, or else all mixtures would be alike."""
+    shares = {layer.values: rng.dirichlet(np.ones(len(layer.values))) for layer in space.layers}
+    values: dict[str, Any] = {one.name: one.values[rng.integers(len(one.values))] for one in space.settings}
+    return values | {layer.name: layer.values[rng.choice(len(layer.values), p=shares[layer.values])] for layer in space.layers}
+
+
+def _values_of(space: BoundSpace, config: QuantConfig) -> dict[str, Any]:
+    """Parameter values that mean a configuration."""
+    settings = {
+        CALIBRATION: config.calibration.mode,
+        PERCENTILE_TAIL: round(100.0 - config.calibration.percentile, 9),
+        GRANULARITY: config.granularity,
+        WEIGHT_SCALE: config.weight_scale,
+    }
+    return {one.name: settings[one.name] for one in space.settings} | {
+        one.name: config.precision[one.name] for one in space.layers
+    }

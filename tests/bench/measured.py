@@ -1,0 +1,155 @@
+"""Measurements by configuration, kept in a folder: what was measured once is not measured again, by any process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Latency, Measurement
+from qsearch.search.front import measurement_from_json
+
+__all__ = ["Measured", "MeasuredFolder", "Source", "cpu_seconds", "read_lines"]
+
+
+class Source(Protocol):
+    """What measures."""
+
+    def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
+        """A configuration's measurement, and bool (N,), which search images it had right, where that is known."""
+        ...
+
+    def time(self, config: QuantConfig) -> Latency:
+        """Its latency alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration's measurement.
+
+    Attributes:
+        config: What was measured.
+        measurement: On all search images.
+        cpu_s: Processor seconds that it took; a busy machine or a stopped process does not add to them.
+        right: bool (N,), which search images the module had right; None where that was not recorded.
+    """
+
+    config: QuantConfig
+    measurement: Measurement
+    cpu_s: float
+    right: np.ndarray | None = None
+
+    @property
+    def objectives(self) -> tuple[float, float, float]:
+        """latency_ms, peak_bytes, top1_loss_pp."""
+        found = self.measurement
+        return (found.latency.median_ms, float(found.memory.peak_bytes), found.accuracy.top1_loss_pp)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; the images as one bit each."""
+        data = {"config": self.config.to_json(), "measurement": self.measurement.to_json(), "cpu_s": self.cpu_s}
+        if self.right is not None:
+            data |= {"images": len(self.right), "right": base64.b64encode(np.packbits(self.right).tobytes()).decode()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measured:
+        """The inverse of `to_json`."""
+        right = None
+        if "right" in data:
+            bits = np.frombuffer(base64.b64decode(data["right"]), np.uint8)
+            right = np.unpackbits(bits, count=data["images"]).astype(bool)
+        config = QuantConfig.model_validate(data["config"])
+        return cls(config, measurement_from_json(data["measurement"]), data["cpu_s"], right)
+
+
+class MeasuredFolder:
+    """The measurements of one problem: a file of lines per process, so that several can measure at once.
+
+    The least of thousands of timings is mostly luck. A configuration may therefore be timed more than once; its latency
+    is the middle one, leaving out the noisy ones where there are others.
+
+    Args:
+        path: The folder.
+        source: Measures what is not known.
+    """
+
+    def __init__(self, path: Path, source: Source) -> None:
+        self.path, self.source = path, source
+        path.mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, Measured] = {}
+        self._timings: dict[str, list[Latency]] = {}
+        # Of the process and of its start: process numbers are used again.
+        self.file = path / f"{time.time_ns():x}-{os.getpid()}.jsonl"
+        self._read: dict[Path, int] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have measured since."""
+        for file in sorted(self.path.glob("*.jsonl")):
+            lines = [] if file == self.file else list(read_lines(file))
+            for line in lines[self._read.get(file, 0) :]:
+                self._keep(line)
+            self._read[file] = len(lines)
+
+    def evaluate(self, config: QuantConfig) -> Measured:
+        """What is known of a configuration, measuring it if that is nothing."""
+        digest = config.content_hash()
+        if digest not in self.known:
+            start = cpu_seconds()
+            measurement, right = self.source.measure(config)
+            self._append(Measured(config, measurement, cpu_seconds() - start, right).to_json())
+        return self.known[digest]
+
+    def time_again(self, config: QuantConfig) -> None:
+        """Time a known configuration once more."""
+        self._append({"again": config.content_hash(), "latency": vars(self.source.time(config))})
+
+    def timings(self, digest: str) -> int:
+        """How often a configuration was timed."""
+        return len(self._timings.get(digest, ()))
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._keep(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        found = None if "again" in line else Measured.from_json(line)
+        digest = line["again"] if found is None else found.config.content_hash()
+        timing = Latency(**line["latency"]) if found is None else found.measurement.latency
+        timings = self._timings.setdefault(digest, [])
+        timings.append(timing)
+        # Two processes may have measured it, and the second timing may be read before the first.
+        known = self.known.get(digest, found)
+        if known is not None:
+            quiet = [one for one in timings if not one.noisy] or timings
+            middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
+            self.known[digest] = replace(known, measurement=replace(known.measurement, latency=middle))
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and of the linkers and compilers it has waited for."""
+    return time.process_time() + sum(os.times()[2:4])

@@ -1,0 +1,202 @@
+"""The problems that samplers are compared on: a model, its images, a space, and a folder of what was measured of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import small_network
+from measured import MeasuredFolder, cpu_seconds
+
+import qsearch.search
+from qsearch.config import QuantConfig, named_config
+from qsearch.measure.measurement import Latency, Measurement, Memory
+from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
+from qsearch.search.evaluator import Settings
+from qsearch.search.front import measurement_from_json
+from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.space import SearchSpace, load_space
+from qsearch.search.study import OBJECTIVE_VERSION
+from qsearch.search.tables.layer_tables import Tables
+
+__all__ = ["PROBLEMS", "FloatRun", "Problem", "TimedTables", "fingerprint", "open_problem", "source_digest", "write_json"]
+
+PROBLEMS = ("small", "demo", "efficientnet_lite0")
+
+
+@dataclass(frozen=True)
+class TimedTables:
+    """The planner's tables, and the processor seconds that they take where nothing is known yet."""
+
+    tables: Tables
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class FloatRun:
+    """What early stopping knows of the float module: its logits, float32 (N, classes), and the labels, int64 (N,)."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Problem:
+    """What is searched.
+
+    Attributes:
+        name: Of the problem.
+        space: Bound to its model.
+        baseline: The float module, the same for every process that measures the problem.
+        measured: What is known.
+        folder: Where runs are kept.
+        measure_tables: Measures the planner's tables.
+        float_run: Of the search images.
+    """
+
+    name: str
+    space: BoundSpace
+    baseline: Measurement
+    measured: MeasuredFolder
+    folder: Path
+    measure_tables: Callable[[], TimedTables]
+    float_run: FloatRun
+    _tables: list[TimedTables] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Number of search images."""
+        return len(self.float_run.labels)
+
+    def tables(self) -> TimedTables:
+        """The planner's tables, made once."""
+        if not self._tables:
+            self._tables.append(self.measure_tables())
+        return self._tables[0]
+
+
+def open_problem(name: str, root: Path, data: Path | None, cache: Path | None) -> Problem:
+    """Load a problem and what is known of it.
+
+    Args:
+        name: One of PROBLEMS.
+        root: The folder of all problems.
+        data: Labelled images; None for the built-in ones.
+        cache: Where kernels and images are kept; None for a folder under `root`.
+    """
+    settings, space = _settings(name, root, data, cache or root / "cache")
+    evaluator = open_evaluator(settings, _say)
+    folder = root / f"{name}-{fingerprint(_identity(evaluator, space))[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    baseline = _baseline(folder / "baseline.json", evaluator.baseline)
+    evaluator.refer_to(baseline)
+    bound = bind_space(space, evaluator.graph)
+    float_run = FloatRun(evaluator.float_logits("search"), evaluator.dataset.labels("search"))
+    measured = MeasuredFolder(folder / "measured", _Recorder(evaluator))
+    # Their cost is that of this version of them.
+    cost = folder / f"tables-{source_digest('tables/*.py')}.json"
+    return Problem(name, bound, baseline, measured, folder, lambda: _timed_tables(evaluator, bound, cost), float_run)
+
+
+class _Recorder:
+    """Measures configurations, and remembers which images each had right."""
+
+    def __init__(self, evaluator: ModelEvaluator) -> None:
+        self.evaluator, self.logits = evaluator, evaluator.logits
+        self.right: np.ndarray | None = None
+        evaluator.logits = self._logits  # type: ignore[method-assign]
+
+    def _logits(self, module: object, part: str) -> np.ndarray:
+        logits = self.logits(module, part)  # type: ignore[arg-type]
+        if part == "search":
+            self.right = logits.argmax(1) == self.evaluator.dataset.labels("search")
+        return logits
+
+    def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
+        return self.evaluator.evaluate(config), self.right
+
+    def time(self, config: QuantConfig) -> Latency:
+        try:
+            return self.evaluator.evaluate(config, _TimingOnly(())).latency
+        except EarlyStop as stop:
+            return stop.bound.latency
+
+
+class _TimingOnly(StoppingRule):
+    """Ends every measurement before the first image."""
+
+    def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
+        raise EarlyStop(Bound("only timed", latency, memory, images, loss_bounds_pp, False))
+
+
+def _settings(name: str, root: Path, data: Path | None, cache: Path) -> tuple[Settings, SearchSpace]:
+    if name != "small":
+        return Settings(name, data=data, cache_dir=cache), load_space("default")
+    weights = root / "small_network.safetensors"
+    if not weights.is_file():
+        # Kept, not trained anew: another version of PyTorch would give other weights and so another problem.
+        _say("training the small network")
+        root.mkdir(parents=True, exist_ok=True)
+        small_network.train(weights)
+    # The built-in images belong to the demo model and fit this one as well.
+    return Settings("small_network:build", weights, Path("demo"), cache_dir=cache), small_network.SPACE
+
+
+def _identity(evaluator: ModelEvaluator, space: SearchSpace) -> dict[str, str]:
+    """All that a measurement depends on, as a study has it."""
+    kernels = [evaluator.kernels_sha256(named_config(precision)) for precision in space.precisions.names]
+    return {**evaluator.identity, "space": space.content_hash(), "objective": OBJECTIVE_VERSION, "kernels": " ".join(kernels)}
+
+
+def fingerprint(parts: Mapping[str, str]) -> str:
+    """Hexadecimal SHA-256 of named texts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _baseline(path: Path, own: Measurement) -> Measurement:
+    """The float module as the first process measured it: latencies of all are told on that one's clock."""
+    if not path.is_file():
+        write_json(path, own.to_json())
+    return measurement_from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> TimedTables:
+    """The tables; their cost was measured, or is now, with caches that hold nothing but images and the float pass."""
+    if not path.is_file():
+        settings = evaluator.settings
+        with tempfile.TemporaryDirectory(prefix="cold-", dir=settings.cache_dir.parent) as cold:
+            for part in ("images", "statistics"):
+                shutil.copytree(settings.cache_dir / part, Path(cold) / part, copy_function=os.link)
+            fresh = open_evaluator(replace(settings, cache_dir=Path(cold)), _say)
+            start = cpu_seconds()
+            fresh.tables(space)
+            write_json(path, {"cpu_s": cpu_seconds() - start, "wall_s": fresh.seconds})
+    return TimedTables(evaluator.tables(space), json.loads(path.read_text(encoding="utf-8"))["cpu_s"])
+
+
+def source_digest(*patterns: str) -> str:
+    """Digest of some source files of the search, named by globs."""
+    folder = Path(qsearch.search.__file__).parent
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(data), encoding="utf-8")
+    partial.replace(path)
+
+
+def _say(clause: str) -> None:
+    print(clause, file=sys.stderr, flush=True)

@@ -1,0 +1,137 @@
+"""The planner against the usual samplers, on real measurements; prints JSON.
+
+    python tests/bench/search.py --problem small --measured FOLDER --enumerate
+    python tests/bench/search.py --problem demo --measured FOLDER --fill 2000
+    python tests/bench/search.py --problem demo --measured FOLDER --seeds 10 --plot curves.png --json
+
+Every run goes through the loop of `qsearch search`, starting points of the usual samplers included (`tpe-plain` is TPE
+without them), over an in-memory study and without early stopping. Measurements are kept in FOLDER by configuration and
+shared by all runs, as are the finished runs: the same command again adds only what is missing. Latencies are told on the
+clock of the first process that opened the problem. --enumerate, --fill and --settle only measure; they may be killed at any
+moment, and several may run at once. --settle belongs before the runs and after them: it times what is on the front of all
+that is known five times, since the best of thousands of single timings is mostly luck; the middle one counts.
+
+results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
+                   the whole space, once enumerated, for the others the union of all runs and of --fill.
+seconds            Processor seconds: what each trial took when it was measured, and what sampler and loop took; the
+                   planner's begin with its tables, measured with an empty kernel cache. The pauses within a timing, about
+                   0.1 s a trial, are no work of a processor and are left out, for the planner's good as little as may be.
+verdicts           The planner's trials to equal random's last; who leads at 25, 50, 100 and 200 trials; who leads at the
+                   time that the planner takes for them. `runs_over` are those that would have had time for more trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TVM_NUM_THREADS", "1")
+
+from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
+from problems import PROBLEMS, Problem, open_problem
+from verdicts import Curves, curves_of, reference_hypervolume, results, verdicts
+
+from qsearch.errors import QSearchError
+from qsearch.search.samplers import PLANNER, SAMPLERS
+
+
+def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> tuple[dict[str, Any], dict[str, Curves]]:
+    """Run the samplers, or take the runs that there are.
+
+    Args:
+        problem: What is searched.
+        samplers: Their names.
+        seeds: Runs of each, seeds 0 and up.
+        trials: Measured configurations of each run.
+
+    Returns:
+        The document, and sampler -> its curves.
+    """
+    runs: dict[str, list[Run]] = {sampler: [] for sampler in samplers}
+    for seed in range(seeds):
+        # Seed by seed: what there is of a campaign that was ended early is then of all samplers alike.
+        for sampler in samplers:
+            runs[sampler].append(kept_run(problem, sampler, seed, trials))
+            print(f"{problem.name}: {sampler}, seed {seed}", file=sys.stderr, flush=True)
+    curves = {sampler: curves_of(problem, found) for sampler, found in runs.items()}
+    document = {
+        "problem": problem.name,
+        "seeds": seeds,
+        "reference": {
+            "configurations": len(problem.measured.known),
+            "combinations": problem.space.size,
+            "hypervolume": reference_hypervolume(problem),
+        },
+        "tables_seconds": problem.tables().cpu_s if PLANNER in samplers else None,
+        "results": results(curves),
+        "verdicts": verdicts(curves),
+    }
+    return document, curves
+
+
+def table(document: dict[str, Any]) -> str:
+    """The results as text."""
+    rows = [
+        f"{row['sampler']:<14} {row['trials']:>4} {row['hypervolume_pct_mean']:7.2f} +- {row['hypervolume_pct_std']:5.2f} % "
+        f"{row['seconds']:8.1f} s"
+        for row in document["results"]
+    ]
+    known = document["reference"]["configurations"]
+    return "\n".join([f"{document['problem']}: {document['seeds']} seeds, reference of {known} configurations", *rows])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", choices=PROBLEMS, required=True)
+    parser.add_argument("--data", type=Path, help="labelled images; needed by efficientnet_lite0")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each sampler")
+    parser.add_argument("--trials", type=int, default=200, help="measured configurations of each run")
+    parser.add_argument("--samplers", default=",".join((PLANNER, *SAMPLERS)), help=f"separated by commas; see also NAME{PLAIN}")
+    parser.add_argument("--measured", type=Path, default=Path("studies/bench"), help="folder of measurements and runs")
+    parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
+    parser.add_argument("--enumerate", action="store_true", help="only measure: every configuration")
+    parser.add_argument("--fill", type=int, metavar="N", help="only measure: until N configurations are known")
+    parser.add_argument("--settle", action="store_true", help="only measure: time the front of what is known again")
+    parser.add_argument("--plot", type=Path, help="write the curves to this PNG file")
+    parser.add_argument("--json", action="store_true", help="print the document instead of a table")
+    options = parser.parse_args()
+    known = {*SAMPLERS, *(name + PLAIN for name in SAMPLERS), PLANNER}
+    options.samplers = options.samplers.split(",")
+    if unknown := sorted(set(options.samplers) - known):
+        parser.error(f"no sampler {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+    if options.enumerate and options.problem != "small":
+        parser.error("only the space of 'small' can be enumerated; measure some of the others with --fill N")
+    return options
+
+
+def main() -> None:
+    """Measure, run, print."""
+    options = arguments()
+    try:
+        problem = open_problem(options.problem, options.measured, options.data, options.cache)
+    except QSearchError as error:
+        sys.exit(f"error: {error}")
+    if options.enumerate:
+        measure_all(problem)
+    if options.fill:
+        fill(problem, options.fill)
+    if options.settle:
+        settle(problem)
+    if options.enumerate or options.fill or options.settle:
+        return
+    document, curves = compare(problem, options.samplers, options.seeds, options.trials)
+    if options.plot:
+        from curves_plot import draw_curves
+
+        draw_curves(curves, document).save(options.plot)
+    print(json.dumps(document, indent=1) if options.json else table(document))
+
+
+if __name__ == "__main__":
+    main()

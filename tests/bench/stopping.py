@@ -1,0 +1,120 @@
+"""What early stopping saves, and what it costs: the same searches with and without it; prints JSON.
+
+    python tests/bench/stopping.py --problem demo --measured FOLDER --samplers planner,tpe --seeds 10
+
+Modules are measured on all images once, as by `search.py`, whose FOLDER this shares; which images each of them had right
+is kept, so that the stopping rule sees block by block what it would have seen of the running module.
+
+images_share       Image evaluations with early stopping, as a share of those without it.
+hypervolume_pct    Of the front with early stopping, in percent of that without it, after equally many trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from campaign import anchored, kept_run, make_study
+from measured import Measured
+from problems import PROBLEMS, Problem, open_problem
+
+from qsearch.config import QuantConfig
+from qsearch.errors import QSearchError
+from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.measurement import Measurement
+from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.front import hypervolume
+from qsearch.search.samplers import PLANNER
+from qsearch.search.study import measured_trials
+
+
+def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any]:
+    """One search without early stopping, and one with it."""
+    full = kept_run(problem, sampler, seed, trials)
+    handle = make_study(problem, sampler, seed)
+
+    def evaluate(config: QuantConfig, rule: StoppingRule) -> Measurement:
+        return replay(problem, problem.measured.evaluate(config), rule)
+
+    searched = SearchProblem(problem.space, evaluate, early_stopping=True, anchored=anchored(sampler))
+    run_search(handle, searched, Limits(trials, seed=seed))
+    tried = measured_trials(handle.study)
+    completed = [trial.user_attrs["config_hash"] for trial in tried if trial.values]
+    images = np.mean([trial.user_attrs["images"] for trial in tried])
+    before = _hypervolume(problem, full.digests)
+    return {
+        "sampler": sampler,
+        "seed": seed,
+        "trials": len(tried),
+        "stopped_early": len(tried) - len(completed),
+        "images_share": float(images) / problem.images,
+        "hypervolume_pct": 100.0 * _hypervolume(problem, completed) / before,
+    }
+
+
+def replay(problem: Problem, found: Measured, rule: StoppingRule) -> Measurement:
+    """Show a rule a finished measurement as it came about.
+
+    Raises:
+        EarlyStop: It would have ended early.
+    """
+    assert found.right is not None
+    latency, memory = found.measurement.latency, found.measurement.memory
+    rule.check(latency, memory)
+    labels, float_logits = problem.float_run.labels, problem.float_run.logits
+    classes = float_logits.shape[1]
+    # Only which class is the best counts: the label, or any other.
+    logits = np.eye(classes, dtype=np.float32)[np.where(found.right, labels, (labels + 1) % classes)]
+    blocks = image_blocks(float_logits, labels)
+    parts = (logits[block] for block in blocks)
+    run_until(parts, blocks, float_logits, labels, lambda images, bounds: rule.check(latency, memory, images, bounds))
+    return found.measurement
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds of each sampler."""
+    found = []
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        of = [row for row in rows if row["sampler"] == sampler]
+        shares, percent = [row["images_share"] for row in of], [row["hypervolume_pct"] for row in of]
+        numbers = {"images_share_mean": np.mean(shares), "images_share_max": max(shares)}
+        numbers |= {"hypervolume_pct_mean": np.mean(percent), "hypervolume_pct_min": min(percent)}
+        found.append({"sampler": sampler, "seeds": len(of), **{name: float(value) for name, value in numbers.items()}})
+    return found
+
+
+def _hypervolume(problem: Problem, digests: Iterable[str]) -> float:
+    return hypervolume((problem.measured.known[digest] for digest in digests), problem.baseline)  # type: ignore[misc]
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problem", choices=PROBLEMS, required=True)
+    parser.add_argument("--data", type=Path, help="labelled images; needed by efficientnet_lite0")
+    parser.add_argument("--samplers", default=f"{PLANNER},tpe", help="separated by commas")
+    parser.add_argument("--seeds", type=int, default=10, help="searches of each sampler")
+    parser.add_argument("--trials", type=int, default=200, help="trials of each search, stopped ones included")
+    parser.add_argument("--measured", type=Path, default=Path("studies/bench"), help="folder of measurements and runs")
+    parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
+    options = parser.parse_args()
+    try:
+        problem = open_problem(options.problem, options.measured, options.data, options.cache)
+    except QSearchError as error:
+        sys.exit(f"error: {error}")
+    rows = []
+    for seed in range(options.seeds):
+        for sampler in options.samplers.split(","):
+            rows.append(compare_one(problem, sampler, seed, options.trials))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print(json.dumps({"problem": problem.name, "summary": summary(rows), "results": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The comparison of samplers, on a network whose measurements are formulas."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from analytic import AnalyticEvaluator
+from campaign import TIMINGS, fill, kept_run, measure_all, settle
+from curves_plot import draw_curves
+from measured import MeasuredFolder
+from problems import FloatRun, Problem, TimedTables
+from search import compare
+from stopping import compare_one, summary
+from verdicts import reference_hypervolume
+
+from qsearch.measure.measurement import Latency
+from qsearch.search.bound_space import bind_space
+from qsearch.search.space import SearchSpace
+from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.pairwise import PairwiseSum
+
+IMAGES, TABLE_SECONDS = 200, 30.0
+SPACE = {"version": 1, "name": "two modes", "calibration": {"modes": ["max", "mse"]}, "granularities": ["channel_wise"]}
+
+
+class Source(AnalyticEvaluator):
+    """The analytic network, with answers to images that agree with its losses."""
+
+    timed: Latency | None = None
+
+    def time(self, config):
+        return self.timed or self.evaluate(config).latency
+
+    def measure(self, config):
+        measurement = self.evaluate(config)
+        lost = min(round(measurement.accuracy.top1_loss_pp * IMAGES / 100), IMAGES)
+        accuracy = replace(measurement.accuracy, top1_loss_pp=100 * lost / IMAGES, images=IMAGES, divergence=lost / 5000)
+        return replace(measurement, accuracy=accuracy), np.arange(IMAGES) >= lost
+
+    def tables(self, space):
+        """Tables of the true costs of single layers, which add up."""
+
+        def effect(value, setting):
+            alone = [space.config({**setting, layer.name: "int8"}) for layer in space.layers]
+            none = value(self.baseline)
+            found = [value(self._measure(config)) - none for config in alone]
+            return PairwiseSum(tuple(np.array([none / len(alone), none / len(alone) + one]) for one in found), {})
+
+        def cost(config):
+            found = self._measure(config)
+            return Cost(found.latency.median_ms, found.memory.peak_bytes)
+
+        def divergence(config):
+            return effect(lambda found: found.accuracy.top1_loss_pp / 25, {"calibration": config.calibration.mode})
+
+        latency = effect(lambda found: found.latency.median_ms, {})
+        weights = effect(lambda found: float(found.memory.weight_bytes), {})
+        return Tables(latency, weights, divergence, cost, self.baseline)
+
+
+@pytest.fixture
+def source():
+    return Source(layers=5)
+
+
+@pytest.fixture
+def problem(source, tmp_path):
+    space = bind_space(SearchSpace.model_validate(SPACE), source.graph)
+    labels = np.arange(IMAGES) % 4
+    # Float has all images right, by margins that grow.
+    logits = np.eye(4, dtype=np.float32)[labels] * (1 + np.arange(IMAGES, dtype=np.float32))[:, None]
+    measured = MeasuredFolder(tmp_path / "measured", source)
+
+    def tables():
+        return TimedTables(source.tables(space), TABLE_SECONDS)
+
+    return Problem("analytic", space, source.baseline, measured, tmp_path, tables, FloatRun(logits, labels))
+
+
+def test_samplers_are_compared_with_all_that_is_known(problem, source):
+    measure_all(problem)
+    distinct = len(source.measured)
+    assert distinct == len(set(source.measured)) == 2 * 2**5 - 1
+    document, curves = compare(problem, ["random", "random-plain"], seeds=2, trials=25)
+    assert len(source.measured) == distinct, "measured twice"
+    assert document["reference"]["configurations"] == distinct
+    rows = {(row["sampler"], row["trials"]): row for row in document["results"]}
+    assert set(rows) == {(name, trials) for name in ("random", "random-plain") for trials in (10, 20, 25)}
+    for name in ("random", "random-plain"):
+        found = [rows[name, trials] for trials in (10, 20, 25)]
+        assert 0 < found[0]["hypervolume_pct_mean"] <= found[1]["hypervolume_pct_mean"] <= found[2]["hypervolume_pct_mean"] <= 100
+        assert found[0]["seconds"] < found[2]["seconds"]
+    # All the starting points are the same for every seed.
+    assert rows["random", 10]["hypervolume_pct_std"] == 0 < rows["random-plain", 10]["hypervolume_pct_std"]
+    picture = np.asarray(draw_curves(curves, document))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
+    json.dumps(document)
+
+
+def test_the_planner_is_charged_for_its_tables(problem):
+    measure_all(problem)
+    document, _ = compare(problem, ["planner", "random-plain", "random"], seeds=1, trials=25)
+    assert document["tables_seconds"] == TABLE_SECONDS
+    first = next(row for row in document["results"] if row["sampler"] == "planner")
+    assert first["seconds"] > TABLE_SECONDS
+    # Its tables are exact here, and the network is short.
+    found = document["verdicts"]
+    assert found["trials_to_equal_random"] <= 20
+    (by_trials,), (by_time,) = found["at_equal_trials"], found["at_equal_time"]
+    assert by_trials["hypervolume_pct"]["planner"] == max(by_trials["hypervolume_pct"].values()) > 99
+    assert by_time["seconds"] > TABLE_SECONDS
+    assert set(by_time["runs_over"]) == {"random", "random-plain"}, "formulas take no time"
+
+
+def test_measurements_outlive_their_process(problem, source, tmp_path):
+    run = kept_run(problem, "nsgaii", seed=3, trials=6)
+    (file,) = (tmp_path / "measured").glob("*.jsonl")
+    kept = file.read_text()
+    # What a killed process leaves behind.
+    file.write_text(kept + kept.splitlines()[0][:80])
+    again = MeasuredFolder(tmp_path / "measured", source)
+    assert list(again.known) == run.digests
+    for digest, found in problem.measured.known.items():
+        read = again.known[digest]
+        assert (read.config, read.measurement, read.cpu_s) == (found.config, found.measurement, found.cpu_s)
+        assert np.array_equal(read.right, found.right)
+    problem.measured = again
+    before = len(source.measured)
+    assert kept_run(problem, "nsgaii", seed=3, trials=4).digests == run.digests[:4]
+    assert len(source.measured) == before
+
+
+def test_the_middle_of_several_timings_counts(problem, source, tmp_path):
+    config = problem.space.config({})
+    digest, once = config.content_hash(), problem.measured.evaluate(config).measurement.latency
+    times = [0.1, once.median_ms + 1, once.median_ms + 2]
+    for ms in times:
+        source.timed = replace(once, median_ms=ms, noisy=ms < 1)
+        problem.measured.time_again(config)
+    for measured in (problem.measured, MeasuredFolder(tmp_path / "measured", source)):
+        assert measured.timings(digest) == 4
+        assert measured.known[digest].measurement.latency.median_ms == once.median_ms + 1, "the noisy one does not count"
+
+
+def test_settling_undoes_luck(problem, source):
+    measure_all(problem)
+    front = reference_hypervolume(problem)
+    lucky = problem.space.config({layer.name: "int8" for layer in problem.space.layers})
+    found = problem.measured.known.pop(lucky.content_hash())
+    latency = replace(found.measurement.latency, median_ms=found.measurement.latency.median_ms / 2)
+    problem.measured.known[lucky.content_hash()] = replace(found, measurement=replace(found.measurement, latency=latency))
+    assert reference_hypervolume(problem) > front
+    settle(problem)
+    # Off the front after the second timing, it needs no more.
+    assert problem.measured.timings(lucky.content_hash()) == 2
+    assert max(problem.measured.timings(digest) for digest in problem.measured.known) == TIMINGS
+    assert reference_hypervolume(problem) == pytest.approx(front)
+
+
+def test_filling_measures_new_configurations_only(problem, source):
+    fill(problem, 20)
+    assert len(problem.measured.known) == len(source.measured) == len(set(source.measured)) == 20
+    fill(problem, 1000)
+    assert len(problem.measured.known) == 2 * 2**5 - 1, "the space holds no more"
+
+
+def test_early_stopping_keeps_the_front_at_fewer_images(problem, source):
+    rows = [compare_one(problem, "random-plain", seed, 25) for seed in (0, 1)]
+    for row in rows:
+        assert row["trials"] == 25 and row["stopped_early"] > 0
+        assert 0 < row["images_share"] < 1
+        # The random sampler learns nothing from trials, so that both searches try the same.
+        assert row["hypervolume_pct"] == pytest.approx(100)
+    (found,) = summary(rows)
+    assert found["seeds"] == 2 and found["images_share_mean"] <= found["images_share_max"]

@@ -1,0 +1,158 @@
+"""`search --sampler planner`: over the analytic network, and for real over the smallest one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import moocore
+import numpy as np
+import optuna
+import pytest
+from analytic import AnalyticEvaluator, invoke
+from optuna.trial import TrialState
+from PIL import Image
+from real_search import SMALL, completed, within
+
+from qsearch.report.table_notes import attach_tables, table_rows
+from qsearch.search.bound import tables_bound
+from qsearch.search.bound_space import bind_space
+from qsearch.search.front import objective_hypervolume, study_front
+from qsearch.search.space import load_space
+from qsearch.search.study import StudyHandle, load_study
+from qsearch.search.tables.layer_tables import layer_rows
+
+PLANNED = ("search", "--sampler", "planner")
+
+
+def handle_of(folder: Path, name: str = "demo") -> StudyHandle:
+    """The study of a folder."""
+    return load_study(name, f"sqlite:///{folder}/studies/{name}.db")
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder with a planned search, and the document it printed."""
+    folder = tmp_path_factory.mktemp("planned")
+    result = invoke(folder, *PLANNED, "--budget", "12", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "% of the" in result.stderr and "that the planner's tables, corrected by 12 trials, predict" in result.stderr
+    return folder, json.loads(result.stdout)
+
+
+def test_the_tables_are_kept_in_the_study(planned: tuple[Path, dict]) -> None:
+    folder, _ = planned
+    handle, evaluator = handle_of(folder), AnalyticEvaluator()
+    space = bind_space(load_space("default"), evaluator.graph)
+    rows = layer_rows(space, evaluator.tables(space))
+    assert table_rows(handle) == rows
+    assert {row["layer"] for row in rows} == {layer.name for layer in evaluator.graph.layers}
+    assert sorted(row["position"] for row in rows) == list(range(8))
+    nats = [row["divergence"] for row in rows]
+    assert nats == sorted(nats, reverse=True) and nats[-1] > 0
+    dashboard = pytest.importorskip("optuna_dashboard")
+    note = dashboard.get_note(handle.study)
+    assert rows[0]["layer"] in note
+    name = note.split("/artifacts/", 1)[1].split("/", 1)[1].split(")", 1)[0]
+    assert Image.open(folder / "studies" / "demo.artifacts" / name).format == "PNG"
+    assert name in {one.artifact_id for one in optuna.artifacts.get_all_artifact_meta(handle.study)}
+
+
+def test_a_planned_search_continues_with_its_tables(planned: tuple[Path, dict], tmp_path: Path) -> None:
+    assert invoke(tmp_path, *PLANNED, "--budget", "6", "--json").exit_code == 0
+    before = completed(tmp_path, "demo")
+    again = invoke(tmp_path, *PLANNED, "--budget", "12", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert "continuing study demo with 6 measured trials" in again.stderr
+    after = completed(tmp_path, "demo")
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == len(after) == 12
+    # One picture of the tables beside one of every trial.
+    assert len(list((tmp_path / "studies" / "demo.artifacts").iterdir())) == 13
+    assert json.loads(again.stdout)["bound"]["trials"] == 12
+
+
+def test_the_document_says_how_far_the_front_is_from_the_bound(planned: tuple[Path, dict]) -> None:
+    folder, document = planned
+    bound = document["bound"]
+    assert list(bound) == ["hypervolume", "share", "trials"]
+    assert bound["share"] == pytest.approx(document["hypervolume"] / bound["hypervolume"])
+    assert json.loads(invoke(folder, "front", "--study", "demo", "--json").stdout) == document
+    assert f"{bound['share']:.1%} of the" in invoke(folder, "front", "--study", "demo").stderr
+    plain = invoke(folder, "search", "--sampler", "random", "--study", "plain", "--budget", "3", "--json")
+    assert json.loads(plain.stdout)["bound"] is None
+    assert "tables" not in plain.stderr
+
+
+def test_the_bound_of_exact_tables_is_nearly_the_true_front() -> None:
+    evaluator = AnalyticEvaluator()
+    space = bind_space(load_space("default"), evaluator.graph)
+    bound = tables_bound(space, evaluator.tables(space), [], {})
+    best = {"calibration": "mse", "granularity": "channel_wise"}
+    every = []
+    for index in range(2**8):
+        layers = {one.name: one.values[index >> i & 1] for i, one in enumerate(space.layers)}
+        found = evaluator.evaluate(space.config({**best, **layers}))
+        every.append((found.latency.median_ms, float(found.memory.peak_bytes), found.accuracy.top1_loss_pp))
+    true = objective_hypervolume(np.array(every), evaluator.baseline)
+    # Supported points alone: never more than there is, and not much less.
+    assert 0.9 * true < bound.hypervolume <= true + 1e-9
+    assert moocore.is_nondominated(bound.points).all()
+    limited = tables_bound(space, evaluator.tables(space), [], {"top1_loss_pp": 0.5})
+    assert 0 < limited.hypervolume < bound.hypervolume
+    assert limited.points[:, 2].max() <= 0.5
+
+
+def test_constraints_that_nothing_meets_end_with_the_closest_and_exit_code_3(tmp_path: Path) -> None:
+    limits = ("--max-latency-ms", "0.5", "--max-loss-pp", "0")
+    result = invoke(tmp_path, *PLANNED, "--budget", "10", "--json", *limits)
+    assert result.exit_code == 3, result.stderr
+    document = json.loads(result.stdout)
+    assert document["front"] == [] and len(document["closest"]) == 3
+    assert document["bound"] == {"hypervolume": 0.0, "share": None, "trials": 10}
+    again = invoke(tmp_path, *PLANNED, "--budget", "12", *limits)
+    assert again.exit_code == 3
+    assert "no configuration is within latency_ms <= 0.5, top1_loss_pp <= 0; the closest are" in " ".join(again.stdout.split())
+
+
+def test_a_space_without_a_choice_is_exhausted_by_its_one_configuration(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("version: 1\nskip: ['*']\n")
+    result = invoke(tmp_path, *PLANNED, "--space", "one.yaml", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "stopping at 1 of 200" in result.stderr
+    assert table_rows(handle_of(tmp_path)) == []
+
+
+def test_a_note_that_the_user_has_changed_stays(planned: tuple[Path, dict], tmp_path: Path) -> None:
+    dashboard = pytest.importorskip("optuna_dashboard")
+    assert invoke(tmp_path, *PLANNED, "--budget", "1").exit_code == 0
+    handle = handle_of(tmp_path)
+    rows = [{**row, "divergence": 2 * row["divergence"]} for row in table_rows(handle)]
+    attach_tables(handle, rows[:3])
+    note = dashboard.get_note(handle.study)
+    assert all((row["layer"] in note) == (row in rows[:3]) for row in rows)
+    dashboard.save_note(handle.study, "mine")
+    attach_tables(handle, rows)
+    assert dashboard.get_note(handle.study) == "mine"
+    assert table_rows(handle) == rows
+
+
+def test_a_real_planned_search(small: Path) -> None:
+    # A trial that stops early is a matter of luck on so few images.
+    options = (*PLANNED, *SMALL[1:-1], "planned", "--no-early-stopping", "--json", "--budget")
+    first = within(small, *options, "3")
+    assert first.returncode == 0, first.stderr
+    assert "mixed configurations for the cost table" in first.stderr
+    done, handle = completed(small, "planned"), handle_of(small, "planned")
+    assert len(done) == 3 and len(table_rows(handle)) == 3
+    again = within(small, *options, "5")
+    assert again.returncode == 0, again.stderr
+    # Kernel times were kept, and a table that is measured twice would have other rows.
+    assert "mixed configurations" not in again.stderr
+    assert table_rows(handle_of(small, "planned")) == table_rows(handle)
+    assert len(set(completed(small, "planned").values())) == 5
+    document = json.loads(again.stdout)
+    assert document["bound"]["trials"] == 5
+    assert {"cost_table", "sensitivity_table"} <= set(document["seconds"])
+    trials = handle_of(small, "planned").study.get_trials(states=(TrialState.COMPLETE,))
+    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == 5

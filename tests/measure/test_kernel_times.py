@@ -1,0 +1,66 @@
+"""Times of kernels inside modules, over a machine whose clock is known; and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from qsearch.measure import kernel_times
+from qsearch.measure.kernel_times import KernelTimes, time_kernels
+
+SECONDS = {"conv": 50e-6, "depthwise": 20e-6, "convert": 4e-6}
+# What the instrument adds to every call.
+EXCESS = 3e-6
+
+
+class Machine:
+    """A virtual machine that calls kernels in order; only its own clock moves."""
+
+    def __init__(self, clock: SimpleNamespace, calls: list[str]) -> None:
+        self.clock, self.calls, self.mark = clock, calls, None
+
+    def set_instrument(self, mark):
+        self.mark = mark
+
+    def __getitem__(self, name):
+        return self.run
+
+    def time_evaluator(self, name, device, number, repeat):
+        return lambda given: SimpleNamespace(results=[sum(SECONDS[call] for call in self.calls)])
+
+    def run(self, given):
+        for call in self.calls:
+            self.mark(None, "vm.builtin.reshape", True, None)
+            self.mark(None, call, True, None)
+            self.clock.now += SECONDS[call] + EXCESS
+            self.mark(None, call, False, None)
+
+
+def module(clock, *calls):
+    kernels = tuple(SimpleNamespace(symbol=name) for name in dict.fromkeys(calls))
+    return SimpleNamespace(open=lambda: Machine(clock, list(calls)), kernels=kernels)
+
+
+def test_what_the_instrument_takes_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    seen: list[tuple[int, int]] = []
+    modules = [module(clock, "conv", "depthwise", "conv"), module(clock, "conv", "convert", "depthwise", "convert")]
+    found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32), lambda done, total: seen.append((done, total)))
+    assert found == {name: pytest.approx(seconds, rel=1e-6) for name, seconds in SECONDS.items()}
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] == len(seen) - 1
+    assert time_kernels([], np.zeros((1, 3, 4, 4), np.float32)) == {}
+
+
+def test_times_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KernelTimes(tmp_path).put({"a": 1e-5, "b": 2e-5})
+    assert KernelTimes(tmp_path).get("a") == 1e-5
+    assert KernelTimes(tmp_path).get("c") is None
+    (tmp_path / "b.time.json").write_text("{")
+    assert KernelTimes(tmp_path).get("b") is None
+    # Another processor's are not this one's.
+    monkeypatch.setattr(kernel_times, "_processor", lambda: "another")
+    assert KernelTimes(tmp_path).get("a") is None

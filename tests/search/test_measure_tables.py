@@ -1,0 +1,109 @@
+"""The planner's tables of a small compiled network, and their rows where every term is known."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
+
+from qsearch.measure.kernel_times import KernelTimes
+from qsearch.measure.memory import measure_memory
+from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.evaluator import Settings
+from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.space import SearchSpace, load_space
+from qsearch.search.tables import cost_table
+from qsearch.search.tables.layer_tables import Tables, layer_rows, table_settings
+from qsearch.search.tables.measure_tables import measure_tables
+
+
+@pytest.fixture(scope="module")
+def measured(small: Path) -> tuple[ModelEvaluator, BoundSpace, Tables]:
+    """The smallest network with its tables."""
+    settings = Settings("broken_networks:Net", data=small / "data", cache_dir=small / "studies" / "cache")
+    evaluator = open_evaluator(settings, lambda clause: None)
+    space = bind_space(load_space("default"), evaluator.graph)
+    return evaluator, space, measure_tables(evaluator, space, lambda clause: None)
+
+
+def configs(space: BoundSpace) -> list[tuple[np.ndarray, dict[str, str]]]:
+    """Every choice of precisions, as a row and as parameters."""
+    rows = itertools.product(*(range(len(one.values)) for one in space.layers))
+    return [(np.array(row), {one.name: one.values[v] for one, v in zip(space.layers, row, strict=True)}) for row in rows]
+
+
+def test_bytes_are_those_of_the_modules(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    evaluator, space, tables = measured
+    for row, layers in configs(space):
+        module = evaluator.compile(space.config({**table_settings(space)[0], **layers}))
+        assert tables.weight_bytes(row[None])[0] == pytest.approx(module.weight_bytes, abs=0.5)
+        assert tables.cost(module_config := space.config(layers)).peak_bytes == measure_memory(module).peak_bytes, module_config
+
+
+def test_latency_is_split_into_terms_without_a_loss(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    _, space, tables = measured
+    rows, layers = zip(*configs(space), strict=True)
+    exact = [tables.cost(space.config(one)).latency_ms for one in layers]
+    assert min(exact) > 0
+    np.testing.assert_allclose(tables.latency(np.stack(rows)), exact, rtol=0.05)
+
+
+def test_a_second_study_times_nothing(measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch) -> None:
+    evaluator, space, tables = measured
+    clauses: list[str] = []
+    monkeypatch.setattr(cost_table, "time_kernels", lambda *arguments: pytest.fail("kernels were timed again"))
+    again = measure_tables(evaluator, space, clauses.append)
+    assert layer_rows(space, again) == layer_rows(space, tables)
+    assert not [clause for clause in clauses if "timing" in clause or "sensitivity" in clause]
+    assert {"cost_table", "sensitivity_table"} <= set(evaluator.seconds)
+
+
+def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    evaluator, space, tables = measured
+    in_float = space.config({one.name: "fp32" for one in space.layers})
+    assert tables.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+    # Also where no layer of the space may be in float.
+    chosen = {"version": 1, "name": "int8", "precisions": {"default": ["int8"]}}
+    only = bind_space(SearchSpace.model_validate(chosen), evaluator.graph)
+    again = measure_tables(evaluator, only, lambda clause: None)
+    assert again.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+
+
+def test_new_kernels_are_told_on_the_clock_of_the_known_ones(tmp_path: Path) -> None:
+    known = KernelTimes(tmp_path)
+    known.put({"a": 1.0, "b": 3.0, "c": 5.0})
+    # The machine has become twice as slow; one of the three was disturbed.
+    found = cost_table._new_times({"a": 2.0, "b": 6.0, "c": 90.0, "d": 8.0}, known)
+    assert found == {"d": 4.0}
+    assert cost_table._new_times({"e": 8.0}, known) == {"e": 8.0}
+
+
+def test_divergence_depends_on_the_setting(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    _, space, tables = measured
+    lowest = {one.name: "int8" for one in space.layers}
+    found = [tables.divergence(space.config({**setting, **lowest})) for setting in table_settings(space)]
+    assert all(term[0] == 0 and term[1] > 0 for one in found for term in one.unary)
+    assert len({one.unary[1][1] for one in found}) > 1
+
+
+def test_rows_are_the_terms_in_the_setting_that_makes_the_least_of_them() -> None:
+    evaluator = AnalyticEvaluator()
+    space = bind_space(load_space("default"), evaluator.graph)
+    rows = layer_rows(space, evaluator.tables(space))
+    names = [layer.name for layer in evaluator.graph.layers]
+    assert sorted(row["layer"] for row in rows) == sorted(names)
+    for row in rows:
+        index = names.index(row["layer"])
+        assert row == {
+            "layer": names[index],
+            "position": index,
+            "precision": "int8",
+            "divergence": pytest.approx(evaluator._loss[index] * MODE_FACTOR["mse"] / LOSS_PER_NAT),
+            "latency_ms": pytest.approx(-evaluator._cost[index] * evaluator._gain[index]),
+            "weight_bytes": -3000.0,
+        }
+    nats = [row["divergence"] for row in rows]
+    assert nats == sorted(nats, reverse=True)
