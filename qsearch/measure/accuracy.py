@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_inter
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
+# Shares of a block per worker.
+SHARES = 8
 
 
 def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1, threads: int = 1) -> np.ndarray:
@@ -60,18 +63,19 @@ def run_blocks(
     """
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(processors // threads, len(images)))
-    machines: dict[int, Any] = {}
+    own = threading.local()
 
-    def run_share(worker: int, rows: np.ndarray) -> np.ndarray:
-        if worker not in machines and len(rows):
-            machines[worker] = open_machine()
-        return _run_share(machines.get(worker), images, rows)
+    def run_share(rows: np.ndarray) -> np.ndarray:
+        if not hasattr(own, "machine"):
+            own.machine = open_machine()
+        return _run_share(own.machine, images, rows)
 
     with ThreadPoolExecutor(workers) as pool:
         for block in blocks:
-            shares = np.array_split(block.reshape(-1, batch), workers)
-            parts = list(pool.map(run_share, range(workers), shares))
-            logits = np.concatenate([part for part in parts if len(part)])
+            # More shares than workers: where something else is busy on one processor too, the others take its share.
+            shares = np.array_split(block.reshape(-1, batch), min(SHARES * workers, len(block) // batch))
+            parts = list(pool.map(run_share, shares))
+            logits = np.concatenate(parts)
             if not np.isfinite(logits).all():
                 raise MeasureError(
                     "the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range"
@@ -82,8 +86,7 @@ def run_blocks(
 def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     import tvm
 
-    logits = [machine["main"](tvm.runtime.tensor(np.ascontiguousarray(images[row]))).numpy() for row in rows]
-    return np.concatenate(logits) if logits else np.zeros((0, 0), np.float32)
+    return np.concatenate([machine["main"](tvm.runtime.tensor(np.ascontiguousarray(images[row]))).numpy() for row in rows])
 
 
 def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:

@@ -64,7 +64,7 @@ class Bench:
 
     def stretch(self, mode: str) -> None:
         """Run all trials once."""
-        one_core = {min(os.sched_getaffinity(0))}
+        one_core = {max(os.sched_getaffinity(0))}
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             handle = stack.enter_context(study_to_search(mode, Identity({"model": "bench"}), f"sqlite:///{folder}/study.db"))
             handle.study.sampler = make_sampler("random", 0, 0)

@@ -215,3 +215,12 @@ def test_help_does_not_wait_for_anything_heavy(tmp_path: Path) -> None:
     assert all(verb in result.stdout for verb in ("search", "front", "dashboard"))
     code = "import sys, qsearch.commands.app; print([m for m in ('torch', 'tvm', 'optuna', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_more_jobs_than_processors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsearch.search.processors._available", lambda: [3])
+    result = invoke(tmp_path, "search", "--jobs", "2")
+    assert result.exit_code == 2
+    assert "--jobs 2 needs a processor beside the 1" in result.stderr
+    assert invoke(tmp_path, "search", "--jobs", "3").exit_code == 2
+    assert not (tmp_path / "studies").exists()

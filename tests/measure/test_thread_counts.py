@@ -33,9 +33,10 @@ class Machine(dict[str, Any]):
 @pytest.mark.parametrize(("threads", "workers"), [(1, 8), (2, 4), (3, 2), (8, 1), (9, 1)])
 def test_workers_share_the_processors_between_their_threads(threads: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    images, opened = np.random.default_rng(0).random((24, 1, 4, 4), np.float32), []
+    images, opened, all_there = np.random.default_rng(0).random((24, 1, 4, 4), np.float32), [], threading.Barrier(workers)
 
     def open_machine() -> Machine:
+        all_there.wait(60)
         opened.append(Machine())
         return opened[-1]
 
