@@ -11,11 +11,12 @@ from qsearch.calibrate.histogram import TensorStatistics, channel_extremes
 from qsearch.calibrate.record import StatisticsRecord
 from qsearch.errors import CalibrationError, DataError
 from qsearch.models.graph import Model, Node
-from qsearch.models.interpret import interpret
+from qsearch.models.interpret import interpret, one_thread
 
 __all__ = ["observe"]
 
 
+@one_thread()
 def observe(
     model: Model, images: np.ndarray, batch_size: int, progress: Callable[[int, int], None] | None = None
 ) -> StatisticsRecord:

@@ -8,7 +8,8 @@ CPUs; logical shapes stay (N, C, H, W).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from qsearch.errors import UnsupportedModelError
 from qsearch.models.graph import ForeignOp, Graph, Model, Node, Parameters, Pool
 from qsearch.models.interpret_memory import MEMORY_OPERATIONS
 
-__all__ = ["call_foreign", "forward", "interpret"]
+__all__ = ["call_foreign", "forward", "interpret", "one_thread"]
 
 _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -33,6 +34,21 @@ _POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "tanh": torch.tanh,
 }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch run on one thread; also a decorator.
+
+    Its threads wait for each other by spinning, at every operation: beside one other busy process the small operations
+    of a network take fifty times as long on two threads as on one. On idle processors little is lost.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

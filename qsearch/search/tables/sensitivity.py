@@ -27,6 +27,7 @@ import torch
 from qsearch.config import Calibration, Granularity, WeightScale
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
+from qsearch.models.interpret import one_thread
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, rounded_weight
 from qsearch.search.tables.projection import Rounded, project
@@ -140,6 +141,7 @@ class Sensitivity:
         return np.zeros(samples.shape[1]) if precision == "fp32" else samples[self.places[layer, precision]]
 
 
+@one_thread()
 def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, int], None]) -> Sensitivity:
     """Measure the table: one forward and one backward pass per image.
 
