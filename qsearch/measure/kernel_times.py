@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qsearch.build.link import CompiledModule
+from qsearch.measure.latency import PAUSE_S
 
 __all__ = ["KernelTimes", "time_kernels"]
 
@@ -73,13 +74,18 @@ class KernelTimes:
 
 
 def time_kernels(
-    modules: Sequence[CompiledModule], image: np.ndarray, progress: Callable[[int, int], None] = lambda done, total: None
+    modules: Sequence[CompiledModule],
+    image: np.ndarray,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Time every kernel of some modules inside them.
 
     Args:
         modules: Run in turns.
         image: float32 (N, C, H, W).
+        threads: Threads the modules run on. On one thread it is its processor's time that counts, which leaves out
+            when another process had the core.
         progress: Called with (rounds done, rounds in all).
 
     Returns:
@@ -89,7 +95,7 @@ def time_kernels(
     import tvm
 
     given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    runs = [_Instrumented(module, given) for module in modules]
+    runs = [_Instrumented(module, given, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
     times: list[list[np.ndarray]] = [[] for _ in runs]
     for i in range(WARM_UP + ROUNDS):
         progress(i, WARM_UP + ROUNDS)
@@ -98,20 +104,26 @@ def time_kernels(
             if i >= WARM_UP:
                 seen.append(found)
     progress(WARM_UP + ROUNDS, WARM_UP + ROUNDS)
+    excess = _excess(times)
     quartiles = [np.quantile(np.array(seen), QUANTILE, axis=0) for seen in times]
-    excess = np.median([(found[1:].sum() - found[0]) / max(len(found) - 1, 1) for found in quartiles]) if quartiles else 0.0
     places: dict[str, list[float]] = {}
     for run, found in zip(runs, quartiles, strict=True):
         for symbol, seconds in zip(run.symbols, found[1:], strict=True):
-            places.setdefault(symbol, []).append(max(float(seconds) - float(excess), LEAST_SHARE * float(seconds)))
+            places.setdefault(symbol, []).append(max(float(seconds) - excess, LEAST_SHARE * float(seconds)))
     return {symbol: float(np.mean(found)) for symbol, found in places.items()}
+
+
+def _excess(times: Sequence[Sequence[np.ndarray]]) -> float:
+    """Seconds that the instrument adds to a call: the median over all turns, in which both ways are disturbed alike."""
+    found = [(turn[1:].sum() - turn[0]) / max(len(turn) - 1, 1) for seen in times for turn in seen]
+    return max(float(np.median(found)), 0.0) if found else 0.0
 
 
 class _Instrumented:
     """A module that notes the time of each of its kernel calls."""
 
-    def __init__(self, module: CompiledModule, given: Any) -> None:
-        self.given = given
+    def __init__(self, module: CompiledModule, given: Any, clock: Callable[[], float]) -> None:
+        self.given, self.clock = given, clock
         self.plain, self.machine = module.open(), module.open()
         self.machine.set_instrument(self._mark)
         self.function = self.machine["main"]
@@ -119,23 +131,27 @@ class _Instrumented:
         self.symbols: list[str] = []
         self.seconds: list[float] = []
         self.start = 0.0
-        self.number = max(1, round(TURN_S / self._whole(1)))
+        self.number = max(1, round(TURN_S / max(self._whole(1), 1e-6)))
 
     def _mark(self, function: Any, name: str, before: bool, result: Any, *arguments: Any) -> int:
         if name not in self.wanted:
             return 0
         if before:
-            self.start = time.perf_counter()
+            self.start = self.clock()
         else:
-            self.seconds.append(time.perf_counter() - self.start)
+            self.seconds.append(self.clock() - self.start)
             self.symbols.append(name)
         return 0
 
     def _whole(self, number: int) -> float:
-        """Seconds of one inference without the instrument, as the mean of a number of them."""
+        """Seconds of one inference without the instrument, as the mean of a number of them and one more."""
         import tvm
 
-        return float(self.plain.time_evaluator("main", tvm.cpu(), number=number, repeat=1)(self.given).results[0])
+        evaluator = self.plain.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
+        start = self.clock()
+        # The loop runs inside TVM, free of Python; before it counts it runs once.
+        evaluator(self.given)
+        return (self.clock() - start) / (number + 1)
 
     def turn(self) -> np.ndarray:
         """Run for a while, first without the instrument: by then caches hold of this module what they can.
@@ -143,7 +159,9 @@ class _Instrumented:
         Returns:
             float64 (1 + calls,): seconds of one inference without the instrument, then those of each call.
         """
+        time.sleep(PAUSE_S)
         whole, calls = self._whole(self.number), []
+        time.sleep(PAUSE_S)
         for _ in range(self.number):
             self.symbols, self.seconds = [], []
             self.function(self.given)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.backend.resource_tracker import ensure_running
 
 from qsearch.config import QuantConfig
 
@@ -74,6 +75,8 @@ class Worker:
 @contextmanager
 def _interrupt_blocked() -> Iterator[None]:
     """Keep Ctrl-C from the processes that the block starts: they inherit what is blocked. Nothing is lost of it here."""
+    # Whoever starts the tracker has SIGINT unblocked by it.
+    ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -87,6 +90,7 @@ _packer: Packer | None = None
 def _begin(packer: Packer, parent: int) -> None:
     """Make this process a worker."""
     global _packer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _packer = packer
 

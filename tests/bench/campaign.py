@@ -31,8 +31,9 @@ __all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measur
 PLAIN = "-plain"
 # How often other processes' measurements are looked at, in measurements.
 REFRESH = 50
-# Of a configuration on the front: with one each, the front of thousands would be that of the luckiest.
-TIMINGS = 5
+# Of a configuration on the front: with one each, the front of thousands would be that of the luckiest. Some are off it for
+# bad luck; that of a single timing is mostly less than NEAR, a share of the latency.
+TIMINGS, NEAR = 5, 0.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
         seed: Of the sampler.
         trials: How many configurations to measure.
     """
+    problem.measured.refresh()
     path = problem.folder / "runs" / f"{sampler}-{_version(sampler)}-{seed}.json"
     if path.is_file():
         found = Run(**json.loads(path.read_text(encoding="utf-8")))
@@ -143,18 +145,32 @@ def fill(problem: Problem, count: int) -> None:
     _measure_each(problem, proposals(), count)
 
 
-def settle(problem: Problem) -> None:
-    """Time what is on the front, or was noisy, again until all of that has TIMINGS timings."""
+def settle(problem: Problem, at_least: int = 1) -> None:
+    """Time again what is on the front or nearly so, or was noisy, until all of that has TIMINGS timings.
+
+    Args:
+        problem: What is measured.
+        at_least: Timings that everything else shall have.
+    """
     measured = problem.measured
     while True:
         measured.refresh()
         noisy = [digest for digest, one in measured.known.items() if one.measurement.latency.noisy]
-        left = [digest for digest in {*_front(problem), *noisy} if measured.timings(digest) < TIMINGS]
+        left = [digest for digest in dict.fromkeys([*_near_front(problem), *noisy]) if measured.timings(digest) < TIMINGS]
+        left = left or [digest for digest in measured.known if measured.timings(digest) < at_least]
         if not left:
             return
         print(f"timing {len(left)} configurations again", file=sys.stderr, flush=True)
         for digest in left:
             measured.time_again(measured.known[digest].config)
+
+
+def _near_front(problem: Problem) -> list[str]:
+    """The known configurations that would be on the front if they were faster by NEAR."""
+    known = problem.measured.known
+    front = np.array([known[digest].objectives for digest in _front(problem)])
+    slack = np.array([1.0 - NEAR, 1.0, 1.0])
+    return [digest for digest, one in known.items() if not (front < np.array(one.objectives) * slack).all(axis=1).any()]
 
 
 def _front(problem: Problem) -> list[str]:

@@ -76,15 +76,17 @@ class MeasuredFolder:
     """The measurements of one problem: a file of lines per process, so that several can measure at once.
 
     The least of thousands of timings is mostly luck. A configuration may therefore be timed more than once; its latency
-    is the middle one, leaving out the noisy ones where there are others.
+    is the middle one, leaving out the noisy ones where there are others. Latencies are told on one clock, whichever
+    process measured them: as paired ratios they do not depend on it.
 
     Args:
         path: The folder.
         source: Measures what is not known.
+        float_ms: Latency of the float module, milliseconds.
     """
 
-    def __init__(self, path: Path, source: Source) -> None:
-        self.path, self.source = path, source
+    def __init__(self, path: Path, source: Source, float_ms: float) -> None:
+        self.path, self.source, self.float_ms = path, source, float_ms
         path.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, Measured] = {}
         self._timings: dict[str, list[Latency]] = {}
@@ -126,7 +128,7 @@ class MeasuredFolder:
     def _keep(self, line: dict[str, Any]) -> None:
         found = None if "again" in line else Measured.from_json(line)
         digest = line["again"] if found is None else found.config.content_hash()
-        timing = Latency(**line["latency"]) if found is None else found.measurement.latency
+        timing = self._on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
         timings = self._timings.setdefault(digest, [])
         timings.append(timing)
         # Two processes may have measured it, and the second timing may be read before the first.
@@ -135,6 +137,12 @@ class MeasuredFolder:
             quiet = [one for one in timings if not one.noisy] or timings
             middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
             self.known[digest] = replace(known, measurement=replace(known.measurement, latency=middle))
+
+    def _on_clock(self, timing: Latency) -> Latency:
+        if timing.ratio is None:
+            return timing
+        median_ms = timing.ratio * self.float_ms
+        return replace(timing, median_ms=median_ms, spread_ms=timing.spread_ms * median_ms / timing.median_ms)
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

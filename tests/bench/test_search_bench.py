@@ -21,7 +21,7 @@ from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
 
-IMAGES, TABLE_SECONDS = 200, 30.0
+IMAGES, TABLE_SECONDS, FLOAT_MS = 200, 30.0, 10.0
 SPACE = {"version": 1, "name": "two modes", "calibration": {"modes": ["max", "mse"]}, "granularities": ["channel_wise"]}
 
 
@@ -71,7 +71,7 @@ def problem(source, tmp_path):
     labels = np.arange(IMAGES) % 4
     # Float has all images right, by margins that grow.
     logits = np.eye(4, dtype=np.float32)[labels] * (1 + np.arange(IMAGES, dtype=np.float32))[:, None]
-    measured = MeasuredFolder(tmp_path / "measured", source)
+    measured = MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)
 
     def tables():
         return TimedTables(source.tables(space), TABLE_SECONDS)
@@ -120,7 +120,7 @@ def test_measurements_outlive_their_process(problem, source, tmp_path):
     kept = file.read_text()
     # What a killed process leaves behind.
     file.write_text(kept + kept.splitlines()[0][:80])
-    again = MeasuredFolder(tmp_path / "measured", source)
+    again = MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)
     assert list(again.known) == run.digests
     for digest, found in problem.measured.known.items():
         read = again.known[digest]
@@ -139,9 +139,19 @@ def test_the_middle_of_several_timings_counts(problem, source, tmp_path):
     for ms in times:
         source.timed = replace(once, median_ms=ms, noisy=ms < 1)
         problem.measured.time_again(config)
-    for measured in (problem.measured, MeasuredFolder(tmp_path / "measured", source)):
+    for measured in (problem.measured, MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)):
         assert measured.timings(digest) == 4
         assert measured.known[digest].measurement.latency.median_ms == once.median_ms + 1, "the noisy one does not count"
+
+
+def test_latencies_are_told_on_one_clock(problem, source, tmp_path):
+    config = problem.space.config({})
+    latency = problem.measured.evaluate(config).measurement.latency
+    source.timed = replace(latency, median_ms=0.9 * 4.0, spread_ms=0.4, ratio=0.9)
+    for _ in range(3):
+        problem.measured.time_again(config)
+    again = MeasuredFolder(tmp_path / "measured", source, 2.0).known[config.content_hash()].measurement.latency
+    assert (again.median_ms, again.spread_ms) == (pytest.approx(1.8), pytest.approx(0.2))
 
 
 def test_settling_undoes_luck(problem, source):
@@ -153,10 +163,11 @@ def test_settling_undoes_luck(problem, source):
     problem.measured.known[lucky.content_hash()] = replace(found, measurement=replace(found.measurement, latency=latency))
     assert reference_hypervolume(problem) > front
     settle(problem)
-    # Off the front after the second timing, it needs no more.
-    assert problem.measured.timings(lucky.content_hash()) == 2
-    assert max(problem.measured.timings(digest) for digest in problem.measured.known) == TIMINGS
+    counts = {digest: problem.measured.timings(digest) for digest in problem.measured.known}
+    assert counts[lucky.content_hash()] == TIMINGS and set(counts.values()) == {1, TIMINGS}, "what is far off needs no more"
     assert reference_hypervolume(problem) == pytest.approx(front)
+    settle(problem, at_least=3)
+    assert {problem.measured.timings(digest) for digest in problem.measured.known} == {3, TIMINGS}
 
 
 def test_filling_measures_new_configurations_only(problem, source):

@@ -29,7 +29,11 @@ class Machine:
         return self.run
 
     def time_evaluator(self, name, device, number, repeat):
-        return lambda given: SimpleNamespace(results=[sum(SECONDS[call] for call in self.calls)])
+        def run(given):
+            # It runs once before it counts.
+            self.clock.now += (number + 1) * sum(SECONDS[call] for call in self.calls)
+
+        return run
 
     def run(self, given):
         for call in self.calls:
@@ -44,12 +48,14 @@ def module(clock, *calls):
     return SimpleNamespace(open=lambda: Machine(clock, list(calls)), kernels=kernels)
 
 
-def test_what_the_instrument_takes_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads, name", [(1, "thread_time"), (2, "perf_counter")])
+def test_what_the_instrument_takes_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch, threads: int, name: str) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    still = {"thread_time": lambda: 0.0, "perf_counter": lambda: 0.0, "sleep": lambda seconds: None}
+    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(**still | {name: lambda: clock.now}))
     seen: list[tuple[int, int]] = []
     modules = [module(clock, "conv", "depthwise", "conv"), module(clock, "conv", "convert", "depthwise", "convert")]
-    found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32), lambda done, total: seen.append((done, total)))
+    found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32), threads, lambda done, total: seen.append((done, total)))
     assert found == {name: pytest.approx(seconds, rel=1e-6) for name, seconds in SECONDS.items()}
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] == len(seen) - 1
     assert time_kernels([], np.zeros((1, 3, 4, 4), np.float32)) == {}

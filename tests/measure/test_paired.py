@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,20 @@ def test_noise_is_tried_again_for_longer_and_then_marked() -> None:
     (found,) = measure_paired(passing.machine(4.0), [passing.machine(1.0)], IMAGE, 4.0, SETTINGS)
     assert (found.noisy, found.repeats) == (False, 63)
     assert found.median_ms == pytest.approx(1.0)
+
+
+def test_a_repeat_that_waited_for_its_core_is_made_again() -> None:
+    waits = iter([False, True, True, False] * 1000)
+
+    def timed(image: Any) -> SimpleNamespace:
+        waited = next(waits)
+        time.sleep(0.005 * waited)
+        return SimpleNamespace(results=[2e-3 if waited else 1e-3])
+
+    machine = SimpleNamespace(time_evaluator=lambda name, device, number, repeat: timed)
+    found = measure_latency(machine, IMAGE, SETTINGS)
+    # Half of what was timed waited, and none of it counts.
+    assert (found.median_ms, found.spread_ms, found.repeats) == (1.0, 0.0, 21)
 
 
 def test_trials_measured_before_there_were_ratios_are_read() -> None:

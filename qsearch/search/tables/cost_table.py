@@ -160,7 +160,8 @@ def _timed(
     unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
     if unknown:
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        clock.times.put(_new_times(time_kernels([linker.build(one) for one in unknown], request.image), clock.times))
+        found = time_kernels([linker.build(one) for one in unknown], request.image, linker.target.threads)
+        clock.times.put(_new_times(found, clock.times))
     for _, calls in plans:
         for call in calls:
             clock.learn(call)
