@@ -149,6 +149,7 @@ class _Timer:
         self.machine, self.image, self.settings, self.attempts = machine, image, settings, attempts
         self.number = 1
         self.samples: list[float] = []
+        self._timed: dict[int, Any] = {}
 
     def warm_up(self) -> None:
         """Run until warm, then fix the number of inferences per repeat."""
@@ -181,5 +182,7 @@ class _Timer:
     def _seconds(self, number: int) -> float:
         import tvm
 
-        timed = self.machine.time_evaluator("main", tvm.cpu(), number=number, repeat=1)(self.image)
-        return float(timed.results[0])
+        # Made once: beside a busy thread of this process every step of Python may have to wait.
+        if number not in self._timed:
+            self._timed[number] = self.machine.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
+        return float(self._timed[number](self.image).results[0])

@@ -6,7 +6,6 @@ times, that thread has processors for itself: the worker process and the driver 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,10 +20,6 @@ from qsearch.search.processors import Processors
 from qsearch.search.workers import Worker
 
 __all__ = ["Pipeline"]
-
-# Seconds for which a thread of this process may keep another from running Python. The measuring thread needs Python between
-# two repeats; at the usual 5 ms the driver's records would stretch a timing to twice its length.
-SWITCH_S = 1e-4
 
 
 class Pipeline:
@@ -49,9 +44,6 @@ class Pipeline:
 
     def __enter__(self) -> Pipeline:
         """Keep the calling thread aside."""
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_S)
-        self._context.callback(sys.setswitchinterval, before)
         self._context.enter_context(self._processors.aside())
         self._loader = self._context.enter_context(ThreadPoolExecutor(1))
         self._device = self._context.enter_context(ThreadPoolExecutor(1, initializer=self._processors.everywhere))

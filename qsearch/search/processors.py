@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from qsearch.errors import UsageError
 __all__ = ["MOST_JOBS", "Processors", "check_jobs", "default_jobs", "split_processors"]
 
 MOST_JOBS = 2
+# Seconds for which a thread may keep another from running Python while a module is timed. The measuring thread needs Python
+# between two repeats; at the usual 5 ms the driver's records would stretch a timing to twice its length.
+SWITCH_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,14 @@ class Processors:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Run the block on the device's processors."""
-        with _kept_to(self.device):
-            yield
+        """Run the block on the device's processors, and let no other thread of this process keep Python from it for long."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            with _kept_to(self.device):
+                yield
+        finally:
+            sys.setswitchinterval(before)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

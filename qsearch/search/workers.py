@@ -21,6 +21,8 @@ __all__ = ["Packer", "Worker"]
 
 # How long a worker may outlive a killed parent, seconds.
 ORPHAN_S = 0.5
+# How far a worker gives way to the driver, which runs on the same processors.
+NICENESS = 5
 
 
 class Packer(Protocol):
@@ -91,6 +93,8 @@ def _begin(packer: Packer, parent: int) -> None:
     """Make this process a worker."""
     global _packer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A driver that waits for the processor while it holds Python's lock holds up the timing in its own process.
+    os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _packer = packer
 

@@ -82,6 +82,7 @@ class Bench:
             start = time.monotonic()
             run_search(handle, problem, Limits(len(self.values)))
             self.seconds[mode].append(time.monotonic() - start)
+            print(f"{mode}: {60 * len(self.values) / self.seconds[mode][-1]:.1f} trials per minute", file=sys.stderr)
             for trial in finished(handle.study):
                 measured = measurement_from_json(trial.user_attrs["measurement"])
                 self.found[mode].setdefault(trial.user_attrs["config_hash"], []).append(measured)
