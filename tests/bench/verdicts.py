@@ -13,7 +13,7 @@ from problems import Problem
 from qsearch.search.front import hypervolume
 from qsearch.search.samplers import PLANNER
 
-__all__ = ["Curves", "curves_of", "reference_hypervolume", "results", "verdicts"]
+__all__ = ["Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "verdicts"]
 
 TRIALS = (10, 20, 25, 50, 100, 200)
 COMPARED = (25, 50, 100, 200)
@@ -84,13 +84,18 @@ def verdicts(curves: Mapping[str, Curves]) -> dict[str, Any]:
     if PLANNER not in curves:
         return {}
     planner = curves[PLANNER]
-    length = planner.percent.shape[1]
     counts = [count for count in COMPARED if all(count <= found.percent.shape[1] for found in curves.values())]
     return {
         "trials_to_equal_random": _trials_to_equal(planner, curves["random"]) if "random" in curves else None,
         "at_equal_trials": [{"trials": n, **_ranking({s: one.at_trial(n) for s, one in curves.items()})} for n in counts],
-        "at_equal_time": [_at_time(curves, planner, count) for count in COMPARED if count <= length],
+        "at_equal_time": at_equal_time(curves),
     }
+
+
+def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
+    """All samplers at the times that the planner takes for some numbers of trials."""
+    planner = curves[PLANNER]
+    return [_at_time(curves, planner, count) for count in COMPARED if count <= planner.percent.shape[1]]
 
 
 def _trials_to_equal(planner: Curves, other: Curves) -> int | None:
