@@ -24,7 +24,7 @@ from qsearch.measure.latency import PAUSE_S
 __all__ = ["KernelTimes", "time_kernels"]
 
 # Raised whenever the same kernels would be given other times.
-METHOD = 2
+METHOD = 3
 ROUNDS = 25
 WARM_UP = 3
 # The lower quartile over rounds: other processes only ever add time.

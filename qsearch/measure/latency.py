@@ -20,10 +20,6 @@ LONGER = 3
 # Slept before each repeat of a pair. On a core that something else runs on as well, a process that has just slept starts
 # on a fresh slice of time; without that the slices fall into step with the turns, and always hit the same one of the two.
 PAUSE_S = 2e-3
-# A repeat during which the thread had no processor for more than this share of the time is made again, so often at most.
-MOST_STOLEN, ATTEMPTS = 0.03, 4
-# What reading two clocks may differ by, seconds.
-CLOCKS_S = 5e-5
 
 
 @dataclass(frozen=True)
@@ -123,8 +119,7 @@ def _time(
     import tvm
 
     given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    # Threads of a pool wait for each other as well; only one that is alone has no processor through others alone.
-    timers = [_Timer(machine, given, settings, ATTEMPTS if threads == 1 else 1) for machine in machines]
+    timers = [_Timer(machine, given, settings, threads) for machine in machines]
     for timer in timers:
         timer.warm_up()
     for _ in range(settings.repeats):
@@ -145,8 +140,8 @@ def _threads_used(threads: int) -> int:
 class _Timer:
     """Repeats of one module; the loop over inferences runs inside TVM, free of Python."""
 
-    def __init__(self, machine: Any, image: Any, settings: TimingSettings, attempts: int) -> None:
-        self.machine, self.image, self.settings, self.attempts = machine, image, settings, attempts
+    def __init__(self, machine: Any, image: Any, settings: TimingSettings, threads: int) -> None:
+        self.machine, self.image, self.settings, self.threads = machine, image, settings, threads
         self.number = 1
         self.samples: list[float] = []
         self._timed: dict[int, Any] = {}
@@ -159,20 +154,17 @@ class _Timer:
         self.number = max(1, round(self.settings.repeat_ms / 1e3 / max(once, 1e-7)))
 
     def repeat(self) -> None:
-        """Time one repeat, the least disturbed of a few attempts.
+        """Time one repeat.
 
-        A module that had to wait for its core is not slower for it, and waits fall into step with the turns: both of a
-        pair may look alike disturbed while only one of them was.
+        On one thread by that thread's own clock, which stands still while something else has the processor: a module that
+        had to wait for it is no slower. Waits also fall into step with the turns, and would disturb one module of a pair
+        and not the other. Threads of a pool wait for each other, and only the clock on the wall sees that.
         """
-        found: list[tuple[float, float]] = []
-        while len(found) < self.attempts and (not found or found[-1][0] > MOST_STOLEN):
-            if found:
-                time.sleep(PAUSE_S)
-            wall, own = time.perf_counter(), time.thread_time()
-            seconds = self._seconds(self.number)
-            wall, own = time.perf_counter() - wall, time.thread_time() - own
-            found.append((max(wall - own - CLOCKS_S, 0.0) / wall, seconds))
-        self.samples.append(min(found)[1])
+        own = time.thread_time()
+        seconds = self._seconds(self.number)
+        # TVM runs once more before it counts.
+        own = (time.thread_time() - own) / (self.number + 1)
+        self.samples.append(own if self.threads == 1 else seconds)
 
     def result(self, threads: int) -> Latency:
         """Median and half the interquartile range."""

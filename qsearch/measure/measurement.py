@@ -12,7 +12,7 @@ class Latency:
     """Time of one inference.
 
     A latency that was paired with a reference module is told on the reference's clock, see
-    `qsearch.measure.latency.measure_paired`; how long the module took by the clock on the wall is `raw_ms`.
+    `qsearch.measure.latency.measure_paired`; how long the module itself took is `raw_ms`.
 
     Attributes:
         median_ms: Median over the repeats, milliseconds; where paired, the reference latency times `ratio`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qsearch.measure import latency
 from qsearch.measure.latency import MOST_SPREAD, TimingSettings, measure_latency, measure_paired
 from qsearch.search.front import measurement_from_json
 
@@ -17,19 +17,38 @@ IMAGE, SETTINGS = np.zeros((1, 1, 4, 4), np.float32), TimingSettings(1.0, 1.0, 2
 
 
 class Clock:
-    """What time is multiplied by on a shared machine, from one timing to the next."""
+    """What time is multiplied by on a shared machine, from one timing to the next; it stands in for the thread's."""
 
     def __init__(self, factor: Callable[[int], float]) -> None:
-        self.factor, self.timings = factor, 0
+        self.factor, self.timings, self.now = factor, 0, 0.0
+        latency.time = SimpleNamespace(thread_time=lambda: self.now, sleep=lambda seconds: None)  # type: ignore[attr-defined]
 
     def machine(self, milliseconds: float) -> Any:
         """A virtual machine whose inference takes so long where the factor is 1."""
 
-        def timed(image: Any) -> SimpleNamespace:
-            self.timings += 1
-            return SimpleNamespace(results=[milliseconds * 1e-3 * self.factor(self.timings)])
+        def evaluator(name: str, device: Any, number: int, repeat: int) -> Callable[[Any], SimpleNamespace]:
+            def timed(image: Any) -> SimpleNamespace:
+                self.timings += 1
+                seconds = milliseconds * 1e-3 * self.factor(self.timings)
+                self.now += (number + 1) * seconds
+                # By the clock on the wall another process has had the core for as long.
+                return SimpleNamespace(results=[2 * seconds])
 
-        return SimpleNamespace(time_evaluator=lambda name, device, number, repeat: timed)
+            return timed
+
+        return SimpleNamespace(time_evaluator=evaluator)
+
+
+@pytest.fixture(autouse=True)
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a clock puts in its place, the module's time comes back."""
+    monkeypatch.setattr(latency, "time", latency.time)
+
+
+def test_on_several_threads_the_wall_counts() -> None:
+    clock = Clock(lambda timing: 1.0)
+    assert measure_latency(clock.machine(1.0), IMAGE, SETTINGS).median_ms == pytest.approx(1.0)
+    assert measure_latency(clock.machine(1.0), IMAGE, SETTINGS, threads=2).median_ms == pytest.approx(2.0)
 
 
 def test_drift_cancels() -> None:
@@ -41,7 +60,7 @@ def test_drift_cancels() -> None:
     assert early.median_ms == pytest.approx(1.0, rel=0.01)
     assert late.median_ms == pytest.approx(early.median_ms, rel=0.01)
     assert late.raw_ms is not None and early.raw_ms is not None
-    # What the clock on the wall says has more than doubled.
+    # The time it took has more than doubled.
     assert late.raw_ms > 2 * early.raw_ms
     assert late.ratio == pytest.approx(late.median_ms / 4.0)
     assert (late.repeats, late.noisy) == (21, False)
@@ -68,23 +87,9 @@ def test_noise_is_tried_again_for_longer_and_then_marked() -> None:
     assert found.median_ms == pytest.approx(1.0)
 
 
-def test_a_repeat_that_waited_for_its_core_is_made_again() -> None:
-    waits = iter([False, True, True, False] * 1000)
-
-    def timed(image: Any) -> SimpleNamespace:
-        waited = next(waits)
-        time.sleep(0.005 * waited)
-        return SimpleNamespace(results=[2e-3 if waited else 1e-3])
-
-    machine = SimpleNamespace(time_evaluator=lambda name, device, number, repeat: timed)
-    found = measure_latency(machine, IMAGE, SETTINGS)
-    # Half of what was timed waited, and none of it counts.
-    assert (found.median_ms, found.spread_ms, found.repeats) == (1.0, 0.0, 21)
-
-
 def test_trials_measured_before_there_were_ratios_are_read() -> None:
-    latency = {"median_ms": 1.5, "spread_ms": 0.1, "repeats": 21, "number": 3}
+    timing = {"median_ms": 1.5, "spread_ms": 0.1, "repeats": 21, "number": 3}
     memory = {"weight_bytes": 1, "activation_bytes": 2, "workspace_bytes": 3}
     accuracy = {"top1": 90.0, "top5": 99.0, "top1_loss_pp": 0.5, "top1_loss_ci_pp": [0.0, 1.0], "images": 10, "output_sha256": ""}
-    old = measurement_from_json({"latency": latency, "memory": memory, "accuracy": accuracy})
+    old = measurement_from_json({"latency": timing, "memory": memory, "accuracy": accuracy})
     assert (old.latency.median_ms, old.latency.ratio, old.latency.raw_ms, old.latency.noisy) == (1.5, None, None, False)

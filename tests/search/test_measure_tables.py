@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
 
 from qsearch.measure.kernel_times import KernelTimes
@@ -70,6 +71,17 @@ def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, Bou
     only = bind_space(SearchSpace.model_validate(chosen), evaluator.graph)
     again = measure_tables(evaluator, only, lambda clause: None)
     assert again.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+
+
+def test_tvm_runs_once_more_than_it_counts(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    """Kernel times divide by that."""
+    evaluator, space, _ = measured
+    module, calls = evaluator.compile(space.config({})), []
+    machine = module.open()
+    machine.set_instrument(lambda function, name, before, *rest: (before and calls.append(name)) and 0)
+    image = tvm.runtime.tensor(np.ascontiguousarray(evaluator.images("search")[:1]))
+    machine.time_evaluator("main", tvm.cpu(), number=3, repeat=1)(image)
+    assert calls.count(module.kernels[0].symbol) == 4
 
 
 def test_new_kernels_are_told_on_the_clock_of_the_known_ones(tmp_path: Path) -> None:
