@@ -148,7 +148,8 @@ class _TimingOnly(StoppingRule):
 def _settings(name: str, root: Path, data: Path | None, cache: Path) -> tuple[Settings, SearchSpace]:
     if name != "small":
         return Settings(name, data=data, cache_dir=cache), load_space("default")
-    weights = root / "small_network.safetensors"
+    source = hashlib.sha256(Path(small_network.__file__).read_bytes()).hexdigest()[:12]
+    weights = root / f"small_network-{source}.safetensors"
     if not weights.is_file():
         # Kept, not trained anew: another version of PyTorch would give other weights and so another problem.
         _say("training the small network")
