@@ -9,6 +9,7 @@ evolutionary optimization assisted by Gaussian random field metamodels").
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,11 @@ __all__ = ["PlannerSampler"]
 WEIGHTINGS, REACH = 128, 2.0
 # Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
 SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
-# Gauss-Hermite nodes for the noise of a measured loss.
-NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
+# Gauss-Hermite nodes for what is uncertain of a latency and of a loss, and how far a latency may be off, relative.
+NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(3)
+LATENCY_SD = 0.02
+# Mixtures whose memory is planned before the first proposal.
+MIXTURES = 24
 # A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
 Placed = tuple[np.ndarray, int]
 # How far beyond a limit the corner of the hypervolume is, so that points at the limit count; a share of the scale.
@@ -63,6 +67,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         limits = np.array([constraints.limits.get(name, np.inf) for name in OBJECTIVES]) / self.scale
         self.wanted = Wanted(limits, np.minimum(limits + LIMIT_MARGIN, 1.0))
         self.costs: dict[bytes, Cost] = {}
+        self.planned: list[np.ndarray] = []
+        sizes = np.array(tables.latency.sizes)
+        for share in np.linspace(0.0, 1.0, MIXTURES):
+            # From all layers in their first precision to all in their last.
+            self._cost(np.where(self.rng.random(len(sizes)) < share, sizes - 1, 0))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters at once."""
@@ -108,8 +117,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         candidates = self._candidates(model, observations)
         rows = np.stack([row for row, _ in candidates])
         nats = np.array([model.divergences[setting](row[None])[0] for row, setting in candidates])
-        held = self.scale[1] - self.tables.weight_bytes(np.zeros((1, rows.shape[1]), np.int64))[0]
-        rough = np.stack([model.latency(rows), self.tables.weight_bytes(rows) + held, model.curve(nats)], 1)
+        rough = np.stack([model.latency(rows), self.tables.weight_bytes(rows) + self._held(rows), model.curve(nats)], 1)
         loss_sd = model.curve.sd_pp / LOSS_BOUND_PP
         correction = model.latency(rows) - self.tables.latency(rows)
         best: tuple[tuple[float, float], dict[str, Any]] | None = None
@@ -194,7 +202,18 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         key = row.tobytes()
         if key not in self.costs:
             self.costs[key] = self.tables.cost(self.space.config(self._values(row, 0)))
+            self.planned.append(row)
         return self.costs[key]
+
+    def _held(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes beside the weights, float64 (N,): those of the most similar assignment whose memory was planned.
+
+        Memory is no sum over layers, and planning it takes too long for every candidate.
+        """
+        planned = np.stack(self.planned)
+        nearest = (rows[:, None] != planned[None]).sum(2).argmin(1)
+        peaks = np.array([self.costs[row.tobytes()].peak_bytes for row in self.planned], np.float64)
+        return (peaks - self.tables.weight_bytes(planned))[nearest]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         layers = {one.name: one.values[value] for one, value in zip(self.space.layers, row, strict=True)}
@@ -243,15 +262,17 @@ class Wanted:
         """Hypervolume that each point is expected to add to a front.
 
         Args:
-            points: Predicted objectives, float64 (N, 3); the third is uncertain.
+            points: Predicted objectives, float64 (N, 3); the first and the third are uncertain.
             loss_sd: Standard deviation of the third.
             front: float64 (M, 3), within limits and reference.
         """
         before = float(moocore.hypervolume(front, ref=self.reference)) if len(front) else 0.0
         gains = np.zeros(len(points))
+        weights = NODE_WEIGHTS / NODE_WEIGHTS.sum()
         for n, point in enumerate(points):
-            for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
-                moved = np.array([point[0], point[1], max(point[2] + node * loss_sd, 0.0)])
+            for (i, latency), (j, loss) in itertools.product(enumerate(1.0 + LATENCY_SD * NODES), enumerate(loss_sd * NODES)):
+                moved = np.array([point[0] * latency, point[1], max(point[2] + loss, 0.0)])
                 if (moved < self.reference).all() and (moved <= self.limits).all():
-                    gains[n] += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before)
+                    added = float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before
+                    gains[n] += weights[i] * weights[j] * added
         return gains
