@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -106,7 +107,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         "closest": [_point(point) for point in closest],
         "hypervolume": volume,
         "bound": _bound(study.user_attrs.get(_BOUND), volume),
-        "seconds": {**run.get("seconds", {}), **_medians(complete)},
+        "seconds": {**run.get("seconds", {}), **_medians(measured)},
     }
 
 
@@ -157,13 +158,16 @@ def _point(point: FrontPoint) -> dict[str, Any]:
     }
 
 
-def _medians(complete: Sequence[FrozenTrial]) -> dict[str, float | None]:
+def _medians(measured: Sequence[FrozenTrial]) -> dict[str, float | None]:
     def median(values: Sequence[float]) -> float | None:
         return statistics.median(values) if values else None
 
-    steps = [trial.user_attrs["measurement"]["seconds"] for trial in complete if "measurement" in trial.user_attrs]
+    # From the end of one trial to that of the next: of two under way, each would count the other's time as well.
+    ends = sorted(trial.datetime_complete for trial in measured if trial.datetime_complete is not None)
+    apart = [(late - early).total_seconds() for early, late in pairwise(ends)]
+    steps = [trial.user_attrs["measurement"]["seconds"] for trial in measured if "measurement" in trial.user_attrs]
     return {
-        "per_trial_median": median([trial.duration.total_seconds() for trial in complete if trial.duration is not None]),
+        "per_trial_median": median(apart),
         "per_trial_without_accuracy_median": median(
             [sum(value for name, value in step.items() if name != "accuracy") for step in steps]
         ),
