@@ -6,7 +6,7 @@ Optuna's own `optimize` would count duplicates and failures against the budget a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,8 +95,8 @@ class _Loop:
     # Content hash -> number of the trial that measured it, is at it, or failed at it in this run.
     known: dict[str, int] = field(default_factory=dict)
     in_flight: list[optuna.Trial] = field(default_factory=list)
-    # The study's completed trials; stopping rules look at it when they decide, and may have been made before.
-    complete: list[FrozenTrial] = field(default_factory=list)
+    # Number -> objective values of the study's completed trials.
+    complete: dict[int, Sequence[float]] = field(default_factory=dict)
     rng: np.random.Generator = field(init=False)
 
     def outcome(self, stopped: Stop) -> Outcome:
@@ -109,7 +109,7 @@ class _Loop:
             if self.problem.anchored:
                 enqueue_anchors(study, self.problem.space)
             measured = measured_trials(study)
-            self.complete = finished(study)
+            self.complete = {trial.number: trial.values for trial in finished(study)}
             trials = len(study.get_trials(deepcopy=False))
         self.before = len(measured)
         self.known = {trial.user_attrs["config_hash"]: trial.number for trial in measured if "config_hash" in trial.user_attrs}
@@ -219,7 +219,7 @@ class _Loop:
             self.handle.study.tell(trial, values)
             self.failures = 0
             self.completed += 1
-            self.complete.append(self._frozen(trial.number))
+            self.complete[trial.number] = values
         self._finish(trial)
 
     def _stop(self, begun: _Begun, bound: Bound) -> None:

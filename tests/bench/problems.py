@@ -126,7 +126,7 @@ class _Recorder:
 
     def time(self, config: QuantConfig) -> Latency:
         try:
-            return self.evaluator.evaluate(config, _TimingOnly(())).latency
+            return self.evaluator.evaluate(config, _TimingOnly({})).latency
         except EarlyStop as stop:
             return stop.bound.latency
 
