@@ -26,7 +26,7 @@ from qsearch.search.pipeline import Pipeline
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.workers import Worker
+from qsearch.search.workers import Measure, Worker
 
 LOSS_PER_NAT = 25.0
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
@@ -62,6 +62,7 @@ class AnalyticEvaluator:
         self._gain = rng.uniform(-0.1, 0.7, layers)
         self._loss = np.exp(rng.normal(-2.0, 1.3, layers))
         self.measured: list[str] = []
+        self.process = os.getpid()
         self.baseline = self._measure(QuantConfig(default_precision="fp32"))
 
     def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
@@ -78,12 +79,16 @@ class AnalyticEvaluator:
 
     @contextlib.contextmanager
     def pipeline(self, jobs: int) -> Iterator[Pipeline | None]:
-        """None, or with PIPELINE in the environment a worker that passes configurations through."""
+        """None, or with PIPELINE in the environment a worker that measures with a copy of this."""
         if "PIPELINE" not in os.environ:
             yield None
             return
-        with Pipeline(Worker(PassingPacker()), lambda packed: packed, self.evaluate) as pipeline:
+        with Pipeline(lambda config: config, Worker(self.open)) as pipeline:
             yield pipeline
+
+    def open(self) -> Measure:
+        """What a worker process measures with."""
+        return self.evaluate
 
     def refer_to(self, baseline: Measurement) -> None:
         """Count against another run's float module, which is the same."""
@@ -138,14 +143,6 @@ class AnalyticEvaluator:
         return Measurement(Latency(latency_ms, 0.01, 5, 10), memory, accuracy, seconds, self.kernels_sha256(config))
 
 
-class PassingPacker:
-    """What a worker does for `AnalyticEvaluator`: nothing."""
-
-    def pack(self, config: QuantConfig) -> QuantConfig:
-        """Hand back the configuration."""
-        return config
-
-
 class TroublesomeEvaluator(AnalyticEvaluator):
     """Does what environment variables say: TROUBLE=kill|interrupt|fail|defect|slow|noise at the measurement TROUBLE_AT."""
 
@@ -163,9 +160,10 @@ class TroublesomeEvaluator(AnalyticEvaluator):
 
     def _make_trouble(self, trouble: str) -> None:
         if trouble == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(self.process, signal.SIGKILL)
+            time.sleep(5)
         elif trouble == "interrupt":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(self.process, signal.SIGINT)
             time.sleep(5)
         elif trouble == "fail":
             self.measured.append("failed")

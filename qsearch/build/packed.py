@@ -6,14 +6,14 @@ Kernels are not sent: both processes share the kernel cache, and loaded librarie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from qsearch.build.link import CompiledModule
 from qsearch.errors import BuildError
 
-__all__ = ["PackedModule", "pack_module", "unpack_module"]
+__all__ = ["PackedModule", "pack_module"]
 
 
 @dataclass(frozen=True)
@@ -23,46 +23,53 @@ class PackedModule:
     Attributes:
         file: The Relax executable; weights are in it.
         libraries: The kernels' shared libraries, in the kernel cache.
+        kept: Whether the file stays when it has been loaded.
     """
 
     file: Path
     libraries: tuple[Path, ...]
+    kept: bool = False
+
+    def open(self) -> Any:
+        """A virtual machine of its own, on the CPU.
+
+        Raises:
+            BuildError: The module cannot be loaded.
+        """
+        import tvm
+        from tvm import relax
+
+        return relax.VirtualMachine(self._module, tvm.cpu())
+
+    @cached_property
+    def _module(self) -> Any:
+        """The TVM module, its kernels imported."""
+        import tvm_ffi
+
+        try:
+            module = tvm_ffi.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(self.file))
+            for library in self.libraries:
+                module.import_module(_library(library))
+        except (RuntimeError, OSError) as error:
+            raise BuildError(f"the linked module {self.file} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
+        finally:
+            if not self.kept:
+                self.file.unlink(missing_ok=True)
+        return module
 
 
-def pack_module(module: CompiledModule, file: Path) -> PackedModule:
+def pack_module(module: CompiledModule, file: Path, kept: bool = False) -> PackedModule:
     """Write a module to a file.
 
     Args:
         module: The module.
-        file: Where to write; its folder is made if it is not there.
+        file: Where to write.
+        kept: Whether the file stays when it has been loaded.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     module.executable.mod.write_to_file(str(file), "")
     pointers = (kernel.object_path.with_suffix(".lib") for kernel in module.kernels)
     libraries = dict.fromkeys(pointer.parent / pointer.read_text(encoding="ascii").strip() for pointer in pointers)
-    return PackedModule(file, tuple(libraries))
-
-
-def unpack_module(packed: PackedModule) -> Any:
-    """Load a module that another process has packed, and delete its file.
-
-    Returns:
-        The TVM module, its kernels imported.
-
-    Raises:
-        BuildError: It cannot be loaded.
-    """
-    import tvm_ffi
-
-    try:
-        module = tvm_ffi.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(packed.file))
-        for library in packed.libraries:
-            module.import_module(_library(library))
-    except (RuntimeError, OSError) as error:
-        raise BuildError(f"the linked module {packed.file} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
-    finally:
-        packed.file.unlink(missing_ok=True)
-    return module
+    return PackedModule(file, tuple(libraries), kept)
 
 
 @cache

@@ -49,7 +49,7 @@ def search(
         typer.Option(
             min=1,
             max=2,
-            help="Trials at a time: with 2, one is lowered and linked in a process of its own while another is measured.",
+            help="Trials at a time: with 2, one is measured in a process of its own while the next one is built.",
             show_default="2 where there are processors for it",
         ),
     ] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import typer
@@ -29,6 +29,7 @@ from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.evaluator import Evaluator, Settings
 from qsearch.search.front import record_heldout, study_front
 from qsearch.search.objective import open_evaluator
+from qsearch.search.pipeline import Pipeline
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.processors import default_jobs
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
@@ -53,7 +54,7 @@ class SearchRequest:
         timeout_s: No trial is begun after that many seconds of trials.
         limits: Objective -> largest value wanted.
         early_stopping: Whether trials end as soon as their outcome is certain.
-        jobs: 2 to prepare a trial while the one before is measured; None for 2 where there are processors for it.
+        jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
     """
 
     settings: Settings
@@ -86,7 +87,9 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        _run_trials(handle, request, bound, evaluator)
+        # The measuring process gets ready beside what comes before the first trial.
+        with evaluator.pipeline(request.jobs or default_jobs(request.settings.threads)) as pipeline:
+            _run_trials(handle, request, bound, evaluator, pipeline)
         _record_bound(handle, request)
         _verify(handle, evaluator)
         record_run(handle, baseline, _facts(request, evaluator, start))
@@ -134,7 +137,9 @@ def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[s
     return facts | {"limits": dict(request.limits)}
 
 
-def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
+def _run_trials(
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, pipeline: Pipeline | None
+) -> None:
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
@@ -149,11 +154,12 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
     else:
         handle.study.sampler = make_sampler(request.sampler, seed, trials)
     notes = TrialNotes(handle, evaluator.graph, baseline)
-    problem = SearchProblem(bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned)
+    problem = SearchProblem(
+        bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned, pipeline=pipeline
+    )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
-    jobs = request.jobs or default_jobs(request.settings.threads)
-    with evaluator.pipeline(jobs) as pipeline, TrialProgress(done, request.budget, baseline) as progress:
-        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, progress.on_trial)
+    with TrialProgress(done, request.budget, baseline) as progress:
+        outcome = run_search(handle, problem, limits, progress.on_trial)
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")

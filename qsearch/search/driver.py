@@ -6,8 +6,8 @@ Optuna's own `optimize` would count duplicates and failures against the budget a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,8 +40,7 @@ def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_t
     """Run trials until the budget, the time or the space is used up.
 
     With a pipeline a trial is asked for while the one before is measured: its sampler knows that one's configuration
-    and not its result, so that the order of trials is another than one by one. With early stopping it depends on the
-    machine's speed as well, whether a result comes in time for the rule.
+    and not its result, so that the order of trials is another than one by one.
 
     Args:
         handle: The study, driven by nobody else.
@@ -70,12 +69,14 @@ class _Begun:
     Attributes:
         trial: Running.
         config: What it measures.
-        result: Its measurement to be, once it is prepared and then measured in a pipeline.
+        packed: What it was linked to, in a pipeline.
+        measured: Its measurement to be, in a pipeline.
     """
 
     trial: optuna.Trial
     config: QuantConfig
-    result: Future[Any] = field(default_factory=Future)
+    packed: Any = None
+    measured: Future[Measurement] = field(default_factory=Future)
 
 
 @dataclass
@@ -95,8 +96,8 @@ class _Loop:
     # Content hash -> number of the trial that measured it, is at it, or failed at it in this run.
     known: dict[str, int] = field(default_factory=dict)
     in_flight: list[optuna.Trial] = field(default_factory=list)
-    # The study's completed trials; stopping rules look at it when they decide, and may have been made before.
-    complete: list[FrozenTrial] = field(default_factory=list)
+    # Number -> objective values of the study's completed trials.
+    complete: dict[int, Sequence[float]] = field(default_factory=dict)
     rng: np.random.Generator = field(init=False)
 
     def outcome(self, stopped: Stop) -> Outcome:
@@ -109,13 +110,16 @@ class _Loop:
             if self.problem.anchored:
                 enqueue_anchors(study, self.problem.space)
             measured = measured_trials(study)
-            self.complete = finished(study)
+            self.complete = {trial.number: trial.values for trial in finished(study)}
             trials = len(study.get_trials(deepcopy=False))
         self.before = len(measured)
         self.known = {trial.user_attrs["config_hash"]: trial.number for trial in measured if "config_hash" in trial.user_attrs}
         self.rng = np.random.default_rng([self.limits.seed, trials])
         try:
-            return self.outcome(self._one_by_one() if pipeline is None else self._overlapped(pipeline))
+            if pipeline is None:
+                return self.outcome(self._one_by_one())
+            with pipeline.aside():
+                return self.outcome(self._overlapped(pipeline))
         except BaseException as error:
             # Not the configurations' fault: full disk, interrupt, defect. They are tried again by the next run.
             for trial in self.in_flight:
@@ -127,31 +131,37 @@ class _Loop:
             begun = self._begin()
             if begun is not None:
                 rule = self._rule()
-                self._conclude(begun, partial(self.problem.evaluate, begun.config, *([rule] if rule else [])))
+                evaluate = partial(self.problem.evaluate, begun.config, *([rule] if rule else []))
+                self._conclude(begun, self._ended(begun, evaluate))
         return reason
 
     def _overlapped(self, pipeline: Pipeline) -> Stop:
-        """One trial is measured while the next is asked for and prepared."""
-        ahead: _Begun | None = None
-        measured: _Begun | None = None
+        """One trial is measured while the one before is written down and the next one asked for and built."""
+        under_way: _Begun | None = None
         while True:
-            reason = self._reason_to_stop() if ahead is None else None
-            if ahead is None and reason is None:
-                ahead = self._begin()
-                if ahead is not None:
-                    ahead.result = pipeline.prepare(ahead.config)
-                continue
-            if measured is not None:
-                wait([measured.result])
-            # The next one is begun before the last one is written down.
-            done, measured, ahead = measured, ahead, None
-            if measured is not None:
-                measured.result = pipeline.measure(measured.result, self._rule())
-            if done is not None:
-                self._conclude(done, done.result.result)
-            elif measured is None:
-                assert reason is not None
+            ahead, reason = self._built(pipeline)
+            done, under_way = under_way, ahead
+            ended = None if done is None else self._ended(done, partial(pipeline.result, done.measured))
+            if under_way is not None:
+                under_way.measured = pipeline.measure(under_way.packed, self._rule())
+            if done is not None and ended is not None:
+                self._conclude(done, ended)
+            elif reason is not None:
                 return reason
+
+    def _built(self, pipeline: Pipeline) -> tuple[_Begun | None, Stop | None]:
+        """The next trial, linked; or why there is none for now."""
+        while (reason := self._reason_to_stop()) is None:
+            begun = self._begin()
+            if begun is None:
+                continue
+            try:
+                begun.packed = pipeline.pack(begun.config)
+            except TrialError as error:
+                self._fail(begun.trial, error)
+            else:
+                return begun, None
+        return None, reason
 
     def _reason_to_stop(self) -> Stop | None:
         if self.before + self.completed + self.stopped_early + len(self.in_flight) >= self.limits.budget:
@@ -195,18 +205,27 @@ class _Loop:
         return _Begun(trial, config)
 
     def _rule(self) -> StoppingRule | None:
-        return StoppingRule(self.complete, self.problem.constraints) if self.problem.early_stopping else None
+        return StoppingRule(dict(self.complete), self.problem.constraints) if self.problem.early_stopping else None
 
-    def _conclude(self, begun: _Begun, result: Callable[[], Measurement]) -> None:
-        """Write down how a trial ended."""
+    def _ended(self, begun: _Begun, result: Callable[[], Measurement]) -> Measurement | Bound | TrialError:
+        """How a trial ended; stopping rules know it from now on."""
         try:
             measurement = checked(result())
         except EarlyStop as stop:
-            self._stop(begun, stop.bound)
+            return stop.bound
         except TrialError as error:
-            self._fail(begun.trial, error)
+            return error
+        self.complete[begun.trial.number] = objective_values(measurement)
+        return measurement
+
+    def _conclude(self, begun: _Begun, ended: Measurement | Bound | TrialError) -> None:
+        """Write down how a trial ended."""
+        if isinstance(ended, Bound):
+            self._stop(begun, ended)
+        elif isinstance(ended, TrialError):
+            self._fail(begun.trial, ended)
         else:
-            self._complete(begun, measurement)
+            self._complete(begun, ended)
 
     def _complete(self, begun: _Begun, measurement: Measurement) -> None:
         trial, values = begun.trial, objective_values(measurement)
@@ -219,7 +238,6 @@ class _Loop:
             self.handle.study.tell(trial, values)
             self.failures = 0
             self.completed += 1
-            self.complete.append(self._frozen(trial.number))
         self._finish(trial)
 
     def _stop(self, begun: _Begun, bound: Bound) -> None:

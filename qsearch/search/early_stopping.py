@@ -7,15 +7,14 @@ objective values, is no candidate for the front, and yet counts as tried. The li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from optuna.trial import FrozenTrial
 
 from qsearch.measure.measurement import Latency, Memory
-from qsearch.search.constraints import Constraints, violation
+from qsearch.search.constraints import Constraints
 
 __all__ = ["Bound", "EarlyStop", "StoppingRule"]
 
@@ -77,11 +76,11 @@ class StoppingRule:
     it violates, the dominated one violates at least as much.
 
     Attributes:
-        trials: The completed trials.
+        trials: Number -> objective values of the completed trials; small, to be sent to another process.
         constraints: The study's.
     """
 
-    trials: Sequence[FrozenTrial]
+    trials: Mapping[int, Sequence[float]]
     constraints: Constraints = Constraints()
 
     def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
@@ -103,14 +102,18 @@ class StoppingRule:
         if reason is not None:
             raise EarlyStop(Bound(reason, latency, memory, images, loss_bounds_pp, infeasible))
 
-    def _beyond_constraints(self, least: tuple[float, float, float]) -> str | None:
-        found = {name: value for name, value in self.constraints.violations(least).items() if value > 0}
-        if not found or not self.trials or sum(found.values()) <= min(violation(trial) for trial in self.trials):
+    def _beyond_constraints(self, least: Sequence[float]) -> str | None:
+        found = self._violations(least)
+        if not found or not self.trials:
             return None
-        return "beyond the limit of " + " and ".join(found)
+        closest = min(sum(self._violations(values).values()) for values in self.trials.values())
+        return "beyond the limit of " + " and ".join(found) if sum(found.values()) > closest else None
 
-    def _dominated(self, least: tuple[float, float, float]) -> str | None:
+    def _violations(self, values: Sequence[float]) -> dict[str, float]:
+        return {name: value for name, value in self.constraints.violations(values).items() if value > 0}
+
+    def _dominated(self, least: Sequence[float]) -> str | None:
         if not self.trials:
             return None
-        better = (np.array([trial.values for trial in self.trials]) <= least).all(axis=1)
-        return f"dominated by trial {self.trials[int(better.argmax())].number}" if better.any() else None
+        better = (np.array(list(self.trials.values())) <= least).all(axis=1)
+        return f"dominated by trial {list(self.trials)[int(better.argmax())]}" if better.any() else None

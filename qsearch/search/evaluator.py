@@ -115,7 +115,7 @@ class Evaluator(Protocol):
         ...
 
     def pipeline(self, jobs: int) -> AbstractContextManager[Pipeline | None]:
-        """Prepare configurations in a process beside the one that measures; None for one job."""
+        """Measure configurations in a process of its own; None for one job."""
         ...
 
     def kernels_sha256(self, config: QuantConfig) -> str:

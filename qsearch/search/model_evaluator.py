@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,7 @@ from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.data import Dataset
 from qsearch.errors import TrialError, UnsupportedModelError
-from qsearch.measure.accuracy import compare_accuracy, run_blocks, run_images
-from qsearch.measure.clock import Clock
-from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
@@ -29,9 +30,10 @@ from qsearch.search.cache_folder import CacheFolder
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.evaluator import Progress, Settings, said_once
 from qsearch.search.float_pass import float_statistics
-from qsearch.search.module_builder import ModuleBuilder, Prepared, open_parcel
+from qsearch.search.module_builder import ModuleBuilder
+from qsearch.search.module_measurer import ModuleMeasurer
 from qsearch.search.pipeline import Pipeline
-from qsearch.search.processors import Processors, split_processors
+from qsearch.search.processors import split_processors
 from qsearch.search.remeasure import remeasure
 from qsearch.search.requirements import require_room
 from qsearch.search.tables.layer_tables import Tables
@@ -66,6 +68,7 @@ class ModelEvaluator:
         self.linker, self.weights = self._builder.linker, self._builder.weights
         self._float_logits: dict[str, np.ndarray] = {}
         self._baseline: Measurement | None = None
+        self._measurer: ModuleMeasurer | None = None
 
     @property
     def graph(self) -> Graph:
@@ -90,17 +93,22 @@ class ModelEvaluator:
         return self._baseline
 
     def measure_baseline(self) -> None:
-        """Measure the float module; every loss is counted against it.
+        """Measure the float module; everything is counted against it, so it is timed for longer.
 
         Raises:
             UnsupportedModelError: It cannot be built or measured.
         """
         with self._of_float():
-            self._baseline = self._measured(self._builder.prepare(FLOAT), self._alone)
+            prepared = self._builder.prepare(FLOAT)
+            longer = TimingSettings(repeats=4 * TimingSettings.repeats)
+            latency = measure_latency(prepared.open(), self.images("search")[:1], longer, self.target.threads)
+            logits = self.float_logits("search")
+        accuracy = compare_accuracy(logits, logits, self.dataset.labels("search"))
+        self.refer_to(Measurement(latency, prepared.memory, accuracy, prepared.seconds, prepared.kernels_sha256))
 
     def refer_to(self, baseline: Measurement) -> None:
         """Count latencies against a float module that was measured before, as a continued study has to."""
-        self._baseline = baseline
+        self._baseline, self._measurer = baseline, None
 
     def compile(self, config: QuantConfig) -> CompiledModule:
         """Lower and link one configuration.
@@ -146,17 +154,24 @@ class ModelEvaluator:
     def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Lower, compile, link and measure one configuration on the search images.
 
-        Its latency is that of the baseline times the paired ratio of the two, see `measure_paired`.
-
         Raises:
             TrialError: This configuration cannot be built or measured; others may.
             EarlyStop: The rule has seen enough.
         """
-        return self._measured(self._builder.prepare(config), self._timed_beside_float, rule)
+        return self.measurer.measure(self._builder.prepare(config), rule)
+
+    @property
+    def measurer(self) -> ModuleMeasurer:
+        """What measures modules against the baseline."""
+        if self._measurer is None:
+            images, labels = partial(self.images, "search"), self.dataset.labels("search")
+            logits, reference_ms = self.float_logits("search"), self.baseline.latency.median_ms
+            self._measurer = ModuleMeasurer(lambda: self._reference, reference_ms, images, labels, logits, self.target.threads)
+        return self._measurer
 
     @contextmanager
     def pipeline(self, jobs: int) -> Iterator[Pipeline | None]:
-        """Prepare configurations in a process beside the one that measures; None where that is not wanted.
+        """Measure configurations in a process of its own; None where that is not wanted.
 
         Args:
             jobs: 1 for one thing at a time.
@@ -168,36 +183,15 @@ class ModelEvaluator:
         if processors is None:
             yield None
             return
-        # Compiled before there is anything beside it.
-        _ = self._reference
-        with Pipeline(Worker(self._builder), open_parcel, partial(self._measured_alone, processors), processors) as pipeline:
-            yield pipeline
-
-    def _measured_alone(self, processors: Processors, prepared: Prepared, rule: StoppingRule | None) -> Measurement:
-        """Measure what another process has linked, timed on processors that are kept free for that."""
-
-        def timed(machine: Any) -> Latency:
-            with processors.alone():
-                return self._timed_beside_float(machine)
-
-        return self._measured(prepared, timed, rule)
-
-    def _measured(self, prepared: Prepared, timed: Callable[[Any], Latency], rule: StoppingRule | None = None) -> Measurement:
-        clock = Clock()
-        latency = timed(prepared.open())
-        clock.lap("latency")
-        check = None if rule is None else partial(rule.check, latency, prepared.memory)
-        accuracy = self._accuracy_unless_stopped(prepared, check) if check else self.accuracy(prepared, "search")
-        clock.lap("accuracy")
-        return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
-
-    def _timed_beside_float(self, machine: Any) -> Latency:
-        return self._paired(machine)[0]
-
-    def _alone(self, machine: Any) -> Latency:
-        """The latency of the float module: every other one is counted against it, so it is timed for longer."""
-        longer = TimingSettings(repeats=4 * TimingSettings.repeats)
-        return measure_latency(machine, self.images("search")[:1], longer, self.target.threads)
+        modules, images = self.settings.cache_dir / "modules", self.settings.cache_dir / "images"
+        modules.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=modules) as name:
+            with self._of_float():
+                reference = self._builder.pack(FLOAT, Path(name), kept=True)
+            open_images = partial(self.dataset.images, "search", images)
+            device = replace(self.measurer, open_reference=reference.open, open_images=open_images, processors=processors)
+            with Pipeline(partial(self._builder.pack, folder=Path(name)), Worker(device.open), processors) as pipeline:
+                yield pipeline
 
     def _paired(self, *machines: Any) -> list[Latency]:
         """The latencies of modules, in turns with the float module."""
@@ -236,19 +230,11 @@ class ModelEvaluator:
             for (name, module), latency in zip(modules.items(), latencies, strict=True)
         }
 
-    def accuracy(self, module: CompiledModule | Prepared, part: str) -> Accuracy:
+    def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
         """Accuracy of a module on a part of the images."""
         return compare_accuracy(self.logits(module, part), self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
 
-    def _accuracy_unless_stopped(self, module: CompiledModule | Prepared, check: Callable[..., None]) -> Accuracy:
-        """Accuracy on the search images, unless the check stops the run before the first or after a block of them."""
-        check()
-        float_logits, labels = self.float_logits("search"), self.dataset.labels("search")
-        blocks = image_blocks(float_logits, labels)
-        parts = run_blocks(module.open, self.images("search"), blocks, threads=self.target.threads)
-        return compare_accuracy(run_until(parts, blocks, float_logits, labels, check), float_logits, labels)
-
-    def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
+    def logits(self, module: CompiledModule, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
         return run_images(module.open, self.images(part), threads=self.target.threads)
 

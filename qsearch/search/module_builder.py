@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from qsearch.build.cache import KernelCache
 from qsearch.build.link import CompiledModule, Linker
-from qsearch.build.packed import PackedModule, pack_module, unpack_module
+from qsearch.build.packed import pack_module
 from qsearch.build.target import Target
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.calibrate.record import StatisticsRecord
@@ -24,7 +23,7 @@ from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.requirements import require_room
 
-__all__ = ["ModuleBuilder", "Parcel", "Prepared", "open_parcel"]
+__all__ = ["ModuleBuilder", "Prepared"]
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,8 @@ class Prepared:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """What a process sends of a module that it has linked; see `Prepared`."""
-
-    module: PackedModule
-    memory: Memory
-    kernels_sha256: str
-    seconds: dict[str, float]
-
-
 class ModuleBuilder:
-    """Lowers and links configurations of one model; can be sent to another process, which then has caches of its own.
+    """Lowers and links configurations of one model.
 
     Args:
         model: The imported model.
@@ -119,8 +108,16 @@ class ModuleBuilder:
         clock.lap("build")
         return Prepared(module.open, measure_memory(module), module.kernels_sha256, clock.seconds)
 
-    def pack(self, config: QuantConfig) -> Parcel:
+    def pack(self, config: QuantConfig, folder: Path, kept: bool = False) -> Prepared:
         """Lower and link one configuration, to be run in another process.
+
+        Args:
+            config: The configuration.
+            folder: Where its file is written.
+            kept: As for `pack_module`.
+
+        Returns:
+            Small when pickled.
 
         Raises:
             TrialError: It cannot be quantized or built.
@@ -129,21 +126,7 @@ class ModuleBuilder:
         program = self.lower(config)
         clock.lap("lower")
         module = self.build(program, linked=False)
-        # Another search may be at the same configuration.
-        name = f"{config.content_hash()[:24]}-{os.getpid()}.module"
-        packed = pack_module(module, self.cache_dir / "modules" / name)
+        name = f"{'kept-' if kept else ''}{config.content_hash()[:24]}.module"
+        packed = pack_module(module, folder / name, kept)
         clock.lap("build")
-        return Parcel(packed, measure_memory(module), module.kernels_sha256, clock.seconds)
-
-
-def open_parcel(parcel: Parcel) -> Prepared:
-    """Load what another process has linked.
-
-    Raises:
-        BuildError: It cannot be loaded.
-    """
-    import tvm
-    from tvm import relax
-
-    module = unpack_module(parcel.module)
-    return Prepared(lambda: relax.VirtualMachine(module, tvm.cpu()), parcel.memory, parcel.kernels_sha256, parcel.seconds)
+        return Prepared(packed.open, measure_memory(module), module.kernels_sha256, clock.seconds)

@@ -1,19 +1,19 @@
-"""Two trials at a time: while one is measured, the next is lowered and linked in another process.
+"""Two trials at a time: while another process measures one, this one writes down, asks, lowers and links.
 
-A trial is timed alone. Timings and accuracy runs are steps of one thread, so that no two of them ever overlap, and while it
-times, that thread has processors for itself: the worker process and the driver keep to the others.
+A trial is timed alone: the measuring process does one thing after the other, and while it times it has processors for
+itself, because this process keeps to the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 from qsearch.config import QuantConfig
-from qsearch.errors import BuildError
+from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.processors import Processors
@@ -23,65 +23,56 @@ __all__ = ["Pipeline"]
 
 
 class Pipeline:
-    """A worker process that prepares, and a thread that measures; use as a context manager.
+    """A way to build modules here and to measure them in a worker process; use as a context manager.
 
     Args:
-        worker: Packs configurations; closed at the end.
-        unpack: From what the worker answers to what is measured.
-        measure: Measures one prepared configuration, called with it and a StoppingRule or None.
+        pack: Lowers and links a configuration, to be measured in another process.
+        worker: Measures what was packed; started at the beginning and ended at the end.
         processors: Who runs where.
     """
 
-    def __init__(
-        self,
-        worker: Worker,
-        unpack: Callable[[Any], Any],
-        measure: Callable[[Any, StoppingRule | None], Measurement],
-        processors: Processors = Processors(),
-    ) -> None:
-        self._worker, self._unpack, self._measure, self._processors = worker, unpack, measure, processors
-        self._context = ExitStack()
+    def __init__(self, pack: Callable[[QuantConfig], Any], worker: Worker, processors: Processors = Processors()) -> None:
+        self.pack, self._worker, self._processors = pack, worker, processors
 
     def __enter__(self) -> Pipeline:
-        """Keep the calling thread aside."""
-        self._context.enter_context(self._processors.aside())
-        self._loader = self._context.enter_context(ThreadPoolExecutor(1))
-        self._device = self._context.enter_context(ThreadPoolExecutor(1, initializer=self._processors.everywhere))
-        self._context.callback(self._end)
+        """Start the worker, which takes its seconds to get ready."""
+        self._worker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the worker, and wait until the measurement that is under way has come to its end."""
-        self._context.close()
-
-    def _end(self) -> None:
-        for threads in (self._loader, self._device):
-            threads.shutdown(wait=False, cancel_futures=True)
-        # The loader may be waiting for it.
+        """End the worker, whatever it is at."""
         self._worker.close()
 
-    def prepare(self, config: QuantConfig) -> Future[Any]:
-        """Lower and link a configuration, and load the result."""
-        return self._loader.submit(self._load, config)
+    def aside(self) -> AbstractContextManager[None]:
+        """Keep this process off the processors of what is timed."""
+        return self._processors.aside()
 
-    def measure(self, prepared: Future[Any], rule: StoppingRule | None) -> Future[Measurement]:
-        """Measure what was prepared, as soon as it is and everything before is measured.
+    def measure(self, packed: Any, rule: StoppingRule | None) -> Future[Measurement]:
+        """Measure what was packed; whatever was given before must have been waited for.
+
+        Whoever waits behind a configuration that the worker dies of would seem to be the cause as well.
 
         Args:
-            prepared: From `prepare`.
+            packed: From `pack`.
             rule: For early stopping.
 
         Returns:
-            The measurement, or what `evaluate` would raise; a BuildError if the worker died.
+            For `result`.
         """
-        return self._device.submit(lambda: self._measure(prepared.result(), rule))
+        return self._worker.measure(packed, rule)
 
-    def _load(self, config: QuantConfig) -> Any:
+    @staticmethod
+    def result(measured: Future[Measurement]) -> Measurement:
+        """Wait for a measurement.
+
+        Raises:
+            TrialError: As from `evaluate`, or the worker died.
+            EarlyStop: The rule has seen enough.
+        """
         try:
-            # One at a time: whoever waits behind a configuration that the worker dies of would seem to be the cause as well.
-            return self._unpack(self._worker.submit(config).result())
+            return measured.result()
         except BrokenProcessPool as error:
-            raise BuildError(
-                "the process that lowers and links died at this configuration, of a defect in the compiler or for want of "
-                f"memory ({str(error).strip().splitlines()[-1]}); with --jobs 1 the search itself would have"
+            raise MeasureError(
+                "the process that measures died at this configuration, of a defect in a kernel or for want of memory "
+                f"({str(error).strip().splitlines()[-1]}); with --jobs 1 the search itself would have"
             ) from error

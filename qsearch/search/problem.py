@@ -32,7 +32,7 @@ class SearchProblem:
         constraints: Limits beyond which a trial is infeasible.
         early_stopping: Whether trials end as soon as their outcome is certain.
         anchored: Whether plain starting points come first; a sampler that knows the space does without.
-        pipeline: Prepares a trial while the one before is measured, in place of `evaluate`; None for one by one.
+        pipeline: Measures a trial while the next one is built, in place of `evaluate`; None for one by one.
     """
 
     space: BoundSpace

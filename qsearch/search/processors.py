@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from qsearch.errors import UsageError
 
 __all__ = ["MOST_JOBS", "Processors", "check_jobs", "default_jobs", "split_processors"]
 
 MOST_JOBS = 2
-# Seconds for which a thread may keep another from running Python while a module is timed. The measuring thread needs Python
-# between two repeats; at the usual 5 ms the driver's records would stretch a timing to twice its length.
-SWITCH_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -32,38 +29,32 @@ class Processors:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Run the block on the device's processors, and let no other thread of this process keep Python from it for long."""
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_S)
+        """Run the block on the device's processors, and whatever comes after it on all of them."""
+        if self.device:
+            os.sched_setaffinity(0, self.device)
         try:
-            with _kept_to(self.device):
-                yield
+            yield
         finally:
-            sys.setswitchinterval(before)
+            if self.device:
+                os.sched_setaffinity(0, self.device | self.others)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Run the block on the others; threads and processes that it starts stay there."""
-        with _kept_to(self.others):
+        """Keep all threads of this process, and what they start, to the others."""
+        before = os.sched_getaffinity(0) if self.others else set()
+        _keep_threads(self.others)
+        try:
             yield
-
-    def everywhere(self) -> None:
-        """Let the calling thread, and those that it starts, run on all of them."""
-        if self.device:
-            os.sched_setaffinity(0, self.device | self.others)
+        finally:
+            _keep_threads(before)
 
 
-@contextmanager
-def _kept_to(processors: frozenset[int]) -> Iterator[None]:
-    if not processors:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, processors)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+def _keep_threads(processors: Collection[int]) -> None:
+    """Keep all threads of this process to processors; anywhere if there are none."""
+    for thread in Path("/proc/self/task").iterdir() if processors else ():
+        # It may have ended meanwhile.
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), processors)
 
 
 def _available() -> list[int]:

@@ -1,4 +1,4 @@
-"""A process that lowers and links beside the one that measures."""
+"""The process that measures beside the one that searches: what it times shares Python's lock with nothing."""
 
 from __future__ import annotations
 
@@ -6,72 +6,66 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend.resource_tracker import ensure_running
 
-from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.search.early_stopping import StoppingRule
 
-__all__ = ["Packer", "Worker"]
+__all__ = ["Measure", "Worker"]
 
 # How long a worker may outlive a killed parent, seconds.
 ORPHAN_S = 0.5
-# How far a worker gives way to the driver, which runs on the same processors.
-NICENESS = 5
 
-
-class Packer(Protocol):
-    """What a worker is sent once, pickled."""
-
-    def pack(self, config: QuantConfig) -> Any:
-        """Build a configuration; the answer is pickled, and so is a TrialError."""
-        ...
+# Measures what was packed for it; a TrialError or an EarlyStop is pickled as well.
+Measure = Callable[[Any, StoppingRule | None], Measurement]
 
 
 class Worker:
-    """One process that packs configurations, in the order in which they come.
+    """One process that measures, one thing after the other; being one, it is the lock of what it times on.
 
-    It is started with the first of them, takes its place on the processors of the thread that starts it, hears no
-    Ctrl-C, and ends with its parent however that ends. One that has died is replaced when it is next needed.
+    It hears no Ctrl-C, and ends with its parent however that ends. One that has died is replaced when it is next needed.
 
     Args:
-        packer: What does the work.
+        open_device: What the process is sent once, pickled: gets ready and answers with what measures.
     """
 
-    def __init__(self, packer: Packer) -> None:
-        self._packer = packer
+    def __init__(self, open_device: Callable[[], Measure]) -> None:
+        self._open_device = open_device
         self._executor: ProcessPoolExecutor | None = None
-        self._closed = False
-        self._starting = threading.Lock()
 
-    def submit(self, config: QuantConfig) -> Future[Any]:
-        """Pack a configuration.
+    def start(self) -> None:
+        """Start the process; it gets ready by itself."""
+        with _interrupt_blocked():
+            self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(self._open_device, os.getpid()))
+            # Whatever goes wrong here goes wrong again, and is said, at the first thing to measure.
+            self._executor.submit(_device)
+
+    def measure(self, packed: Any, rule: StoppingRule | None) -> Future[Measurement]:
+        """Measure a packed configuration.
 
         Returns:
-            The answer to be; a BrokenProcessPool if the process dies at it.
+            The measurement to be, or what measuring raises; a BrokenProcessPool if the process dies of it.
         """
-        with self._starting, _interrupt_blocked():
-            if self._closed:
-                raise RuntimeError("the worker is closed")
-            if self._executor is not None:
-                try:
-                    return self._executor.submit(_pack, config)
-                except BrokenProcessPool:
-                    self._executor.shutdown(wait=True, kill_workers=True)
-            self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(self._packer, os.getpid()))
-            return self._executor.submit(_pack, config)
+        if self._executor is not None:
+            try:
+                return self._executor.submit(_measure, packed, rule)
+            except BrokenProcessPool:
+                self.close()
+        self.start()
+        assert self._executor is not None
+        return self._executor.submit(_measure, packed, rule)
 
     def close(self) -> None:
         """End the process, whatever it is at."""
-        with self._starting:
-            self._closed = True
-            if self._executor is not None:
-                self._executor.shutdown(wait=True, kill_workers=True)
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, kill_workers=True)
 
 
 @contextmanager
@@ -86,17 +80,16 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_packer: Packer | None = None
+_open_device: Callable[[], Measure] | None = None
+_opened: list[Measure] = []
 
 
-def _begin(packer: Packer, parent: int) -> None:
+def _begin(open_device: Callable[[], Measure], parent: int) -> None:
     """Make this process a worker."""
-    global _packer
+    global _open_device
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A driver that waits for the processor while it holds Python's lock holds up the timing in its own process.
-    os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _packer = packer
+    _open_device = open_device
 
 
 def _end_with(parent: int) -> None:
@@ -105,6 +98,12 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _pack(config: QuantConfig) -> Any:
-    assert _packer is not None
-    return _packer.pack(config)
+def _device() -> None:
+    assert _open_device is not None
+    if not _opened:
+        _opened.append(_open_device())
+
+
+def _measure(packed: Any, rule: StoppingRule | None) -> Measurement:
+    _device()
+    return _opened[0](packed, rule)

@@ -1,11 +1,12 @@
 """Trials per minute of the two-core pipeline against the serial loop; prints JSON.
 
-    python tests/bench/pipeline.py --model demo --trials 16 --json
+    python tests/bench/pipeline.py --model demo --trials 12 --json
     python tests/bench/pipeline.py --model efficientnet_lite0 --data ../shared/data/nips2017 --trials 12 --json
 
 Both run the same configurations through the real driver, each time into a new study in SQLite with notes and pictures, in
-stretches that take turns. The serial loop is one process on one core, accuracy on one worker. Kernels are compiled and the
-worker process is started before the clock runs. Latencies of the same configuration are compared between the two.
+stretches that take turns. They are those that the sampler proposed in a search before the clock runs; it is asked all the
+same, and has its tables by then. The serial loop is one process on one core, accuracy on one worker. Kernels are compiled and
+the worker process is ready before the clock runs. Latencies of the same configuration are compared between the two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,43 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
 
 from qsearch.measure.measurement import Measurement
 from qsearch.report.notes import TrialNotes
-from qsearch.search.bound_space import BoundSpace, LogRange, bind_space
+from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.evaluator import Settings
 from qsearch.search.front import measurement_from_json
 from qsearch.search.objective import ModelEvaluator, open_evaluator
-from qsearch.search.pipeline import Pipeline
+from qsearch.search.planner import PlannerSampler
 from qsearch.search.processors import check_jobs
-from qsearch.search.samplers import make_sampler
+from qsearch.search.samplers import PLANNER, make_sampler
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, finished, study_to_search
+from qsearch.search.study import Identity, StudyHandle, finished, study_to_search
 
 MODES = ("serial", "pipelined")
+
+
+class Asking(optuna.samplers.BaseSampler):
+    """Has a sampler propose as a search does, and gives out the next of some proposals that were made before."""
+
+    def __init__(self, sampler: optuna.samplers.BaseSampler, space: BoundSpace, values: list[dict[str, Any]]) -> None:
+        self.sampler, self.space, self.values = sampler, space, iter(values)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        """All parameters at once."""
+        return self.space.distributions()
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        """The next of them."""
+        self.sampler.sample_relative(study, trial, self.sampler.infer_relative_search_space(study, trial))
+        return next(self.values)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
+        """Never asked."""
+        raise NotImplementedError(param_name)
 
 
 @dataclass
@@ -49,33 +72,40 @@ class Bench:
     Attributes:
         evaluator: The model.
         space: Its default space.
-        values: Parameter values of the trials.
+        make_sampler: Makes the sampler that is asked.
         early_stopping: Whether trials may end early.
+        values: Parameter values of the trials.
         seconds: Mode -> wall time of each stretch.
         found: Mode -> configuration -> its measurements.
     """
 
     evaluator: ModelEvaluator
     space: BoundSpace
-    values: list[dict[str, Any]]
+    make_sampler: Callable[[], optuna.samplers.BaseSampler]
     early_stopping: bool
+    values: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     found: dict[str, dict[str, list[Measurement]]] = field(default_factory=lambda: {mode: {} for mode in MODES})
 
+    def draw(self, trials: int) -> None:
+        """Search once, for the configurations."""
+        with _new_study() as handle:
+            handle.study.sampler = self.make_sampler()
+            run_search(handle, SearchProblem(self.space, self.evaluator.evaluate, anchored=False), Limits(trials))
+            self.values = [trial.params for trial in finished(handle.study)]
+
     def stretch(self, mode: str) -> None:
         """Run all trials once."""
-        one_core = {max(os.sched_getaffinity(0))}
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            handle = stack.enter_context(study_to_search(mode, Identity({"model": "bench"}), f"sqlite:///{folder}/study.db"))
-            handle.study.sampler = make_sampler("random", 0, 0)
-            for values in self.values:
-                handle.study.enqueue_trial(values)
+        with contextlib.ExitStack() as stack:
+            handle = stack.enter_context(_new_study())
+            handle.study.sampler = Asking(self.make_sampler(), self.space, self.values)
             pipeline = None
             if mode == "serial":
-                stack.enter_context(_on(one_core))
+                stack.enter_context(_on({max(os.sched_getaffinity(0))}))
             else:
                 pipeline = stack.enter_context(self.evaluator.pipeline(2))
-                self._warm(pipeline)
+                assert pipeline is not None
+                pipeline.result(pipeline.measure(pipeline.pack(self.space.config(self.values[0])), None))
             notes = TrialNotes(handle, self.evaluator.graph, self.evaluator.baseline)
             options = {"early_stopping": self.early_stopping, "anchored": False, "pipeline": pipeline}
             problem = SearchProblem(self.space, self.evaluator.evaluate, notes, **options)
@@ -87,11 +117,14 @@ class Bench:
                 measured = measurement_from_json(trial.user_attrs["measurement"])
                 self.found[mode].setdefault(trial.user_attrs["config_hash"], []).append(measured)
 
-    def _warm(self, pipeline: Pipeline | None) -> None:
-        """Have the worker started, and what it keeps between trials prepared as the serial loop's is."""
-        assert pipeline is not None
-        for values in self.values:
-            pipeline.prepare(self.space.config(values)).result()
+
+@contextlib.contextmanager
+def _new_study() -> Iterator[StudyHandle]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        study_to_search("bench", Identity({"model": "bench"}), f"sqlite:///{folder}/study.db") as handle,
+    ):
+        yield handle
 
 
 @contextlib.contextmanager
@@ -102,22 +135,6 @@ def _on(cores: set[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def draw(space: BoundSpace, trials: int) -> list[dict[str, Any]]:
-    """Mixed configurations: a share of the layers, another one each time, at a random lower precision."""
-    rng, drawn = np.random.default_rng(0), {}
-    while len(drawn) < trials:
-        share = rng.uniform(0.1, 1.0)
-        values: dict[str, Any] = {}
-        for one in space.parameters:
-            of = one.values
-            if isinstance(one, LogRange) or one in space.settings:
-                values[one.name] = of[rng.integers(len(of))]
-            else:
-                values[one.name] = of[rng.integers(1, len(of))] if rng.random() < share else of[0]
-        drawn[space.config(values).content_hash()] = values
-    return list(drawn.values())
 
 
 def report(bench: Bench, model: str) -> dict[str, Any]:
@@ -175,6 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--trials", type=int, default=12, help="configurations of a stretch")
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each kind")
+    parser.add_argument("--sampler", default=PLANNER, choices=[PLANNER, "random"])
     parser.add_argument("--early-stopping", action="store_true")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument("--cache", type=Path, default=Path("studies/cache"))
@@ -189,9 +207,14 @@ def main() -> None:
         Settings(options.model, data=options.data, cache_dir=options.cache), lambda clause: print(clause, file=sys.stderr)
     )
     space = bind_space(load_space("default"), evaluator.graph)
-    bench = Bench(evaluator, space, draw(space, options.trials), options.early_stopping)
-    for values in bench.values:
-        evaluator.compile(space.config(values))
+    tables = evaluator.tables(space) if options.sampler == PLANNER else None
+    bench = Bench(
+        evaluator,
+        space,
+        lambda: PlannerSampler(space, tables, 0) if tables else make_sampler("random", 0, 0),
+        options.early_stopping,
+    )
+    bench.draw(options.trials)
     for index in range(options.rounds):
         for mode in MODES if index % 2 == 0 else reversed(MODES):
             bench.stretch(mode)

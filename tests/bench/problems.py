@@ -23,6 +23,7 @@ from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.evaluator import Settings
 from qsearch.search.front import measurement_from_json
+from qsearch.search.module_builder import Prepared
 from qsearch.search.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
@@ -118,14 +119,14 @@ class _Recorder:
     """Measures configurations, and remembers which images each had right."""
 
     def __init__(self, evaluator: ModelEvaluator) -> None:
-        self.evaluator, self.logits = evaluator, evaluator.logits
+        self.evaluator, self.logits = evaluator, evaluator.measurer.logits
         self.right: np.ndarray | None = None
-        evaluator.logits = self._logits  # type: ignore[method-assign]
+        # The dataclass is frozen; its instances are not.
+        vars(evaluator.measurer)["logits"] = self._logits
 
-    def _logits(self, module: object, part: str) -> np.ndarray:
-        logits = self.logits(module, part)  # type: ignore[arg-type]
-        if part == "search":
-            self.right = logits.argmax(1) == self.evaluator.dataset.labels("search")
+    def _logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
+        logits = self.logits(prepared, check)
+        self.right = logits.argmax(1) == self.evaluator.dataset.labels("search")
         return logits
 
     def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
@@ -133,7 +134,7 @@ class _Recorder:
 
     def time(self, config: QuantConfig) -> Latency:
         try:
-            return self.evaluator.evaluate(config, _TimingOnly(())).latency
+            return self.evaluator.evaluate(config, _TimingOnly({})).latency
         except EarlyStop as stop:
             return stop.bound.latency
 

@@ -58,16 +58,15 @@ def test_a_run_in_blocks_is_a_whole_run_or_certain_to_be_needless(real: RealSear
     stored = [trial for trial in trials(real.folder) if trial.state == TrialState.COMPLETE]
     evaluator.refer_to(measurement_from_json(stored[0].user_attrs["measurement"]))
     config, whole = QuantConfig.model_validate(stored[1].user_attrs["config"]), stored[1].user_attrs["measurement"]
-    measured = evaluator.evaluate(config, StoppingRule([]))
+    measured = evaluator.evaluate(config, StoppingRule({}))
     # All images in blocks: the very outputs that the search saw in one go.
     assert measured.accuracy.output_sha256 == whole["accuracy"]["output_sha256"]
     assert measured.accuracy.top1_loss_pp == whole["accuracy"]["top1_loss_pp"]
     ratio, reference_ms = measured.latency.ratio, evaluator.baseline.latency.median_ms
     assert ratio is not None and measured.latency.median_ms == pytest.approx(ratio * reference_ms)
     # Something as fast, as small and more accurate than it could be: a small part of the images is enough to know.
-    better = optuna.trial.create_trial(values=[0.0, 0.0, -0.5])
     with pytest.raises(EarlyStop) as stop:
-        evaluator.evaluate(config, StoppingRule([better]))
+        evaluator.evaluate(config, StoppingRule({0: (0.0, 0.0, -0.5)}))
     bound = stop.value.bound
     assert 0 < bound.images < measured.accuracy.images / 2
     assert bound.loss_bounds_pp is not None

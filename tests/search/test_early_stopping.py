@@ -149,8 +149,8 @@ def test_constraints_stop_a_trial_only_where_a_closer_one_is_known(handle: Study
 def test_the_rule_needs_certainty() -> None:
     evaluator = AnalyticEvaluator()
     latency, memory = evaluator.baseline.latency, evaluator.baseline.memory
-    StoppingRule([]).check(latency, memory, 50, (5.0, 6.0))
-    StoppingRule([], Constraints.against(evaluator.baseline, {"top1_loss_pp": 1.0})).check(latency, memory, 50, (5.0, 6.0))
+    StoppingRule({}).check(latency, memory, 50, (5.0, 6.0))
+    StoppingRule({}, Constraints.against(evaluator.baseline, {"top1_loss_pp": 1.0})).check(latency, memory, 50, (5.0, 6.0))
 
 
 def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path)
 def test_a_stop_carries_what_is_known() -> None:
     evaluator = AnalyticEvaluator()
     constraints = Constraints.against(evaluator.baseline, {"latency_ms": 1.0})
-    trial = type("Trial", (), {"values": [1.0, 1.0, 50.0], "number": 3, "constraints": {"latency_ms": 0.0}})
-    rule = StoppingRule([trial], constraints)  # type: ignore[list-item]
+    trials = {3: (1.0, 1.0, 50.0)}
+    rule = StoppingRule(trials, constraints)
     with pytest.raises(EarlyStop) as caught:
         rule.check(evaluator.baseline.latency, evaluator.baseline.memory)
     bound = caught.value.bound
@@ -182,4 +182,4 @@ def test_a_stop_carries_what_is_known() -> None:
         True,
     )
     with pytest.raises(EarlyStop, match="dominated by trial 3"):
-        StoppingRule([trial]).check(evaluator.baseline.latency, evaluator.baseline.memory, 50, (60.0, 70.0))  # type: ignore[list-item]
+        StoppingRule(trials).check(evaluator.baseline.latency, evaluator.baseline.memory, 50, (60.0, 70.0))

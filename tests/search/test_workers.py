@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,43 +20,78 @@ from qsearch.build.target import open_target
 from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError
-from qsearch.search.module_builder import ModuleBuilder, open_parcel
+from qsearch.measure.accuracy import run_images
+from qsearch.search.early_stopping import EarlyStop, StoppingRule
+from qsearch.search.module_builder import ModuleBuilder
+from qsearch.search.module_measurer import ModuleMeasurer
+from qsearch.search.processors import Processors
 from qsearch.search.workers import Worker
 
+INT8 = QuantConfig(default_precision="int8")
 PARENT = """
 import os, signal
-from analytic import PassingPacker
-from qsearch.config import QuantConfig
 from qsearch.search.workers import Worker
 
-class Packer(PassingPacker):
-    def pack(self, config):
-        return os.getpid()
-
-print(Worker(Packer()).submit(QuantConfig()).result(), flush=True)
+print(Worker(lambda: lambda packed, rule: os.getpid()).measure(None, None).result(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_module_linked_by_a_worker_is_the_one_linked_here(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> ModuleBuilder:
+    """Of a small network."""
     model = network("residual")[0]
-    builder = ModuleBuilder(model, observe(model, images(8), 4), (-1.0, 1.0), open_target("host"), tmp_path)
-    config = QuantConfig(default_precision="int8")
-    here = builder.prepare(config)
-    worker = Worker(builder)
+    return ModuleBuilder(model, observe(model, images(8), 4), (-1.0, 1.0), open_target("host"), tmp_path_factory.mktemp("cache"))
+
+
+def test_a_packed_module_is_the_one_linked_here_and_its_file_is_deleted_unless_kept(
+    builder: ModuleBuilder, tmp_path: Path
+) -> None:
+    here = builder.prepare(INT8)
+    given = tvm.runtime.tensor(images(1))
+    for kept, files in ((False, 0), (True, 1)):
+        text = pickle.dumps(builder.pack(INT8, tmp_path, kept))
+        assert len(text) < 10_000
+        sent = pickle.loads(text)
+        assert (sent.memory, sent.kernels_sha256) == (here.memory, here.kernels_sha256)
+        assert set(sent.seconds) == {"lower", "build"}
+        outputs = [prepared.open()["main"](given).numpy() for prepared in (sent, here, sent)]
+        np.testing.assert_array_equal(outputs[0], outputs[1])
+        np.testing.assert_array_equal(outputs[2], outputs[1])
+        assert len(list(tmp_path.iterdir())) == files
+    pickle.loads(text).open()
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    with pytest.raises(BuildError, match="cannot be loaded"):
+        pickle.loads(text).open()
+
+
+def test_a_worker_measures_what_this_process_would(builder: ModuleBuilder, tmp_path: Path) -> None:
+    given, fp32 = images(40), QuantConfig(default_precision="fp32")
+    logits = run_images(builder.prepare(fp32).open, given)
+    reference = builder.pack(fp32, tmp_path, kept=True)
+    measurer = ModuleMeasurer(reference.open, 3.0, partial(images, 40), logits.argmax(1), logits, 1)
+    packed = builder.pack(INT8, tmp_path)
+    worker = Worker(replace(measurer, processors=Processors(*map(frozenset, split()))).open)
     try:
-        parcel = worker.submit(config).result()
-        sent = open_parcel(parcel)
-        with pytest.raises(BuildError, match="cannot be loaded"):
-            open_parcel(parcel)
+        found = worker.measure(packed, StoppingRule({})).result()
+        # More than a trial that is no slower, no larger and no less accurate, it cannot be.
+        with pytest.raises(EarlyStop, match="dominated by trial 7") as stop:
+            worker.measure(builder.pack(INT8, tmp_path), StoppingRule({7: (0.0, 0.0, -100.0)})).result()
+        assert stop.value.bound.images == 0
     finally:
         worker.close()
-    assert (sent.memory, sent.kernels_sha256) == (here.memory, here.kernels_sha256)
-    assert set(sent.seconds) == {"lower", "build"}
-    given = tvm.runtime.tensor(images(1))
-    outputs = [prepared.open()["main"](given).numpy() for prepared in (sent, here)]
-    np.testing.assert_array_equal(*outputs)
-    assert list((tmp_path / "modules").iterdir()) == []
+    here = measurer.measure(builder.prepare(INT8))
+    assert (found.accuracy, found.memory, found.kernels_sha256) == (here.accuracy, here.memory, here.kernels_sha256)
+    assert found.latency.ratio is not None
+    assert found.latency.median_ms == pytest.approx(3.0 * found.latency.ratio)
+    assert set(found.seconds) == {"lower", "build", "latency", "accuracy"}
+
+
+def split() -> tuple[set[int], set[int]]:
+    """The last processor, and the others."""
+    available = os.sched_getaffinity(0)
+    return {max(available)}, available - {max(available)}
 
 
 def test_a_worker_ends_with_a_parent_that_is_killed() -> None:

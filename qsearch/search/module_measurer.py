@@ -1,0 +1,92 @@
+"""From a linked module to its measurement: the part of a trial that needs images and a quiet machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from qsearch.measure.accuracy import compare_accuracy, run_blocks
+from qsearch.measure.clock import Clock
+from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.latency import measure_paired
+from qsearch.measure.measurement import Measurement
+from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.module_builder import Prepared
+from qsearch.search.processors import Processors
+from qsearch.search.workers import Measure
+
+__all__ = ["ModuleMeasurer"]
+
+
+@dataclass(frozen=True)
+class ModuleMeasurer:
+    """Measures modules of one model on the search images; small when it is sent to another process.
+
+    Attributes:
+        open_reference: Makes a virtual machine of the float module.
+        reference_ms: The latency that all others are counted against, milliseconds.
+        open_images: Maps the images, float32 (N, C, H, W).
+        labels: int64 (N,).
+        float_logits: float32 (N, classes) of the float module.
+        threads: Threads a module runs on.
+        processors: Who runs where.
+    """
+
+    open_reference: Callable[[], Any]
+    reference_ms: float
+    open_images: Callable[[], np.ndarray]
+    labels: np.ndarray
+    float_logits: np.ndarray
+    threads: int
+    processors: Processors = Processors()
+
+    def open(self) -> Measure:
+        """Get ready in a process of its own."""
+        with self.processors.alone():
+            _ = self.reference
+        # All pages at once: what a worker process grows by after its first task counts as a leak.
+        self.images.max()
+        return self.measure
+
+    @cached_property
+    def reference(self) -> Any:
+        """A virtual machine of the float module."""
+        return self.open_reference()
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The search images."""
+        return self.open_images()
+
+    def measure(self, prepared: Prepared, rule: StoppingRule | None = None) -> Measurement:
+        """Time a module, then score it.
+
+        Its latency is that of the baseline times the paired ratio of the two, see `measure_paired`.
+
+        Raises:
+            TrialError: It cannot be run.
+            EarlyStop: The rule has seen enough.
+        """
+        clock = Clock()
+        with self.processors.alone():
+            machines = [prepared.open()]
+            (latency,) = measure_paired(self.reference, machines, self.images[:1], self.reference_ms, threads=self.threads)
+        clock.lap("latency")
+        check = None if rule is None else partial(rule.check, latency, prepared.memory)
+        accuracy = compare_accuracy(self.logits(prepared, check), self.float_logits, self.labels)
+        clock.lap("accuracy")
+        return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
+
+    def logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
+        """What a module computes, float32 (N, classes), unless the check stops it before the first or after a block."""
+        if check is None:
+            blocks, check = [np.arange(len(self.labels))], lambda *known: None
+        else:
+            check()
+            blocks = image_blocks(self.float_logits, self.labels)
+        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads)
+        return run_until(parts, blocks, self.float_logits, self.labels, check)
