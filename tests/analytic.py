@@ -21,12 +21,12 @@ from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.pipeline import Pipeline
+from qsearch.search.loop.early_stopping import StoppingRule
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.workers import Measure, Worker
 
 LOSS_PER_NAT = 25.0
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
@@ -173,15 +173,15 @@ class TroublesomeEvaluator(AnalyticEvaluator):
 
 
 def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
-    """Stand in for qsearch.search.objective.open_evaluator."""
+    """Stand in for qsearch.search.evaluation.objective.open_evaluator."""
     print("a library that prints to stdout")
     identity = {"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"}
     return TroublesomeEvaluator(identity=identity, blocks="BLOCKS" in os.environ)
 
 
 def stand_in() -> types.ModuleType:
-    """A module to put in place of qsearch.search.objective."""
-    module = types.ModuleType("qsearch.search.objective")
+    """A module to put in place of qsearch.search.evaluation.objective."""
+    module = types.ModuleType("qsearch.search.evaluation.objective")
     module.open_evaluator = open_evaluator  # type: ignore[attr-defined]
     return module
 
@@ -189,7 +189,7 @@ def stand_in() -> types.ModuleType:
 def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
     """Run a command over this network within this process."""
     # One name is put back, not all of sys.modules: what libraries imported meanwhile must not be imported twice.
-    name = "qsearch.search.objective"
+    name = "qsearch.search.evaluation.objective"
     kept = sys.modules.get(name)
     sys.modules.pop("qsearch.commands.search_session", None)
     sys.modules[name] = stand_in()
@@ -205,7 +205,7 @@ def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
 
 def main() -> None:
     """Run the command line with this network in place of every model."""
-    sys.modules["qsearch.search.objective"] = stand_in()
+    sys.modules["qsearch.search.evaluation.objective"] = stand_in()
     app.main()
 
 

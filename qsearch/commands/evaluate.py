@@ -29,7 +29,7 @@ def evaluate(
     """Measure precisions of a model: latency, memory, speed-up, accuracy."""
     from qsearch.config import named_config
     from qsearch.errors import UsageError
-    from qsearch.search.evaluator import Settings
+    from qsearch.search.evaluation.evaluator import Settings
 
     if split not in ("search", "heldout"):
         raise UsageError(f"unknown split {split!r}: use search or heldout")
@@ -42,7 +42,7 @@ def evaluate(
         from dataclasses import asdict
 
         from qsearch.report.tables import EvaluateRow, evaluate_table
-        from qsearch.search.objective import prepare_evaluator
+        from qsearch.search.evaluation.objective import prepare_evaluator
 
         evaluator = prepare_evaluator(settings, say)
         shared = evaluator.dataset.search_half_calibrating

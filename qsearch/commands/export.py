@@ -57,7 +57,7 @@ def export(
         require_vacant(directory)
     with stdout_reserved():
         from qsearch.export.from_study import check_identity, check_kernels, export_point
-        from qsearch.search.objective import prepare_evaluator
+        from qsearch.search.evaluation.objective import prepare_evaluator
 
         evaluator = prepare_evaluator(settings, say)
         check_identity(study, parts, evaluator.identity)

@@ -63,8 +63,8 @@ def search(
     at the end, the closest ones are printed and the exit status is 3. Trials stopped early count against the budget.
     """
     from qsearch.search.constraints import checked_limits
-    from qsearch.search.evaluator import Settings
-    from qsearch.search.processors import check_jobs
+    from qsearch.search.evaluation.evaluator import Settings
+    from qsearch.search.loop.processors import check_jobs
     from qsearch.search.samplers import check_sampler
     from qsearch.search.space import load_space
     from qsearch.search.storage import checked_name, database_file, storage_url

@@ -25,13 +25,13 @@ from qsearch.report.tables import front_words, study_table
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.constraints import Constraints, limits_text
-from qsearch.search.driver import Limits, SearchProblem, run_search
-from qsearch.search.evaluator import Evaluator, Settings
+from qsearch.search.evaluation.evaluator import Evaluator, Settings
+from qsearch.search.evaluation.objective import open_evaluator
 from qsearch.search.front import record_heldout, study_front
-from qsearch.search.objective import open_evaluator
-from qsearch.search.pipeline import Pipeline
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.processors import default_jobs
 from qsearch.search.planner import PlannerSampler
-from qsearch.search.processors import default_jobs
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search

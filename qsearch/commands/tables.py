@@ -28,7 +28,7 @@ def tables(
 ) -> None:
     """Measure the planner's tables: each layer's cost and sensitivity at each precision, most sensitive first."""
     from qsearch.errors import UsageError
-    from qsearch.search.evaluator import Settings
+    from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.space import load_space
 
     if plot is not None and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
@@ -37,7 +37,7 @@ def tables(
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
 
     from qsearch.search.bound_space import bind_space
-    from qsearch.search.objective import open_evaluator
+    from qsearch.search.evaluation.objective import open_evaluator
     from qsearch.search.tables.layer_tables import layer_rows
     from qsearch.search.tables.measure_tables import measure_tables
 

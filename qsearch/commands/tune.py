@@ -13,7 +13,7 @@ from qsearch.commands.terminal import print_json, print_table, say, stdout_reser
 
 if TYPE_CHECKING:
     from qsearch.measure.tune import TunedKernel
-    from qsearch.search.evaluator import Settings
+    from qsearch.search.evaluation.evaluator import Settings
 
 __all__ = ["tune", "tune_model"]
 
@@ -34,7 +34,7 @@ def tune(
     """Time a few register tiles per distinct kernel and remember the fastest; later searches use them."""
     from qsearch.config import named_config
     from qsearch.errors import UsageError
-    from qsearch.search.evaluator import Settings
+    from qsearch.search.evaluation.evaluator import Settings
 
     names = [name.strip() for name in precision.split(",") if name.strip()]
     if not names:
@@ -72,7 +72,7 @@ def tune_model(settings: Settings, precisions: Sequence[str], seconds: float) ->
     """
     from qsearch.commands.tune_progress import TuneProgress
     from qsearch.config import named_config
-    from qsearch.search.objective import prepare_evaluator
+    from qsearch.search.evaluation.objective import prepare_evaluator
 
     evaluator = prepare_evaluator(settings, say)
     with TuneProgress() as progress:

@@ -14,8 +14,8 @@ from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
 from qsearch.quantize.lower import lower
+from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
-from qsearch.search.objective import ModelEvaluator
 
 __all__ = ["check_identity", "check_kernels", "export_point"]
 

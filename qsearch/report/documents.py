@@ -13,7 +13,7 @@ from qsearch.errors import StudyError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.front import (
     FrontPoint,
     beats_float,

@@ -19,7 +19,7 @@ from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
-from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler

@@ -26,8 +26,8 @@ from scipy.stats import kendalltau
 from qsearch.config import QuantConfig
 from qsearch.measure.latency import measure_paired
 from qsearch.search.bound_space import BoundSpace, bind_space
-from qsearch.search.evaluator import Settings
-from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace
 from qsearch.search.tables.measure_tables import measure_tables
 

@@ -32,12 +32,12 @@ from optuna.trial import FrozenTrial
 from qsearch.measure.measurement import Measurement
 from qsearch.report.notes import TrialNotes
 from qsearch.search.bound_space import BoundSpace, bind_space
-from qsearch.search.driver import Limits, SearchProblem, run_search
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.front import measurement_from_json
-from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.processors import check_jobs
 from qsearch.search.planner import PlannerSampler
-from qsearch.search.processors import check_jobs
 from qsearch.search.samplers import PLANNER, make_sampler
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, StudyHandle, finished, study_to_search

@@ -20,11 +20,11 @@ import qsearch.search
 from qsearch.config import QuantConfig, named_config
 from qsearch.measure.measurement import Latency, Measurement, Memory
 from qsearch.search.bound_space import BoundSpace, bind_space
-from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.module_builder import Prepared
+from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.front import measurement_from_json
-from qsearch.search.module_builder import Prepared
-from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
 from qsearch.search.tables.layer_tables import Tables

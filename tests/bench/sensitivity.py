@@ -37,8 +37,8 @@ from scipy.stats import kendalltau, spearmanr
 
 from qsearch.config import QuantConfig
 from qsearch.measure.accuracy import paired_interval
-from qsearch.search.evaluator import Settings
-from qsearch.search.objective import FLOAT, ModelEvaluator, prepare_evaluator
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import FLOAT, ModelEvaluator, prepare_evaluator
 from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest, measure_sensitivity
 
 BOOTSTRAPS = 300

@@ -27,9 +27,9 @@ from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError
 from qsearch.measure.image_blocks import image_blocks, run_until
 from qsearch.measure.measurement import Measurement
-from qsearch.search.driver import Limits, SearchProblem, run_search
-from qsearch.search.early_stopping import StoppingRule
 from qsearch.search.front import hypervolume
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.samplers import PLANNER
 from qsearch.search.study import measured_trials
 

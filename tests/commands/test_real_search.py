@@ -15,11 +15,11 @@ from real_search import BUDGET, SMALL, STRAYS, RealSearch, command, completed, f
 
 from qsearch.config import QuantConfig
 from qsearch.errors import StudyError
-from qsearch.search.early_stopping import EarlyStop, StoppingRule
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import prepare_evaluator
+from qsearch.search.evaluation.remeasure import remeasure
 from qsearch.search.front import measurement_from_json
-from qsearch.search.objective import prepare_evaluator
-from qsearch.search.remeasure import remeasure
+from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
 
 
 def test_a_killed_search_loses_and_repeats_nothing(real: RealSearch) -> None:

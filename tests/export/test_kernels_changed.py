@@ -17,8 +17,8 @@ from qsearch.config import named_config
 from qsearch.kernels.cpu import candidate_tiles
 from qsearch.quantize.lower import lower
 from qsearch.report.documents import settings_of
+from qsearch.search.evaluation.objective import ModelEvaluator, prepare_evaluator
 from qsearch.search.front import study_front
-from qsearch.search.objective import ModelEvaluator, prepare_evaluator
 from qsearch.search.study import StudyHandle, load_study
 
 EXPORT = ("export", "--study", "small", "--json")

@@ -16,8 +16,8 @@ from qsearch.report.notes import TrialNotes, calibration_text, note_text, write_
 from qsearch.report.pictures import COLOURS, LayerBar, byte_text, draw_precisions, layer_bars
 from qsearch.report.tables import EvaluateRow, evaluate_table, front_table
 from qsearch.search.bound_space import bind_space
-from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.front import study_front
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, finished, study_to_search
 

@@ -16,7 +16,7 @@ from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, StudyError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import BoundSpace, bind_space
-from qsearch.search.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(handle: StudyHandle, monke
     # SQLite keeps the limit per connection, and the pool has several.
     sqlalchemy.event.listen(engine, "checkout", lambda one, *_: one.execute(f"PRAGMA max_page_count={most[0]}"))
     with monkeypatch.context() as patch:
-        patch.setattr("qsearch.search.driver.trial_attributes", lambda *_: {"filler": "x" * 10_000_000})
+        patch.setattr("qsearch.search.loop.driver.trial_attributes", lambda *_: {"filler": "x" * 10_000_000})
         with engine.connect() as connection:
             most[0] = connection.exec_driver_sql("PRAGMA page_count").scalar() + 200
         with pytest.raises(StudyError, match="disk is full"):

@@ -15,9 +15,9 @@ from qsearch.measure.accuracy import compare_accuracy
 from qsearch.measure.image_blocks import image_blocks, loss_bounds, run_until
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
-from qsearch.search.driver import Limits, SearchProblem, run_search
-from qsearch.search.early_stopping import EarlyStop, StoppingRule
 from qsearch.search.front import hypervolume, study_front
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, StudyHandle, finished, load_study, measured_trials, study_to_search

@@ -13,7 +13,6 @@ from qsearch.config import QuantConfig
 from qsearch.errors import StudyError, UsageError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.bound_space import bind_space
-from qsearch.search.driver import Limits, SearchProblem, run_search
 from qsearch.search.front import (
     FLOAT_TRIAL,
     FrontPoint,
@@ -26,6 +25,7 @@ from qsearch.search.front import (
     record_heldout,
     study_front,
 )
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, finished, study_to_search
 

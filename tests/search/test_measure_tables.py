@@ -13,8 +13,8 @@ from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
 from qsearch.measure.kernel_times import KernelTimes
 from qsearch.measure.memory import measure_memory
 from qsearch.search.bound_space import BoundSpace, bind_space
-from qsearch.search.evaluator import Settings
-from qsearch.search.objective import ModelEvaluator, open_evaluator
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
 from qsearch.search.tables.layer_tables import Tables, layer_rows, table_settings

@@ -20,14 +20,14 @@ from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, MeasureError, UsageError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import bind_space
-from qsearch.search.driver import Limits, Outcome, SearchProblem, run_search
-from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
-from qsearch.search.pipeline import Pipeline
-from qsearch.search.processors import Processors, check_jobs, default_jobs, split_processors
+from qsearch.search.loop.driver import Limits, Outcome, SearchProblem, run_search
+from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.processors import Processors, check_jobs, default_jobs, split_processors
+from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import Identity, StudyHandle, finished, measured_trials, study_to_search
-from qsearch.search.workers import Measure, Worker
 
 # Long enough for anything but a deadlock, seconds.
 PATIENCE_S = 60.0
@@ -242,7 +242,7 @@ def test_a_worker_hears_no_interrupt_answers_with_errors_as_they_are_and_is_star
 
 
 def test_processors_are_set_aside_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsearch.search.processors._available", lambda: [0, 2, 3, 5])
+    monkeypatch.setattr("qsearch.search.loop.processors._available", lambda: [0, 2, 3, 5])
     assert split_processors(2, 1) == Processors(frozenset({5}), frozenset({0, 2, 3}))
     assert split_processors(2, 3) == Processors(frozenset({2, 3, 5}), frozenset({0}))
     assert split_processors(1, 1) is None

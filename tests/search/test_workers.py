@@ -21,16 +21,16 @@ from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError
 from qsearch.measure.accuracy import run_images
-from qsearch.search.early_stopping import EarlyStop, StoppingRule
-from qsearch.search.module_builder import ModuleBuilder
-from qsearch.search.module_measurer import ModuleMeasurer
-from qsearch.search.processors import Processors
-from qsearch.search.workers import Worker
+from qsearch.search.evaluation.module_builder import ModuleBuilder
+from qsearch.search.evaluation.module_measurer import ModuleMeasurer
+from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
+from qsearch.search.loop.processors import Processors
+from qsearch.search.loop.workers import Worker
 
 INT8 = QuantConfig(default_precision="int8")
 PARENT = """
 import os, signal
-from qsearch.search.workers import Worker
+from qsearch.search.loop.workers import Worker
 
 print(Worker(lambda: lambda packed, rule: os.getpid()).measure(None, None).result(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.evaluator import Progress, Settings, said_once
+from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum

@@ -8,7 +8,7 @@ from typing import Any
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Measurement
-from qsearch.search.early_stopping import Bound
+from qsearch.search.loop.early_stopping import Bound
 from qsearch.search.study import OBJECTIVES
 
 __all__ = ["checked", "objective_values", "stopped_attributes", "trial_attributes"]

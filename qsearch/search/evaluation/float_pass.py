@@ -9,7 +9,7 @@ from qsearch.calibrate.record import StatisticsRecord, load_record, save_record
 from qsearch.data import Dataset
 from qsearch.errors import CalibrationError
 from qsearch.models.graph import Model
-from qsearch.search.evaluator import Progress, said_once
+from qsearch.search.evaluation.evaluator import Progress, said_once
 
 __all__ = ["float_statistics"]
 

@@ -21,7 +21,7 @@ from qsearch.models.graph import Model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.requirements import require_room
+from qsearch.search.evaluation.requirements import require_room
 
 __all__ = ["ModuleBuilder", "Prepared"]
 

@@ -12,8 +12,8 @@ from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.models.graph import Graph
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.pipeline import Pipeline
+from qsearch.search.loop.early_stopping import StoppingRule
+from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.tables.layer_tables import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]

@@ -12,7 +12,7 @@ from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.constraints import Constraints
-from qsearch.search.pipeline import Pipeline
+from qsearch.search.loop.pipeline import Pipeline
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "Stop"]
 

@@ -10,9 +10,9 @@ from qsearch.data import read_preprocessing
 from qsearch.models.graph import Graph
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
-from qsearch.search.evaluator import Progress, Settings
-from qsearch.search.model_evaluator import FLOAT, ModelEvaluator
-from qsearch.search.requirements import check_classes, open_dataset, open_local_target
+from qsearch.search.evaluation.evaluator import Progress, Settings
+from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
+from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target
 
 __all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator"]
 

@@ -15,9 +15,9 @@ from typing import Any
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Measurement
-from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.processors import Processors
-from qsearch.search.workers import Worker
+from qsearch.search.loop.early_stopping import StoppingRule
+from qsearch.search.loop.processors import Processors
+from qsearch.search.loop.workers import Worker
 
 __all__ = ["Pipeline"]
 

@@ -26,19 +26,19 @@ from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.graph import Graph, Model
 from qsearch.quantize.program import Program
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.cache_folder import CacheFolder
-from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.evaluator import Progress, Settings, said_once
-from qsearch.search.float_pass import float_statistics
-from qsearch.search.module_builder import ModuleBuilder
-from qsearch.search.module_measurer import ModuleMeasurer
-from qsearch.search.pipeline import Pipeline
-from qsearch.search.processors import split_processors
-from qsearch.search.remeasure import remeasure
-from qsearch.search.requirements import require_room
+from qsearch.search.evaluation.cache_folder import CacheFolder
+from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
+from qsearch.search.evaluation.float_pass import float_statistics
+from qsearch.search.evaluation.module_builder import ModuleBuilder
+from qsearch.search.evaluation.module_measurer import ModuleMeasurer
+from qsearch.search.evaluation.remeasure import remeasure
+from qsearch.search.evaluation.requirements import require_room
+from qsearch.search.loop.early_stopping import StoppingRule
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.processors import split_processors
+from qsearch.search.loop.workers import Worker
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.measure_tables import measure_tables
-from qsearch.search.workers import Worker
 
 __all__ = ["FLOAT", "ModelEvaluator"]
 

@@ -17,7 +17,7 @@ from typing import Any
 from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError, StudyError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.front import measurement_from_json
 
 __all__ = ["main", "remeasure"]
@@ -49,7 +49,7 @@ def remeasure(settings: Settings, baseline: Measurement, configs: Sequence[Quant
         (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
         # A user's own model is found where this process found it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        command = [sys.executable, "-m", "qsearch.search.remeasure", name]
+        command = [sys.executable, "-m", "qsearch.search.evaluation.remeasure", name]
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         found = json.loads((folder / _RESULT).read_text(encoding="utf-8")) if (folder / _RESULT).is_file() else {}
     if "verdicts" not in found:
@@ -69,7 +69,7 @@ def _accuracy(data: dict[str, Any]) -> Accuracy:
 
 def main(folder: Path) -> None:
     """Answer the request in a folder."""
-    from qsearch.search.objective import prepare_evaluator
+    from qsearch.search.evaluation.objective import prepare_evaluator
 
     request = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     try:

@@ -14,10 +14,10 @@ from qsearch.measure.clock import Clock
 from qsearch.measure.image_blocks import image_blocks, run_until
 from qsearch.measure.latency import measure_paired
 from qsearch.measure.measurement import Measurement
-from qsearch.search.early_stopping import StoppingRule
-from qsearch.search.module_builder import Prepared
-from qsearch.search.processors import Processors
-from qsearch.search.workers import Measure
+from qsearch.search.evaluation.module_builder import Prepared
+from qsearch.search.loop.early_stopping import StoppingRule
+from qsearch.search.loop.processors import Processors
+from qsearch.search.loop.workers import Measure
 
 __all__ = ["ModuleMeasurer"]
 

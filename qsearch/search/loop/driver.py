@@ -21,12 +21,12 @@ from qsearch.errors import StudyError, TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.anchors import enqueue_anchors
 from qsearch.search.constraints import mark_feasibility
-from qsearch.search.early_stopping import Bound, EarlyStop, StoppingRule
-from qsearch.search.pipeline import Pipeline
-from qsearch.search.problem import Limits, Outcome, SearchProblem, Stop
+from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.problem import Limits, Outcome, SearchProblem, Stop
+from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 from qsearch.search.proposals import unseen_values
 from qsearch.search.study import StudyHandle, finished, measured_trials, requeue
-from qsearch.search.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 

@@ -12,7 +12,7 @@ from qsearch.data import Dataset, Preprocessing, load_dataset
 from qsearch.errors import DataError, StudyError, UnsupportedModelError
 from qsearch.models.graph import Model
 from qsearch.models.zoo import LoadedModel
-from qsearch.search.evaluator import Settings
+from qsearch.search.evaluation.evaluator import Settings
 
 __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_dataset", "open_local_target", "require_room"]
 

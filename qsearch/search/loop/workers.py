@@ -16,7 +16,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend.resource_tracker import ensure_running
 
 from qsearch.measure.measurement import Measurement
-from qsearch.search.early_stopping import StoppingRule
+from qsearch.search.loop.early_stopping import StoppingRule
 
 __all__ = ["Measure", "Worker"]
 
