@@ -118,7 +118,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         rows = np.stack([row for row, _ in candidates])
         nats = np.array([model.divergences[setting](row[None])[0] for row, setting in candidates])
         rough = np.stack([model.latency(rows), self.tables.weight_bytes(rows) + self._held(rows), model.curve(nats)], 1)
-        loss_sd = model.curve.sd_pp / LOSS_BOUND_PP
+        # Where little is lost few answers change, and luck has little to change.
+        loss_sd = model.curve.sd_pp * np.sqrt(rough[:, 2] / (rough[:, 2] + model.curve.sd_pp)) / LOSS_BOUND_PP
         correction = model.latency(rows) - self.tables.latency(rows)
         best: tuple[tuple[float, float], dict[str, Any]] | None = None
         tried = 0
@@ -128,7 +129,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
                 continue
             cost = self._cost(rows[k])
             exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
-            merit = float(self.wanted.gains(exact, loss_sd, front)[0]), -float(self.wanted.excess(exact)[0])
+            merit = self.wanted.merits(exact, loss_sd[k : k + 1], front)[0]
             if best is None or merit > best[0]:
                 best = merit, values
             tried += 1
@@ -250,29 +251,33 @@ class Wanted:
     limits: np.ndarray
     reference: np.ndarray
 
-    def order(self, points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
-        """Positions of predicted objectives, the most expected gain first; of equal gains the least excess."""
-        return np.lexsort((self.excess(points), -self.gains(points, loss_sd, front)))
+    def order(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[int]:
+        """Positions of predicted objectives, the best merit first."""
+        merits = self.merits(points, loss_sd, front)
+        return sorted(range(len(points)), key=lambda n: merits[n], reverse=True)
 
-    def excess(self, points: np.ndarray) -> np.ndarray:
-        """How far points are beyond the limits, float64 (N,)."""
-        return np.maximum(points - self.limits, 0.0).sum(1)
+    def merits(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[tuple[float, float]]:
+        """What speaks for each point, to be compared as tuples.
 
-    def gains(self, points: np.ndarray, loss_sd: float, front: np.ndarray) -> np.ndarray:
-        """Hypervolume that each point is expected to add to a front.
+        The hypervolume that it is expected to add to a front, and then how little it is expected to be beyond the limits. As
+        long as nothing is known to be within them, the other way round.
 
         Args:
             points: Predicted objectives, float64 (N, 3); the first and the third are uncertain.
-            loss_sd: Standard deviation of the third.
+            loss_sd: Standard deviation of the third, float64 (N,).
             front: float64 (M, 3), within limits and reference.
         """
         before = float(moocore.hypervolume(front, ref=self.reference)) if len(front) else 0.0
-        gains = np.zeros(len(points))
         weights = NODE_WEIGHTS / NODE_WEIGHTS.sum()
-        for n, point in enumerate(points):
-            for (i, latency), (j, loss) in itertools.product(enumerate(1.0 + LATENCY_SD * NODES), enumerate(loss_sd * NODES)):
+        merits = []
+        for point, deviation in zip(points, loss_sd, strict=True):
+            gain, excess = 0.0, 0.0
+            for (i, latency), (j, loss) in itertools.product(enumerate(1.0 + LATENCY_SD * NODES), enumerate(deviation * NODES)):
                 moved = np.array([point[0] * latency, point[1], max(point[2] + loss, 0.0)])
-                if (moved < self.reference).all() and (moved <= self.limits).all():
-                    added = float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before
-                    gains[n] += weights[i] * weights[j] * added
-        return gains
+                beyond, weight = float(np.maximum(moved - self.limits, 0.0).sum()), weights[i] * weights[j]
+                excess += weight * beyond
+                if beyond == 0.0 and (moved < self.reference).all():
+                    gain += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before)
+            nothing_yet = not len(front) and bool(np.isfinite(self.limits).any())
+            merits.append((-round(excess, 3), gain) if nothing_yet else (gain, -excess))
+        return merits
