@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,13 @@ def test_as_text(small: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "layers of broken_networks:Net, most sensitive first" in result.stdout
     assert all(name in result.stdout for name in (*LAYERS, "divergence, nats", "latency, us"))
-    # Measured once: what the machine is doing now changes nothing.
-    assert within(small, *TABLES).stdout == result.stdout
+    # Measured once; only the float module, whose latency scales all others, is measured by every process.
+    again = within(small, *TABLES).stdout
+
+    def without_latencies(table: str) -> str:
+        return re.sub(r" +[+-]\d+\.\d ", " ", table)
+
+    assert without_latencies(again) == without_latencies(result.stdout) != result.stdout
 
 
 def test_every_precision_of_the_space(small: Path) -> None:
