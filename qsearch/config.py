@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from qsearch.errors import SpaceError
 
 __all__ = [
+    "BiasCorrection",
     "Calibration",
     "CalibrationMode",
     "Granularity",
+    "LayerRule",
+    "LayerSettings",
+    "LayerType",
+    "Position",
     "QuantConfig",
+    "Rounding",
+    "Symmetry",
     "WeightScale",
+    "WeightSettings",
     "load_config",
+    "matching_layers",
     "named_config",
     "validation_message",
 ]
 
 CalibrationMode = Literal["max", "percentile", "kl_divergence", "mse", "global_scale"]
-Granularity = Literal["channel_wise", "layer_wise"]
-WeightScale = Literal["max", "power_of_two"]
+Granularity = Literal["channel_wise", "layer_wise", "group_wise"]
+WeightScale = Literal["max", "power_of_two", "mse"]
+Symmetry = Literal["symmetric", "asymmetric"]
+Rounding = Literal["nearest", "second_order", "learned"]
+BiasCorrection = Literal["none", "analytic", "measured"]
+LayerType = Literal["conv", "depthwise", "dense"]
+Position = Literal["first", "last"] | tuple[int, ...]
 # In the order of `qsearch.qtype.PRECISIONS`: from the most precise to the smallest.
 PrecisionName = Literal["fp32", "int16", "int8", "w4a8"]
+# Fields that came after the first studies. At their defaults they are left out of the stable form, so that what was
+# written without them keeps its hash.
+_LATER = (
+    "rules",
+    "activations",
+    "weight_symmetry",
+    "rounding",
+    "equalization",
+    "bias_absorption",
+    "migration",
+    "bias_correction",
+)
 
 
 class Calibration(BaseModel):
@@ -45,18 +74,86 @@ class Calibration(BaseModel):
     global_scale: Annotated[float, Field(gt=0.0, le=1e6)] = 8.0
 
 
+class LayerRule(BaseModel):
+    """What some layers do differently; of several rules that match a layer, the later wins.
+
+    Attributes:
+        types: The layers' types; none for any.
+        layers: Names or globs, one of which the layer's has to match; none for any.
+        position: 'first', 'last' or indices among all layers in graph order, negative ones from the end.
+        precision: Their precision.
+        calibration: How the ranges of their values are derived.
+        granularity: Of their weight scales.
+        weight_scale: As for `QuantConfig`.
+        weight_symmetry: As for `QuantConfig`.
+        rounding: As for `QuantConfig`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    types: tuple[LayerType, ...] = ()
+    layers: tuple[str, ...] = ()
+    position: Position | None = None
+    precision: PrecisionName | None = None
+    calibration: Calibration | None = None
+    granularity: Granularity | None = None
+    weight_scale: WeightScale | None = None
+    weight_symmetry: Symmetry | None = None
+    rounding: Rounding | None = None
+
+    @model_validator(mode="after")
+    def _says_which(self) -> LayerRule:
+        if not self.types and not self.layers and self.position is None:
+            raise ValueError("a rule needs 'types', 'layers' or 'position' to say which layers it is for")
+        return self
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How a layer's weights become integers; the fields are `QuantConfig`'s."""
+
+    granularity: Granularity = "channel_wise"
+    weight_scale: WeightScale = "max"
+    weight_symmetry: Symmetry = "symmetric"
+    rounding: Rounding = "nearest"
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """One layer's part of a configuration.
+
+    Attributes:
+        precision: Its name.
+        calibration: Of the range of the layer's value.
+        weights: Of its weights.
+    """
+
+    precision: str
+    calibration: Calibration
+    weights: WeightSettings
+
+
 class QuantConfig(BaseModel):
     """One point of the search space, in a stable JSON form.
 
     Attributes:
         calibration: How activation ranges are derived.
-        granularity: One weight scale per output channel or one per layer.
-        weight_scale: Largest magnitude, or that rounded up to a power of two.
+        granularity: One weight scale per output channel, one per layer, or one per output channel with integer
+            multipliers for groups of input channels (4-bit weights only; channel_wise for others).
+        weight_scale: Largest magnitude, that rounded up to a power of two, or of least squared rounding error.
         default_precision: Precision of layers that nothing else names.
         precision: Layer name -> precision.
         skip: Names or globs of layers kept in fp32.
         skip_conv_layers: Indices of convolutions (in graph order) kept in fp32, or True for all.
         skip_dense_layers: Indices of linear layers kept in fp32, or True for all.
+        rules: What groups of layers do differently.
+        activations: Of 8-bit values: a zero point wherever zero is, or in the middle of the integers (at their lower end
+            for a value that is never negative).
+        weight_symmetry: Of 4-bit weights; others are symmetric.
+        rounding: Of weights to integers: to the nearest, or so that the layer's output changes least.
+        equalization: Equalize the weight ranges of adjacent layers first.
+        bias_absorption: Move large biases into the layers that follow first.
+        migration: Share of the activations' range that linear layers' weights take over first, 0 to 1; 0 for none.
+        bias_correction: Correct biases for the mean error of rounded weights, by batch-norm statistics or by recorded means.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,45 +166,107 @@ class QuantConfig(BaseModel):
     skip: tuple[str, ...] = ()
     skip_conv_layers: StrictBool | tuple[int, ...] = False
     skip_dense_layers: StrictBool | tuple[int, ...] = False
+    rules: tuple[LayerRule, ...] = ()
+    activations: Symmetry = "asymmetric"
+    weight_symmetry: Symmetry = "symmetric"
+    rounding: Rounding = "nearest"
+    equalization: StrictBool = False
+    bias_absorption: StrictBool = False
+    migration: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    bias_correction: BiasCorrection = "none"
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The stable JSON form: plain types, keys in a fixed order."""
         data = self.model_dump(mode="json")
         data["precision"] = dict(sorted(data["precision"].items()))
+        for name in _LATER:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del data[name]
+        data |= {"rules": [rule.model_dump(mode="json", exclude_defaults=True) for rule in self.rules]} if self.rules else {}
         return data
+
+    @property
+    def weights(self) -> WeightSettings:
+        """How weights become integers where no rule says otherwise."""
+        return WeightSettings(self.granularity, self.weight_scale, self.weight_symmetry, self.rounding)
 
     def content_hash(self) -> str:
         """Hexadecimal SHA-256 of the stable JSON form."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
-    def resolve(self, convolutions: tuple[str, ...], dense: tuple[str, ...]) -> dict[str, str]:
-        """Work out every layer's precision.
+    def resolve(self, layers: Mapping[str, LayerType]) -> dict[str, LayerSettings]:
+        """Work out every layer's settings.
 
-        Skips win over `precision`, which wins over `default_precision`.
+        Skips win over `precision`, which wins over `rules`, of which the later win, and these over the rest.
 
         Args:
-            convolutions: Names of the convolution layers, in graph order.
-            dense: Names of the linear layers, in graph order.
+            layers: Layer name -> type, for every layer, in graph order.
 
         Returns:
-            Layer name -> precision name, for every layer.
+            Layer name -> settings, for every layer.
 
         Raises:
-            SpaceError: A named layer, glob or index matches nothing.
+            SpaceError: A named layer, glob, index or rule matches nothing.
         """
-        layers = (*convolutions, *dense)
-        unknown = sorted(set(self.precision) - set(layers))
-        if unknown:
-            raise SpaceError(f"precision names a layer that the model does not have: {unknown[0]!r}; layers are: {_some(layers)}")
-        result: dict[str, str] = {name: self.precision.get(name, self.default_precision) for name in layers}
+        if unknown := sorted(set(self.precision) - set(layers)):
+            raise SpaceError(f"precision names a layer that the model does not have: {unknown[0]!r}{_near(unknown[0], layers)}")
+        result = dict.fromkeys(layers, LayerSettings(self.default_precision, self.calibration, self.weights))
+        for number, rule in enumerate(self.rules):
+            for name in matching_layers(rule, layers, f"rule {number + 1}"):
+                result[name] = _overridden(result[name], rule)
+        precision: dict[str, str] = dict(self.precision)
         for pattern in self.skip:
             matched = [name for name in layers if name == pattern or fnmatchcase(name, pattern)]
             if not matched:
-                raise SpaceError(f"skip pattern {pattern!r} matches no layer; layers are: {_some(layers)}")
-            result |= dict.fromkeys(matched, "fp32")
+                raise SpaceError(f"skip pattern {pattern!r} matches no layer{_near(pattern, layers)}")
+            precision |= dict.fromkeys(matched, "fp32")
+        dense = tuple(name for name, kind in layers.items() if kind == "dense")
+        convolutions = tuple(name for name, kind in layers.items() if kind != "dense")
         for field, names in (("skip_conv_layers", convolutions), ("skip_dense_layers", dense)):
-            result |= dict.fromkeys(_indexed(field, getattr(self, field), names), "fp32")
-        return result
+            precision |= dict.fromkeys(_indexed(field, getattr(self, field), names), "fp32")
+        return {
+            name: LayerSettings(precision.get(name, one.precision), one.calibration, one.weights) for name, one in result.items()
+        }
+
+
+def _overridden(settings: LayerSettings, rule: LayerRule) -> LayerSettings:
+    weights = {name: getattr(rule, name) or given for name, given in vars(settings.weights).items()}
+    calibration = rule.calibration or settings.calibration
+    return LayerSettings(rule.precision or settings.precision, calibration, WeightSettings(**weights))
+
+
+def matching_layers(rule: LayerRule, layers: Mapping[str, LayerType], what: str) -> list[str]:
+    """The layers that a rule is for, in graph order.
+
+    Args:
+        rule: The rule.
+        layers: Layer name -> type, for every layer, in graph order.
+        what: What to call the rule in a message.
+
+    Raises:
+        SpaceError: It, or one of its names, is for none; the message names what comes near.
+    """
+    names = list(layers)
+    for pattern in rule.layers:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+            raise SpaceError(f"{what}: {pattern!r} matches no layer{_near(pattern, names)}")
+    indices = {"first": (0,), "last": (-1,)}[rule.position] if isinstance(rule.position, str) else rule.position
+    for index in indices or ():
+        if not -len(names) <= index < len(names):
+            bounds = f"0 to {len(names) - 1}, or from -1 down"
+            raise SpaceError(f"{what}: there is no layer {index}, the model has {len(names)} ({bounds})")
+    places = None if indices is None else {index % len(names) for index in indices}
+    found = [
+        name
+        for index, (name, kind) in enumerate(layers.items())
+        if (not rule.types or kind in rule.types)
+        and (not rule.layers or any(name == pattern or fnmatchcase(name, pattern) for pattern in rule.layers))
+        and (places is None or index in places)
+    ]
+    if not found:
+        kinds = ", ".join(sorted(set(layers.values())))
+        raise SpaceError(f"{what} matches no layer of the model, whose layers are of the types {kinds}{_near('', names)}")
+    return found
 
 
 def _indexed(field: str, choice: bool | tuple[int, ...], names: tuple[str, ...]) -> tuple[str, ...]:
@@ -119,8 +278,12 @@ def _indexed(field: str, choice: bool | tuple[int, ...], names: tuple[str, ...])
     return tuple(names[index] for index in choice)
 
 
-def _some(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+def _near(name: str, layers: Iterable[str], most: int = 6) -> str:
+    """The names that come near one, or else some of all, as the end of a message."""
+    names = list(layers)
+    if close := difflib.get_close_matches(name.replace("*", ""), names, n=3, cutoff=0.5):
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return "; layers are: " + ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def validation_message(error: ValidationError) -> str:

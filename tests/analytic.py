@@ -131,8 +131,8 @@ class AnalyticEvaluator:
         return MODE_FACTOR[config.calibration.mode] * (1.0 if config.granularity == "channel_wise" else 2.5)
 
     def _measure(self, config: QuantConfig, worse: float = 0.0) -> Measurement:
-        precision = config.resolve(self.graph.convolutions, self.graph.dense)
-        lowered = np.array([precision[layer.name] == "int8" for layer in self.graph.layers])
+        resolved = config.resolve(self.graph.layer_types)
+        lowered = np.array([resolved[layer.name].precision == "int8" for layer in self.graph.layers])
         latency_ms = float((self._cost * (1 - self._gain * lowered)).sum())
         loss = float((self._loss * lowered).sum() * self._factor(config)) + worse * bool(lowered.any())
         accuracy = Accuracy(90 - loss, 99.0, loss, (loss - 0.5, loss + 0.5), 1000, "0" * 64, loss / LOSS_PER_NAT)

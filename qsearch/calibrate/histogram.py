@@ -106,13 +106,15 @@ class TensorStatistics:
 
     Attributes:
         histogram: Counts of all values.
-        channel_minimum: float32 (C,), smallest value per channel (axis 1).
+        channel_minimum: float32 (C,), smallest value per channel (axis 1; the last of tokens (N, T, C)).
         channel_maximum: float32 (C,), largest value per channel.
+        channel_sum: float64 (C,), sum of the values per channel.
     """
 
     histogram: Histogram
     channel_minimum: np.ndarray
     channel_maximum: np.ndarray
+    channel_sum: np.ndarray
 
     @property
     def minimum(self) -> float:
@@ -129,19 +131,25 @@ class TensorStatistics:
         """Number of values."""
         return self.histogram.count
 
+    @property
+    def channel_mean(self) -> np.ndarray:
+        """Mean value per channel, float64 (C,)."""
+        return self.channel_sum * (len(self.channel_sum) / max(self.count, 1))
+
     def merged(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of both sets of values."""
         return TensorStatistics(
             self.histogram.merged(other.histogram),
             np.minimum(self.channel_minimum, other.channel_minimum),
             np.maximum(self.channel_maximum, other.channel_maximum),
+            self.channel_sum + other.channel_sum,
         )
 
     def extended(self, values: torch.Tensor, low: np.ndarray, high: np.ndarray) -> TensorStatistics:
         """Add a batch.
 
         Args:
-            values: Finite float32, axis 1 of length C.
+            values: Finite float32, channels of length C.
             low: Its minimum per channel, as `channel_extremes` finds it.
             high: Its maximum per channel.
 
@@ -152,16 +160,18 @@ class TensorStatistics:
             self.histogram.extended(_rows(values).numpy(), float(low.min()), float(high.max())),
             np.minimum(self.channel_minimum, low),
             np.maximum(self.channel_maximum, high),
+            self.channel_sum + _rows(values).sum(0, dtype=torch.float64).numpy(),
         )
 
     @classmethod
     def empty(cls, channels: int) -> TensorStatistics:
         """Statistics of no values."""
-        return cls(Histogram.empty(), np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32))
+        low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
+        return cls(Histogram.empty(), low, high, np.zeros(channels))
 
 
 def channel_extremes(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Find the extremes along axis 1; a tensor of fewer axes counts as one channel.
+    """Find the extremes per channel, axis 1 of images and features, the last axis of tokens; without either, one channel.
 
     Args:
         values: float32, at least one value. NaN is passed on to the channel's extremes.
@@ -178,4 +188,6 @@ def _rows(values: torch.Tensor) -> torch.Tensor:
     """View as (values per channel, C); without a copy if the memory is channels-last."""
     if values.dim() < 2:
         return values.reshape(-1, 1)
+    if values.dim() == 3:
+        return values.reshape(-1, values.shape[-1])
     return values.movedim(1, -1).reshape(-1, values.shape[1])

@@ -42,6 +42,7 @@ def observe(
             "check the data directory and the preprocessing"
         )
     tensors: dict[str, TensorStatistics] = {}
+    early: dict[str, tuple[float, float]] = {}
 
     def record(node: Node, value: torch.Tensor) -> None:
         value = value.float()
@@ -51,12 +52,22 @@ def observe(
         known = tensors.get(node.name) or TensorStatistics.empty(len(low))
         tensors[node.name] = known.extended(value, low, high)
 
-    for start in range(0, len(images), batch_size):
-        batch = np.ascontiguousarray(images[start : start + batch_size], np.float32)
+    half = (len(images) + 1) // 2
+    # A batch ends at the half, so that what is known by then does not depend on the batch size either.
+    for start, stop in _batches(half, len(images), batch_size):
+        batch = np.ascontiguousarray(images[start:stop], np.float32)
         interpret(model, torch.tensor(batch), record)
+        if stop == half:
+            early = {name: (one.minimum, one.maximum) for name, one in tensors.items()}
         if progress is not None:
-            progress(min(start + batch_size, len(images)), len(images))
-    return StatisticsRecord(model.fingerprint, len(images), tensors)
+            progress(stop, len(images))
+    return StatisticsRecord(model.fingerprint, len(images), tensors, early)
+
+
+def _batches(half: int, count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of every batch."""
+    parts = ((0, half), (half, count))
+    return [(start, min(start + batch_size, end)) for begin, end in parts for start in range(begin, end, batch_size)]
 
 
 def _not_finite(node: Node, low: np.ndarray, high: np.ndarray, model: Model) -> str:

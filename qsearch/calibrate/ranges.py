@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from qsearch.calibrate.global_scale import data_free_range
 from qsearch.calibrate.histogram import TensorStatistics
@@ -27,7 +28,11 @@ _DEAD_END = 2.0**-10
 
 
 def activation_ranges(
-    record: StatisticsRecord | None, model: Model, calibration: Calibration, input_range: Range
+    record: StatisticsRecord | None,
+    model: Model,
+    calibration: Calibration,
+    input_range: Range,
+    own: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> dict[str, Range]:
     """Derive the range of every value.
 
@@ -37,6 +42,7 @@ def activation_ranges(
         calibration: Mode and its parameters.
         input_range: (low, high) that preprocessed images can have; mode global_scale takes it as it is, the
             others never exceed it.
+        own: Node name -> the calibration of its value, where that is another.
 
     Returns:
         Node name -> (low, high) with low <= 0 <= high and low < high, within the node's clip.
@@ -44,17 +50,17 @@ def activation_ranges(
     Raises:
         CalibrationError: The mode needs a record and there is none, or it lacks a node.
     """
-    rule = _rule(calibration)
     ranges: dict[str, Range] = {}
     for node in model.graph.nodes:
         inputs = [ranges[name] for name in node.inputs]
         if node.op in _SHARED:
             ranges[node.name] = inputs[0]
             continue
-        if rule is None:
-            raw = data_free_range(node, inputs, model.parameters, input_range, calibration.global_scale)
+        chosen = own.get(node.name, calibration)
+        if (rule := _rule(chosen)) is None:
+            raw = data_free_range(node, inputs, model.parameters, input_range, chosen.global_scale)
         else:
-            raw = rule(_statistics(record, node, calibration.mode))
+            raw = rule(_statistics(record, node, chosen.mode))
         ranges[node.name] = _usable(raw, input_range if node.op == "input" else node.clip)
     return ranges
 

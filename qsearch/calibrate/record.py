@@ -22,7 +22,7 @@ from qsearch.errors import CalibrationError
 __all__ = ["StatisticsRecord", "load_record", "save_record"]
 
 _FORMAT = "qsearch-statistics"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,13 @@ class StatisticsRecord:
         model_fingerprint: `Model.fingerprint` of the observed model.
         images: Number of images observed.
         tensors: Node name -> statistics, in graph order.
+        early: Node name -> (low, high) of what the first half of the images showed, float64 each.
     """
 
     model_fingerprint: str
     images: int
     tensors: dict[str, TensorStatistics]
+    early: dict[str, tuple[float, float]]
 
     @cached_property
     def content_hash(self) -> str:
@@ -97,7 +99,8 @@ def load_record(path: Path) -> StatisticsRecord:
                     "delete the file and the statistics are recorded again"
                 )
             tensors = _tensors(header["names"], {key: archive[key] for key in archive.files})
-            record = StatisticsRecord(header["model_fingerprint"], header["images"], tensors)
+            early = {name: (float(low), float(high)) for name, (low, high) in zip(tensors, archive["early"], strict=True)}
+            record = StatisticsRecord(header["model_fingerprint"], header["images"], tensors, early)
     except OSError as error:
         raise CalibrationError(f"cannot read the statistics record {path}: {error.strerror or error}") from error
     except CalibrationError:
@@ -119,11 +122,13 @@ def _arrays(record: StatisticsRecord) -> dict[str, np.ndarray]:
         "channels": np.array([len(tensor.channel_minimum) for tensor in tensors], np.int64),
         "channel_minimum": np.concatenate([*(t.channel_minimum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
         "channel_maximum": np.concatenate([*(t.channel_maximum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
+        "channel_sum": np.concatenate([*(t.channel_sum for t in tensors), np.zeros(0)]),
+        "early": np.array([record.early[name] for name in record.tensors], np.float64).reshape(-1, 2),
     }
 
 
 def _tensors(names: list[str], arrays: dict[str, np.ndarray]) -> dict[str, TensorStatistics]:
     ends = np.cumsum(arrays["channels"])[:-1]
-    minima, maxima = np.split(arrays["channel_minimum"], ends), np.split(arrays["channel_maximum"], ends)
-    rows = zip(names, arrays["exponents"], arrays["counts"], minima, maxima, strict=True)
-    return {name: TensorStatistics(Histogram(int(exponent), counts), low, high) for name, exponent, counts, low, high in rows}
+    channels = [np.split(arrays[key], ends) for key in ("channel_minimum", "channel_maximum", "channel_sum")]
+    rows = zip(names, arrays["exponents"], arrays["counts"], *channels, strict=True)
+    return {name: TensorStatistics(Histogram(int(exponent), counts), *rest) for name, exponent, counts, *rest in rows}

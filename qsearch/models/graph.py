@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from qsearch.config import LayerType
+
 __all__ = ["ACTIVATIONS", "MOVES", "Conv", "ForeignOp", "Graph", "Matmul", "Model", "Node", "Parameters", "Pool"]
 
 # Pointwise functions with a lowering of their own; the first three only clip.
@@ -138,6 +140,9 @@ class Node:
         constants: Names within `Parameters.constants` of what else it reads: gather (index), scale and shift (c),
             layer_norm (weight, bias), softmax (optionally a shift of its input).
         epsilon: For layer_norm and l2_normalize.
+        clip_high: For conv2d and linear: name within `Parameters.constants` of the high end of the fused clip in every
+            output channel, float32 (O,); None where `clip` holds for all. `clip` then bounds the tensor as a whole: its
+            high end is the largest of these.
     """
 
     name: str
@@ -154,6 +159,7 @@ class Node:
     matmul: Matmul = Matmul()
     constants: tuple[str, ...] = ()
     epsilon: float = 0.0
+    clip_high: str | None = None
 
     @property
     def is_layer(self) -> bool:
@@ -215,6 +221,13 @@ class Graph:
         """The quantizable nodes, in order."""
         return tuple(node for node in self.nodes if node.is_layer)
 
+    @cached_property
+    def layer_types(self) -> dict[str, LayerType]:
+        """Layer name -> 'conv' (depthwise excepted), 'depthwise' or 'dense', in order."""
+        return {
+            node.name: "dense" if node.op == "linear" else "depthwise" if node.is_depthwise else "conv" for node in self.layers
+        }
+
     @property
     def convolutions(self) -> tuple[str, ...]:
         """Names of the convolutions, in order."""
@@ -242,7 +255,12 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 over the graph and every parameter."""
-        digest = hashlib.sha256(json.dumps(asdict(self.graph), sort_keys=True, default=_plain).encode())
+        document = asdict(self.graph)
+        for node in document["nodes"]:
+            # Left out where unset: models without it keep the fingerprint that their statistics are filed under.
+            if node["clip_high"] is None:
+                del node["clip_high"]
+        digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=_plain).encode())
         for table in (self.parameters.weight, self.parameters.bias, self.parameters.constants):
             for name in sorted(table):
                 digest.update(name.encode())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qsearch.config import Symmetry
 from qsearch.errors import QuantizeError
 from qsearch.qtype import UINT8, IntRange
 
@@ -40,18 +41,22 @@ class Affine:
         return int(np.clip(low, qmin, qmax)), int(np.clip(high, qmin, qmax))
 
 
-def affine_from_range(name: str, low: float, high: float) -> Affine:
+def affine_from_range(name: str, low: float, high: float, symmetry: Symmetry = "asymmetric") -> Affine:
     """Spread [low, high], widened to contain zero, over the 256 integers of uint8.
 
     Args:
         name: Tensor name, for the message.
         low: Smallest real value.
         high: Largest real value.
+        symmetry: 'symmetric' widens a range with negative values to [-m, m], zero at 128.
 
     Raises:
         QuantizeError: The range is not finite or is empty.
     """
     low, high = min(low, 0.0), max(high, 0.0)
+    if symmetry == "symmetric" and low < 0.0:
+        # 127 steps lie above the zero point, 128 below.
+        return Affine(_checked_scale(name, low, high, max(-low, high) / 127), 128)
     scale = _checked_scale(name, low, high, (high - low) / (UINT8.qmax - UINT8.qmin))
     zero_point = int(np.clip(np.rint(UINT8.qmin - low / np.float64(scale)), UINT8.qmin, UINT8.qmax))
     return Affine(scale, zero_point)

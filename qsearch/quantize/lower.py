@@ -6,11 +6,13 @@ its readers need. What a node's operation computes is defined in `qsearch.quanti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
-from qsearch.config import QuantConfig
+from qsearch.config import QuantConfig, Symmetry
 from qsearch.models.graph import MOVES, Model, Node
 from qsearch.qtype import INT16
 from qsearch.quantize.affine import Affine, affine_from_range, symmetric_from_range
@@ -24,6 +26,7 @@ from qsearch.quantize.weights import WeightStore
 __all__ = ["lower", "precisions", "value_affines"]
 
 Ranges = dict[str, tuple[float, float]]
+Means = Mapping[str, np.ndarray]
 LOWERINGS = NODE_LOWERINGS | ATTENTION_LOWERINGS
 
 
@@ -33,10 +36,12 @@ def precisions(model: Model, config: QuantConfig) -> dict[str, str]:
     Raises:
         SpaceError: The configuration names a layer that the model does not have.
     """
-    return config.resolve(model.graph.convolutions, model.graph.dense)
+    return {name: one.precision for name, one in config.resolve(model.graph.layer_types).items()}
 
 
-def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStore) -> Program:
+def lower(
+    model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStore, means: Means = MappingProxyType({})
+) -> Program:
     """Lower a model.
 
     Args:
@@ -44,6 +49,7 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
         config: Precisions, granularity and weight scales; its calibration is already in `ranges`.
         ranges: Node name -> (low, high) of its value, for every node.
         weights: Prepared weights, shared between trials.
+        means: Layer name -> mean of its input per channel, float64 (I,); biases are corrected where it is known.
 
     Returns:
         The program; its input is float32 (N, C, H, W), its output float32 (N, classes).
@@ -52,17 +58,20 @@ def lower(model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStor
         QuantizeError: A tensor or layer cannot be represented.
         SpaceError: The configuration names a layer that the model does not have.
     """
-    chosen = precisions(model, config)
-    assignment = assign_forms(model.graph, chosen)
-    writer = _Writer(model, assignment, value_affines(model, assignment, ranges, weights))
+    layers = config.resolve(model.graph.layer_types)
+    assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
+    affines = value_affines(model, assignment, ranges, weights, config.activations)
+    writer = _Writer(model, assignment, affines)
+    context = Context(model, layers, assignment, affines, weights, means)
     for node in model.graph.nodes:
-        context = Context(model, config, chosen, assignment, writer.affines, weights)
         writer.write(node, context)
     output = writer.forms[model.graph.output, FLOAT]
     return Program(writer.input, tuple(writer.ops), output)
 
 
-def value_affines(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[tuple[str, str], Affine]:
+def value_affines(
+    model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore, symmetry: Symmetry = "asymmetric"
+) -> dict[tuple[str, str], Affine]:
     """Scale and zero point of every value that exists in integers.
 
     Args:
@@ -70,6 +79,7 @@ def value_affines(model: Model, assignment: Assignment, ranges: Ranges, weights:
         assignment: The forms of its values.
         ranges: Node name -> (low, high) of its value, for every node.
         weights: Prepared weights, whose sums bound 16-bit integers.
+        symmetry: Of 8-bit values.
 
     Returns:
         (Node name, 'uint8' or 'int16') -> scale and zero point.
@@ -92,7 +102,7 @@ def value_affines(model: Model, assignment: Assignment, ranges: Ranges, weights:
             if node.op in MOVES or (node.op in SHARED and form == computes):
                 affines[key] = affines[node.inputs[0], form]
             elif form == UINT8_FORM:
-                affines[key] = affine_from_range(node.name, *ranges[node.name])
+                affines[key] = affine_from_range(node.name, *ranges[node.name], symmetry)
             else:
                 affines[key] = symmetric_from_range(node.name, *ranges[node.name], limits[node.name])
     return affines

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from qsearch.config import QuantConfig
+from qsearch.config import LayerSettings
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine, dequantize, quantize
 from qsearch.quantize.assign import Assignment
+from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
 from qsearch.quantize.reference import activation
 from qsearch.quantize.weights import (
@@ -37,18 +38,19 @@ class Context:
     Attributes:
         model: The model.
         config: The configuration.
-        precision: Layer name -> precision name.
+        layers: Layer name -> settings.
         assignment: Forms of every value.
         affines: (node name, form) -> scale and zero point, for values that exist in integers.
         weights: Prepared weights.
+        means: Layer name -> mean of its input per channel, float64 (I,); biases are corrected where it is known.
     """
 
     model: Model
-    config: QuantConfig
-    precision: dict[str, str]
+    layers: dict[str, LayerSettings]
     assignment: Assignment
     affines: dict[tuple[str, str], Affine]
     weights: WeightStore
+    means: Mapping[str, np.ndarray]
 
 
 def scalars(**values: float) -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     shapes = [value.shape for value in (*inputs, output)]
     if node.op == "linear":
         shapes = [(int(np.prod(shape[:-1])), 1, 1, shape[-1]) for shape in shapes]
-    precision = context.precision[node.name]
+    precision = context.layers[node.name].precision
     dtypes = tuple(value.dtype for value in (*inputs, output))
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
     values = _output_scalars(context, node, output)
@@ -121,8 +123,10 @@ def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) ->
     The input's zero point is folded into the bias: sum (a - z) w = sum a w - z sum w.
     """
     name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
-    prepare = _bounded_weight if context.precision[name] == "int16" else _prepared_weight
+    prepare = _bounded_weight if context.layers[name].precision == "int16" else _prepared_weight
     prepared = prepare(context, name, affine, bias)
+    if name in context.means:
+        bias = bias + mean_error(node, context.model, prepared, context.means[name])
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
     corrected = np.rint(bias / scale) - affine.zero_point * prepared.sums
     reach = prepared.magnitudes * affine.limits.qmax + np.abs(corrected)
@@ -137,8 +141,8 @@ def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) ->
 def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
     """Integer weights; a channel whose weights are tiny beside its bias gets a scale that its bias fits."""
     weight = context.model.parameters.weight[name]
-    limits = PRECISIONS[context.precision[name]].weight
-    prepared = context.weights.quantized(name, weight, context.config.granularity, context.config.weight_scale, limits)
+    limits = PRECISIONS[context.layers[name].precision].weight
+    prepared = context.weights.quantized(name, weight, context.layers[name].weights, limits)
     least = np.abs(bias) / (np.float64(affine.scale) * MAX_BIAS)
     if (prepared.scale >= least).all():
         return prepared
@@ -147,12 +151,12 @@ def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarr
 
 def _bounded_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
     """int16 weights with which no sum overflows, bias included."""
-    weight, config = context.model.parameters.weight[name], context.config
-    prepared = context.weights.bounded(name, weight, config.granularity, config.weight_scale, affine.limits.qmax)
+    weight, settings = context.model.parameters.weight[name], context.layers[name].weights
+    prepared = context.weights.bounded(name, weight, settings, affine.limits.qmax)
     bound = AccumulatorBound(affine.limits.qmax, MAX_ACCUMULATOR, bias, affine.scale)
     if (bound.reach(prepared) <= bound.limit).all():
         return prepared
-    return fit_weight(name, weight, prepared.scale, config.granularity, config.weight_scale, bound)
+    return fit_weight(name, weight, prepared.scale, settings, bound)
 
 
 def _add(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:

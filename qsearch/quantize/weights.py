@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qsearch.config import Granularity, WeightScale
+from qsearch.config import Granularity, WeightScale, WeightSettings
 from qsearch.errors import QuantizeError
 from qsearch.qtype import INT8, INT16, IntRange
 
@@ -35,6 +35,8 @@ GROWTH, ROUNDS = 1.001, 100
 
 # The scale of a channel whose weights are all zero; any positive number represents zero exactly.
 DEAD_SCALE = np.float32(1.0)
+# What rule 'mse' tries, as shares of the scale that clips nothing.
+MSE_SHARES = np.linspace(1.0, 0.35, 27, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,30 @@ def weight_scales(weight: np.ndarray, limits: IntRange, granularity: Granularity
     Args:
         weight: float32 (O, I/groups, kh, kw).
         limits: Integer range of the weights.
-        granularity: One scale per output channel or one for the layer.
-        rule: 'max' represents the largest magnitude exactly; 'power_of_two' rounds that scale up to a power of two.
+        granularity: One scale per output channel, or one for the layer.
+        rule: 'max' represents the largest magnitude exactly; 'power_of_two' rounds that scale up to a power of two; 'mse' is
+            the scale, of some that clip more or less, with the least squared error after rounding.
 
     Returns:
         float32 (O,).
     """
     largest = np.abs(weight).reshape(len(weight), -1).max(1)
-    return _shaped((largest / limits.qmax).astype(np.float32), granularity, rule)
+    scale = _shaped((largest / limits.qmax).astype(np.float32), granularity, rule)
+    if rule != "mse":
+        return scale
+    errors = np.stack([_squared_error(weight, scale * np.float32(share), limits) for share in MSE_SHARES])
+    if granularity == "layer_wise":
+        errors = np.broadcast_to(errors.sum(1, keepdims=True), errors.shape)
+    # Of equals the first, which clips least.
+    return scale * MSE_SHARES[errors.argmin(0)]
+
+
+def _squared_error(weight: np.ndarray, scale: np.ndarray, limits: IntRange) -> np.ndarray:
+    """Squared rounding error of every output channel, float64 (O,)."""
+    unit = scale[:, None]
+    rows = weight.reshape(len(weight), -1)
+    error = np.clip(np.rint(rows / unit), limits.qmin, limits.qmax) * unit - rows
+    return np.einsum("oi,oi->o", error, error, dtype=np.float64)
 
 
 def _shaped(scale: np.ndarray, granularity: Granularity, rule: WeightScale) -> np.ndarray:
@@ -140,7 +158,7 @@ class AccumulatorBound:
 
 
 def fit_weight(
-    name: str, weight: np.ndarray, scale: np.ndarray, granularity: Granularity, rule: WeightScale, bound: AccumulatorBound
+    name: str, weight: np.ndarray, scale: np.ndarray, settings: WeightSettings, bound: AccumulatorBound
 ) -> QuantizedWeight:
     """Round weights to int16, raising the scales of channels that would break a bound.
 
@@ -148,15 +166,14 @@ def fit_weight(
         name: Layer name, for the message.
         weight: float32 (O, I/groups, kh, kw).
         scale: float32 (O,), where to start.
-        granularity: One scale per output channel or one for the layer.
-        rule: As for `weight_scales`.
+        settings: Granularity and rule of the scales; 'mse' gains nothing at 16 bits and counts as 'max'.
         bound: The bound, checked on the integers themselves.
 
     Raises:
         QuantizeError: No scale was found.
     """
     for _ in range(ROUNDS):
-        scale = _shaped(scale, granularity, rule)
+        scale = _shaped(scale, settings.granularity, settings.weight_scale)
         prepared = quantize_weight(weight, scale, INT16.weight)
         reach = bound.reach(prepared)
         fits = reach <= bound.limit
@@ -176,31 +193,30 @@ class WeightStore:
     """
 
     def __init__(self) -> None:
-        self._prepared: dict[tuple[str, str, str, int], QuantizedWeight] = {}
-        self._bounded: dict[tuple[str, str, str, int], QuantizedWeight] = {}
+        self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
+        self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
         self._limits: dict[str, int] = {}
         self._floats: dict[str, np.ndarray] = {}
 
     def quantized(
-        self, name: str, weight: np.ndarray, granularity: Granularity, rule: WeightScale, limits: IntRange = INT8.weight
+        self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
     ) -> QuantizedWeight:
         """Integer weights of a layer that reads 8-bit activations."""
-        key = (name, granularity, rule, limits.qmax)
+        key = (name, settings, limits.qmax)
         if key not in self._prepared:
-            self._prepared[key] = quantize_weight(weight, weight_scales(weight, limits, granularity, rule), limits)
+            scale = weight_scales(weight, limits, settings.granularity, settings.weight_scale)
+            self._prepared[key] = quantize_weight(weight, scale, limits)
         return self._prepared[key]
 
-    def bounded(
-        self, name: str, weight: np.ndarray, granularity: Granularity, rule: WeightScale, largest: int
-    ) -> QuantizedWeight:
+    def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
         """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
-        key = (name, granularity, rule, largest)
+        key = (name, settings, largest)
         if key not in self._bounded:
             bound = AccumulatorBound(largest, MAX_ACCUMULATOR - BIAS_ROOM)
             magnitude = np.abs(weight).reshape(len(weight), -1)
             least = magnitude.sum(1, dtype=np.float64) * largest / bound.limit
             start = np.maximum(magnitude.max(1) / INT16.weight.qmax, least).astype(np.float32)
-            self._bounded[key] = fit_weight(name, weight, start, granularity, rule, bound)
+            self._bounded[key] = fit_weight(name, weight, start, settings, bound)
         return self._bounded[key]
 
     def activation_limit(self, name: str, weight: np.ndarray) -> int:

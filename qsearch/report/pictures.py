@@ -55,7 +55,7 @@ class LayerBar:
 
 def layer_bars(graph: Graph, config: QuantConfig) -> list[LayerBar]:
     """The columns of a configuration, in the order of the graph."""
-    precision = config.resolve(graph.convolutions, graph.dense)
+    precision = {name: one.precision for name, one in config.resolve(graph.layer_types).items()}
     return [
         LayerBar(node.name, precision[node.name], math.ceil(weight_count(graph, node) * _weight_bits(precision[node.name]) / 8))
         for node in graph.layers

@@ -15,7 +15,7 @@ import optuna
 from qsearch.config import Calibration, QuantConfig
 from qsearch.errors import SpaceError
 from qsearch.models.graph import Graph, Node
-from qsearch.search.space import LayerType, SearchSpace
+from qsearch.search.space import SearchSpace
 
 __all__ = ["CALIBRATION", "GRANULARITY", "PERCENTILE_TAIL", "WEIGHT_SCALE", "BoundSpace", "Choices", "LogRange", "bind_space"]
 
@@ -140,7 +140,7 @@ def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
         raise SpaceError("the model has no convolution and no linear layer, so there is nothing to search")
     _check_names(space, graph)
     kept = _skipped(space, graph)
-    layers = tuple(Choices(node.name, ("fp32",) if node.name in kept else _allowed(space, node)) for node in graph.layers)
+    layers = tuple(Choices(node.name, ("fp32",) if node.name in kept else _allowed(space, graph, node)) for node in graph.layers)
     low, high = space.calibration.percentile
     settings: list[Parameter] = [Choices(CALIBRATION, space.calibration.modes)]
     if "percentile" in space.calibration.modes:
@@ -161,13 +161,7 @@ def _two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def _layer_type(node: Node) -> LayerType:
-    if node.op == "linear":
-        return "dense"
-    return "depthwise" if node.is_depthwise else "conv"
-
-
-def _allowed(space: SearchSpace, node: Node) -> tuple[str, ...]:
+def _allowed(space: SearchSpace, graph: Graph, node: Node) -> tuple[str, ...]:
     choices = space.precisions
     if node.name in choices.layers:
         return choices.layers[node.name]
@@ -181,7 +175,7 @@ def _allowed(space: SearchSpace, node: Node) -> tuple[str, ...]:
         )
     if globs:
         return next(iter(globs.values()))
-    return choices.types.get(_layer_type(node), choices.default)
+    return choices.types.get(graph.layer_types[node.name], choices.default)
 
 
 def _skipped(space: SearchSpace, graph: Graph) -> set[str]:

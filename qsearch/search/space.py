@@ -10,19 +10,18 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, ValidationError, model_validator
 
 import qsearch
-from qsearch.config import CalibrationMode, Granularity, PrecisionName, WeightScale
+from qsearch.config import CalibrationMode, Granularity, LayerType, PrecisionName, WeightScale
 from qsearch.errors import SpaceError
 from qsearch.search.yaml_source import YamlSource, read_yaml
 
-__all__ = ["CalibrationChoices", "LayerType", "PrecisionChoices", "SearchSpace", "load_space", "preset_names"]
+__all__ = ["CalibrationChoices", "PrecisionChoices", "SearchSpace", "load_space", "preset_names"]
 
 VERSION = 1
-LayerType = Literal["conv", "depthwise", "dense"]
 Choice = TypeVar("Choice")
 
 

@@ -35,7 +35,7 @@ from scipy.optimize import isotonic_regression
 from scipy.special import log_softmax
 from scipy.stats import kendalltau, spearmanr
 
-from qsearch.config import QuantConfig
+from qsearch.config import QuantConfig, WeightSettings
 from qsearch.measure.accuracy import paired_interval
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import FLOAT, ModelEvaluator, prepare_evaluator
@@ -103,7 +103,7 @@ def table_of(
         evaluator.weights,
         {layer.name: ("fp32", *arguments.precisions) for layer in evaluator.graph.layers},
         [QuantConfig().calibration],
-        [(granularity, "max") for granularity in granularities],  # type: ignore[misc]
+        [WeightSettings(granularity) for granularity in granularities],
         arguments.seed,
     )
     table = measure_sensitivity(request, lambda done, total: None)
@@ -163,7 +163,7 @@ def against_mixtures(table: Sensitivity, modules: Modules, arguments: argparse.N
         {f"mixture-{i}": QuantConfig(default_precision="fp32", precision=m) for i, m in enumerate(mixtures)}, MIXTURE_IMAGES
     )
     measured = truth.divergence.mean(1)
-    setting = (table.calibrations[0], *table.weight_settings[0])
+    setting = (table.calibrations[0], table.weight_settings[0])
     one = table.divergence(*setting)
     pairs = {pair: table.coupling(pair, *setting) for pair in zip(names, names[1:], strict=False)}
     found: dict[str, list[float]] = {"additive": [], "neighbours": [], "measured": []}
@@ -198,7 +198,7 @@ def compare(evaluator: ModelEvaluator, arguments: argparse.Namespace) -> dict[st
             for layer, p in pairs
         }
         truth = modules.truth(configs)
-        entries = table.divergence(table.calibrations[0], granularity, "max")
+        entries = table.divergence(table.calibrations[0], WeightSettings(granularity))
         predicted = np.array([entries[layer][table.layers[layer].index(p)] for layer, p in pairs])
         for name in (*arguments.precisions, "pooled"):
             rows = np.array([name in ("pooled", p) for _, p in pairs])

@@ -76,10 +76,11 @@ def test_channel_extremes_pass_nan_on() -> None:
 
 
 def test_statistics_of_batches_merge() -> None:
-    batches = [torch.randn(2, 3, 4), 10 * torch.randn(2, 3, 4)]
+    batches = [torch.randn(2, 3, 4, 5), 10 * torch.randn(2, 3, 4, 5)]
     parts = [TensorStatistics.empty(3).extended(batch, *channel_extremes(batch)) for batch in batches]
     merged = parts[0].merged(parts[1])
     both = torch.cat(batches)
     assert merged.count == both.numel()
     assert (merged.minimum, merged.maximum) == (both.min().item(), both.max().item())
-    np.testing.assert_array_equal(merged.channel_maximum, both.amax((0, 2)).numpy())
+    np.testing.assert_array_equal(merged.channel_maximum, both.amax((0, 2, 3)).numpy())
+    np.testing.assert_allclose(merged.channel_mean, both.double().mean((0, 2, 3)).numpy(), rtol=1e-9)

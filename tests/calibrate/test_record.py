@@ -35,7 +35,8 @@ def test_observation_covers_every_node_and_image() -> None:
     calls: list[tuple[int, int]] = []
     data = images()
     record = observe(network(), data, 2, lambda done, total: calls.append((done, total)))
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    # A batch ends at the half.
+    assert calls == [(2, 5), (3, 5), (5, 5)]
     assert record.images == 5
     assert {name: tensor.count for name, tensor in record.tensors.items()} == {"input": 160, "conv": 240, "root": 240}
     assert record.model_fingerprint == network().fingerprint
@@ -79,7 +80,7 @@ def test_another_version_is_refused(record: StatisticsRecord, tmp_path: Path) ->
     path = tmp_path / "statistics.npz"
     save_record(record, path)
     change_header(path, version=99)
-    with pytest.raises(CalibrationError, match="has version 99, this qsearch reads version 1"):
+    with pytest.raises(CalibrationError, match="has version 99, this qsearch reads version 2"):
         load_record(path)
 
 

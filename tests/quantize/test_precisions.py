@@ -11,7 +11,7 @@ from networks import NETWORKS, images, network, ranges_of
 from torch import nn
 
 from qsearch.build.foreign import run_foreign
-from qsearch.config import QuantConfig
+from qsearch.config import QuantConfig, WeightSettings
 from qsearch.models.graph import Graph
 from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import interpret
@@ -137,7 +137,7 @@ def test_bounded_weights_use_the_bits_there_are(outputs, inputs, decades, equal,
     weight = (weight * 10 ** -(rng.random(weight.shape) * decades)).astype(np.float32)
     weight[0, seed % inputs :] = 0
     largest = max(1, int(share * activation_limit(weight)))
-    prepared = WeightStore().bounded("layer", weight, "channel_wise", "max", largest)
+    prepared = WeightStore().bounded("layer", weight, WeightSettings(), largest)
     values = np.abs(prepared.values.astype(np.int64)).reshape(outputs, -1)
     reach = values.sum(1) * largest
     assert reach.max() <= MAX_ACCUMULATOR - 2**28

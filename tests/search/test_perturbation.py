@@ -6,14 +6,14 @@ import torch
 from networks import NETWORKS, images, network, ranges_of
 
 from qsearch.build.foreign import run_foreign
-from qsearch.config import QuantConfig
+from qsearch.config import QuantConfig, WeightSettings
 from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weights import WeightStore
 from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, rounded_weight
 
-SETTING = ("channel_wise", "max")
+SETTING = WeightSettings()
 
 
 def simulated(model, precision, ranges, x):

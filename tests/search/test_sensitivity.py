@@ -13,7 +13,7 @@ from torch import nn
 
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
-from qsearch.config import Calibration
+from qsearch.config import Calibration, WeightSettings
 from qsearch.errors import DataError, StudyError
 from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import forward, interpret
@@ -24,7 +24,9 @@ from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensit
 from qsearch.search.tables.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path
 
 MAX = Calibration()
-PLAIN = ("channel_wise", "max")
+PLAIN = WeightSettings()
+LAYER_WISE = WeightSettings("layer_wise")
+POWERS = WeightSettings(weight_scale="power_of_two")
 IDENTITY = {"model": "m", "data": "d", "target": "t"}
 MODELS = {name: network(name)[0] for name in NETWORKS}
 
@@ -92,7 +94,7 @@ def test_gradients_agree_with_running_the_network_once_per_change(name, monkeypa
 @pytest.mark.parametrize("name", ["residual", "excite", "vit"])
 def test_entries_are_the_divergences_of_one_layer_at_a_time(name):
     asked = request(MODELS[name], 96)
-    entries = measure_sensitivity(asked, ignore).divergence(MAX, *PLAIN)
+    entries = measure_sensitivity(asked, ignore).divergence(MAX, PLAIN)
     pairs = [(layer, place, p) for layer, names in asked.layers.items() for place, p in enumerate(names) if p != "fp32"]
     found = np.array([entries[layer][place] for layer, place, _ in pairs])
     expected = np.array([exact(asked, {layer: p}) for layer, _, p in pairs])
@@ -119,7 +121,7 @@ def test_coupling_is_what_two_layers_add_together():
     torch.manual_seed(0)
     asked = request(import_model("twice", Twice().eval(), SHAPE), 64)
     table = measure_sensitivity(asked, ignore)
-    entries, coupling = table.divergence(MAX, *PLAIN), table.coupling(("a", "b"), MAX, *PLAIN)
+    entries, coupling = table.divergence(MAX, PLAIN), table.coupling(("a", "b"), MAX, PLAIN)
     assert coupling.shape == (3, 3)
     assert not coupling[0].any()
     assert not coupling[:, 0].any()
@@ -131,20 +133,20 @@ def test_coupling_is_what_two_layers_add_together():
 
 def test_every_setting_of_a_space_is_in_the_table():
     calibrations = [MAX, Calibration(mode="percentile", percentile=90.0)]
-    settings = [PLAIN, ("layer_wise", "max"), ("channel_wise", "power_of_two")]
+    settings = [PLAIN, LAYER_WISE, POWERS]
     asked = request(MODELS["residual"], 32, calibrations=calibrations, weight_settings=settings)
     table = measure_sensitivity(asked, ignore)
     total = {
-        (calibration.mode, *setting): sum(row.sum() for row in table.divergence(calibration, *setting).values())
+        (calibration.mode, setting): sum(row.sum() for row in table.divergence(calibration, setting).values())
         for calibration in calibrations
         for setting in settings
     }
-    assert total["percentile", *PLAIN] > 2 * total["max", *PLAIN]
-    assert total["max", "layer_wise", "max"] > total["max", *PLAIN]
-    assert total["max", "channel_wise", "power_of_two"] > total["max", *PLAIN]
+    assert total["percentile", PLAIN] > 2 * total["max", PLAIN]
+    assert total["max", LAYER_WISE] > total["max", PLAIN]
+    assert total["max", POWERS] > total["max", PLAIN]
     alone = measure_sensitivity(replace(asked, calibrations=calibrations[1:], weight_settings=settings[1:2]), ignore)
-    for layer, row in alone.divergence(calibrations[1], "layer_wise", "max").items():
-        np.testing.assert_allclose(row, table.divergence(calibrations[1], "layer_wise", "max")[layer], rtol=1e-4)
+    for layer, row in alone.divergence(calibrations[1], LAYER_WISE).items():
+        np.testing.assert_allclose(row, table.divergence(calibrations[1], LAYER_WISE)[layer], rtol=1e-4)
 
 
 def test_progress_counts_images():

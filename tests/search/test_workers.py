@@ -23,6 +23,7 @@ from qsearch.errors import BuildError
 from qsearch.measure.accuracy import run_images
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
+from qsearch.search.evaluation.variants import Variants
 from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Worker
@@ -41,7 +42,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 def builder(tmp_path_factory: pytest.TempPathFactory) -> ModuleBuilder:
     """Of a small network."""
     model = network("residual")[0]
-    return ModuleBuilder(model, observe(model, images(8), 4), (-1.0, 1.0), open_target("host"), tmp_path_factory.mktemp("cache"))
+    return ModuleBuilder(
+        Variants(model, lambda variant: observe(variant, images(8), 4)),
+        (-1.0, 1.0),
+        open_target("host"),
+        tmp_path_factory.mktemp("cache"),
+    )
 
 
 def test_a_packed_module_is_the_one_linked_here_and_its_file_is_deleted_unless_kept(

@@ -33,6 +33,7 @@ from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.evaluation.remeasure import remeasure
 from qsearch.search.evaluation.requirements import require_room
+from qsearch.search.evaluation.variants import Variants
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import split_processors
@@ -62,10 +63,11 @@ class ModelEvaluator:
         self._cache = CacheFolder(settings.cache_dir)
         self.seconds: dict[str, float] = {}
         start = time.monotonic()
-        self.record = float_statistics(model, dataset, settings.cache_dir, progress)
+        self.variants = Variants(model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress))
+        self.record = self.variants.plain.record
         self.seconds["float_pass"] = time.monotonic() - start
-        self._builder = ModuleBuilder(model, self.record, dataset.preprocessing.value_range, target, settings.cache_dir)
-        self.linker, self.weights = self._builder.linker, self._builder.weights
+        self._builder = ModuleBuilder(self.variants, dataset.preprocessing.value_range, target, settings.cache_dir)
+        self.linker, self.weights = self._builder.linker, self.variants.plain.weights
         self._float_logits: dict[str, np.ndarray] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None

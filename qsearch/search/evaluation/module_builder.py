@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,14 @@ from qsearch.build.link import CompiledModule, Linker
 from qsearch.build.packed import pack_module
 from qsearch.build.target import Target
 from qsearch.calibrate.ranges import activation_ranges
-from qsearch.calibrate.record import StatisticsRecord
 from qsearch.config import QuantConfig
 from qsearch.measure.clock import Clock
 from qsearch.measure.measurement import Memory
 from qsearch.measure.memory import measure_memory
-from qsearch.models.graph import Model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
-from qsearch.quantize.weights import WeightStore
 from qsearch.search.evaluation.requirements import require_room
+from qsearch.search.evaluation.variants import Variants
 
 __all__ = ["ModuleBuilder", "Prepared"]
 
@@ -47,30 +46,31 @@ class ModuleBuilder:
     """Lowers and links configurations of one model.
 
     Args:
-        model: The imported model.
-        record: Statistics of its values.
+        variants: The imported model, and what the methods of a configuration make of it.
         value_range: (low, high) of its input.
         target: What to compile for.
         cache_dir: Where kernels are kept.
     """
 
-    def __init__(
-        self, model: Model, record: StatisticsRecord, value_range: tuple[float, float], target: Target, cache_dir: Path
-    ) -> None:
-        self.model, self.record, self.value_range, self.target, self.cache_dir = model, record, value_range, target, cache_dir
+    def __init__(self, variants: Variants, value_range: tuple[float, float], target: Target, cache_dir: Path) -> None:
+        self.variants, self.value_range, self.cache_dir = variants, value_range, cache_dir
         self.linker = Linker(KernelCache(cache_dir / "kernels", target))
-        self.weights = WeightStore()
         self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel without what was loaded and kept."""
-        return ModuleBuilder, (self.model, self.record, self.value_range, self.target, self.cache_dir.resolve())
-
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
-        """Activation ranges of a configuration's calibration, computed once per calibration."""
-        key = config.calibration.model_dump_json()
+        """Activation ranges of a configuration, computed once for all that share them."""
+        variant = self.variants(config)
+        settings = config.resolve(variant.model.graph.layer_types)
+        own = {name: one.calibration for name, one in settings.items() if one.calibration != config.calibration}
+        key = json.dumps(
+            [
+                variant.model.fingerprint,
+                config.calibration.model_dump(mode="json"),
+                {name: one.model_dump(mode="json") for name, one in own.items()},
+            ]
+        )
         if key not in self._ranges:
-            self._ranges[key] = activation_ranges(self.record, self.model, config.calibration, self.value_range)
+            self._ranges[key] = activation_ranges(variant.record, variant.model, config.calibration, self.value_range, own)
         return self._ranges[key]
 
     def lower(self, config: QuantConfig) -> Program:
@@ -79,7 +79,8 @@ class ModuleBuilder:
         Raises:
             TrialError: It cannot be quantized.
         """
-        return lower(self.model, config, self.ranges(config), self.weights)
+        variant = self.variants(config)
+        return lower(variant.model, config, self.ranges(config), variant.weights, variant.means(config.bias_correction))
 
     def build(self, program: Program, linked: bool = True) -> CompiledModule:
         """Link a program, if there is room for what it may have to compile.

@@ -33,7 +33,7 @@ def divergence_sum(table: Sensitivity, config: QuantConfig, pairs: Sequence[tupl
     Returns:
         Nats; at least 1 - MOST_TAKEN of the sum of the layers' own divergences, whatever the assignment.
     """
-    setting = (config.calibration, config.granularity, config.weight_scale)
+    setting = (config.calibration, config.weights)
     own = table.divergence(*setting)
     names = list(own)
     partners = np.bincount(np.array(pairs, np.int64).reshape(-1), minlength=len(names))

@@ -121,7 +121,7 @@ def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> 
         source.weights,
         _layers(space),
         tuple(calibrations.values()),
-        tuple(dict.fromkeys((config.granularity, config.weight_scale) for config in configs)),
+        tuple(dict.fromkeys(config.weights for config in configs)),
     )
     identity = {name: source.identity[name] for name in ("model", "data")}
     said = said_once(progress, "measuring the sensitivity of layers, images")

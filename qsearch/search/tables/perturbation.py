@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from qsearch.config import Granularity, WeightScale
+from qsearch.config import WeightSettings
 from qsearch.models.graph import MOVES, Graph, Model, Node
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine
@@ -84,17 +84,15 @@ def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
     return value
 
 
-def rounded_weight(
-    node: Node, weight: np.ndarray, precision: str, setting: tuple[Granularity, WeightScale], weights: WeightStore
-) -> np.ndarray:
+def rounded_weight(node: Node, weight: np.ndarray, precision: str, setting: WeightSettings, weights: WeightStore) -> np.ndarray:
     """A layer's weights after quantization, float32 (O, I/groups, kh, kw).
 
     16-bit weights are prepared for the layer's own bound on its input; a neighbour that narrows it changes little.
     The rare channel whose scale is raised for the sake of its bias is left as it is.
     """
     if precision == "int16":
-        prepared = weights.bounded(node.name, weight, *setting, weights.activation_limit(node.name, weight))
+        prepared = weights.bounded(node.name, weight, setting, weights.activation_limit(node.name, weight))
     else:
-        prepared = weights.quantized(node.name, weight, *setting, PRECISIONS[precision].weight)
+        prepared = weights.quantized(node.name, weight, setting, PRECISIONS[precision].weight)
     real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2))

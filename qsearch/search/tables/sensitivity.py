@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from qsearch.config import Calibration, Granularity, WeightScale
+from qsearch.config import Calibration, WeightSettings
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
@@ -32,13 +32,12 @@ from qsearch.quantize.weights import WeightStore
 from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, rounded_weight
 from qsearch.search.tables.projection import Rounded, project
 
-__all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "WeightSetting", "integer_pairs", "measure_sensitivity"]
+__all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "integer_pairs", "measure_sensitivity"]
 
 # The order of efficientnet_lite0's layers and precisions agrees to 0.98 (Spearman) with the divergence over all 375 search
 # images, at about a fiftieth of the cost of measuring every layer; 96 images give 0.99.
 IMAGES = 32
 
-WeightSetting = tuple[Granularity, WeightScale]
 # (Layer, integer precision).
 Pair = tuple[str, str]
 
@@ -59,7 +58,7 @@ class SensitivityRequest:
         weights: Prepared weights, shared with the trials.
         layers: Layer name -> the precisions it may take.
         calibrations: Those of the search.
-        weight_settings: (granularity, weight scale) of the search.
+        weight_settings: Those of the search.
         seed: Of the random directions.
     """
 
@@ -69,7 +68,7 @@ class SensitivityRequest:
     weights: WeightStore
     layers: Mapping[str, tuple[str, ...]]
     calibrations: Sequence[Calibration]
-    weight_settings: Sequence[WeightSetting]
+    weight_settings: Sequence[WeightSettings]
     seed: int = 0
 
 
@@ -80,7 +79,7 @@ class Sensitivity:
     Attributes:
         layers: Layer name -> the precisions it may take.
         calibrations: Those measured.
-        weight_settings: (granularity, weight scale) measured.
+        weight_settings: Those measured.
         activation: float32 (calibrations, pairs, samples): s of the rounded activations; pairs of a layer and one of its
             integer precisions, in the order of `layers`.
         weight: float32 (weight settings, pairs, samples): s of the rounded weights.
@@ -88,7 +87,7 @@ class Sensitivity:
 
     layers: dict[str, tuple[str, ...]]
     calibrations: tuple[Calibration, ...]
-    weight_settings: tuple[WeightSetting, ...]
+    weight_settings: tuple[WeightSettings, ...]
     activation: np.ndarray = field(repr=False)
     weight: np.ndarray = field(repr=False)
 
@@ -97,42 +96,38 @@ class Sensitivity:
         """Pair -> its place in the arrays."""
         return {pair: place for place, pair in enumerate(integer_pairs(self.layers))}
 
-    def divergence(self, calibration: Calibration, granularity: Granularity, weight_scale: WeightScale) -> dict[str, np.ndarray]:
+    def divergence(self, calibration: Calibration, weights: WeightSettings) -> dict[str, np.ndarray]:
         """Mean divergence of the outputs when one layer alone is quantized.
 
         Args:
             calibration: One of `calibrations`.
-            granularity: With `weight_scale` one of `weight_settings`.
-            weight_scale: As above.
+            weights: One of `weight_settings`.
 
         Returns:
             Layer name -> float64 (its precisions,), nats; 0 for fp32.
         """
-        samples = self._samples(calibration, (granularity, weight_scale))
+        samples = self._samples(calibration, weights)
         return {
             layer: np.array([0.5 * np.mean(self._of(samples, layer, name) ** 2) for name in names])
             for layer, names in self.layers.items()
         }
 
-    def coupling(
-        self, layers: tuple[str, str], calibration: Calibration, granularity: Granularity, weight_scale: WeightScale
-    ) -> np.ndarray:
+    def coupling(self, layers: tuple[str, str], calibration: Calibration, weights: WeightSettings) -> np.ndarray:
         """What two layers quantized together add to the sum of their divergences.
 
         Args:
             layers: Two layers.
             calibration: One of `calibrations`.
-            granularity: With `weight_scale` one of `weight_settings`.
-            weight_scale: As above.
+            weights: One of `weight_settings`.
 
         Returns:
             float64 (precisions of the first, precisions of the second), nats, of either sign; 0 beside fp32.
         """
-        samples = self._samples(calibration, (granularity, weight_scale))
+        samples = self._samples(calibration, weights)
         first, second = (np.stack([self._of(samples, layer, name) for name in self.layers[layer]]) for layer in layers)
         return first @ second.T / samples.shape[1]
 
-    def _samples(self, calibration: Calibration, setting: WeightSetting) -> np.ndarray:
+    def _samples(self, calibration: Calibration, setting: WeightSettings) -> np.ndarray:
         """float64 (pairs, samples)."""
         activation = self.activation[self.calibrations.index(calibration)]
         return activation.astype(np.float64) + self.weight[self.weight_settings.index(setting)]

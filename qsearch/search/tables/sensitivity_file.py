@@ -11,19 +11,20 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qsearch.config import Calibration
+from qsearch.config import Calibration, WeightSettings
 from qsearch.errors import StudyError
 from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
 
 __all__ = ["kept_sensitivity", "load_sensitivity", "save_sensitivity", "sensitivity_path"]
 
 # Raised whenever the same request would be answered with other numbers.
-_VERSION = 1
+_VERSION = 2
 
 
 def kept_sensitivity(
@@ -106,7 +107,7 @@ def _choices(of: Sensitivity | SensitivityRequest) -> dict[str, Any]:
     return {
         "layers": {layer: list(names) for layer, names in of.layers.items()},
         "calibrations": [one.model_dump(mode="json") for one in of.calibrations],
-        "weight_settings": [list(one) for one in of.weight_settings],
+        "weight_settings": [asdict(one) for one in of.weight_settings],
     }
 
 
@@ -114,7 +115,7 @@ def _table(choices: dict[str, Any], activation: np.ndarray, weight: np.ndarray) 
     return Sensitivity(
         {layer: tuple(names) for layer, names in choices["layers"].items()},
         tuple(Calibration(**one) for one in choices["calibrations"]),
-        tuple((granularity, weight_scale) for granularity, weight_scale in choices["weight_settings"]),
+        tuple(WeightSettings(**one) for one in choices["weight_settings"]),
         activation,
         weight,
     )

@@ -1,0 +1,84 @@
+"""What a configuration's methods make of a model before anything is rounded: the same network with other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from qsearch.calibrate.record import StatisticsRecord
+from qsearch.config import BiasCorrection, QuantConfig
+from qsearch.models.graph import Model
+from qsearch.quantize.bias_absorption import absorb_high_biases
+from qsearch.quantize.bias_correction import input_means
+from qsearch.quantize.equalization import equalize
+from qsearch.quantize.migration import migrate
+from qsearch.quantize.weights import WeightStore
+
+__all__ = ["Variant", "Variants"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model ready to be lowered.
+
+    Attributes:
+        model: Its graph and parameters.
+        record: Statistics of its values.
+        weights: Its prepared weights.
+    """
+
+    model: Model
+    record: StatisticsRecord
+    weights: WeightStore = field(default_factory=WeightStore)
+    _means: dict[BiasCorrection, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+    def means(self, kind: BiasCorrection) -> Mapping[str, np.ndarray]:
+        """Mean input of every layer, see `input_means`."""
+        if kind not in self._means:
+            self._means[kind] = input_means(self.model, kind, self.record)
+        return self._means[kind]
+
+
+class Variants:
+    """The variants of one model, each made once.
+
+    Args:
+        model: The imported model.
+        observe: Gives the statistics of a variant.
+    """
+
+    def __init__(self, model: Model, observe: Callable[[Model], StatisticsRecord]) -> None:
+        self.observe = observe
+        self.plain = Variant(model, observe(model))
+        self._made: dict[tuple[bool, bool, float, bool], Variant] = {}
+
+    def __call__(self, config: QuantConfig) -> Variant:
+        """The variant that a configuration asks for."""
+        # Who asks for a calibration without images shall get nothing that images decided.
+        data_free = config.calibration.mode == "global_scale"
+        key = (config.equalization, config.bias_absorption, config.migration, data_free)
+        if key not in self._made:
+            model = self._changed(config, {} if data_free else self._seen)
+            # Where a method finds nothing to do, the model is the one that is known.
+            same = model.fingerprint == self.plain.model.fingerprint
+            self._made[key] = self.plain if same else Variant(model, self.observe(model))
+        return self._made[key]
+
+    @cached_property
+    def _seen(self) -> dict[str, np.ndarray]:
+        """Node name -> largest magnitude per channel, float32 (C,)."""
+        tensors = self.plain.record.tensors
+        return {name: np.maximum(np.abs(one.channel_minimum), np.abs(one.channel_maximum)) for name, one in tensors.items()}
+
+    def _changed(self, config: QuantConfig, seen: Mapping[str, np.ndarray]) -> Model:
+        model = self.plain.model
+        if config.migration and seen:
+            model = migrate(model, seen, config.migration)
+        if config.equalization:
+            model = equalize(model, seen)
+        if config.bias_absorption:
+            model = absorb_high_biases(model)
+        return model
