@@ -12,10 +12,10 @@ from typing import Any
 
 import optuna
 
-from qsearch.config import Calibration, QuantConfig
+from qsearch.config import Calibration, LayerRule, QuantConfig, matching_layers
 from qsearch.errors import SpaceError
 from qsearch.models.graph import Graph, Node
-from qsearch.search.space import SearchSpace
+from qsearch.search.space import CalibrationChoices, RuleChoices, SearchSpace
 
 __all__ = ["CALIBRATION", "GRANULARITY", "PERCENTILE_TAIL", "WEIGHT_SCALE", "BoundSpace", "Choices", "LogRange", "bind_space"]
 
@@ -24,6 +24,20 @@ CALIBRATION = "calibration"
 PERCENTILE_TAIL = "percentile_tail"
 GRANULARITY = "granularity"
 WEIGHT_SCALE = "weight_scale"
+# Parameter name, which is also `QuantConfig`'s, -> `SearchSpace`'s name of its choices.
+WEIGHTS = {
+    GRANULARITY: "granularities",
+    WEIGHT_SCALE: "weight_scales",
+    "weight_symmetry": "weight_symmetries",
+    "rounding": "roundings",
+}
+METHODS = {
+    "activations": "activations",
+    "equalization": "equalizations",
+    "bias_absorption": "bias_absorptions",
+    "migration": "migrations",
+    "bias_correction": "bias_corrections",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Choices:
     """A parameter with a few values; one that has a single value is never suggested."""
 
     name: str
-    values: tuple[str, ...]
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class BoundSpace:
         space: The space.
         graph: The model's layers.
         layers: Per layer, in graph order, the precisions it may take; the parameter is named after the layer.
-        settings: Calibration mode, percentile tail, granularity and weight scale.
+        settings: Calibration mode, percentile tail, how weights are rounded, methods; those of rule n begin with 'rule_n_'.
     """
 
     space: SearchSpace
@@ -99,21 +113,52 @@ class BoundSpace:
         """
         value = {one.name: values.get(one.name, one.values[0]) for one in (*self.settings, *self.layers)}
         precision = {layer.name: value[layer.name] for layer in self.layers}
-        if set(precision.values()) <= {"fp32"}:
+        used = set(precision.values()) - {"fp32"}
+        if not used:
             return QuantConfig(default_precision="fp32", precision=precision)
-        mode = value[CALIBRATION]
-        chosen: dict[str, Any] = {"mode": mode}
-        if mode == "percentile":
-            chosen["percentile"] = round(100.0 - _two_digits(value[PERCENTILE_TAIL]), 9)
-        if mode == "global_scale":
-            chosen["global_scale"] = self.space.calibration.global_scale
+        chosen = {name: value[name] for name in METHODS if name in value}
+        if not used & {"int8", "w4a8"}:
+            # 16 bits need none of it.
+            chosen = {name: one for name, one in chosen.items() if name not in ("activations", "rounding", "bias_correction")}
+        rules = (self._rule(number, value, precision) for number in range(len(self.space.rules)))
         return QuantConfig(
-            calibration=Calibration(**chosen),
-            granularity=value[GRANULARITY],
-            weight_scale=value[WEIGHT_SCALE],
+            calibration=_calibration(value, "", self.space.calibration),
+            **_weights(value, "", used),
             default_precision="fp32",
             precision=precision,
+            **chosen,
+            rules=tuple(rule for rule in rules if rule is not None),
         )
+
+    def _rule(self, number: int, value: Mapping[str, Any], precision: Mapping[str, str]) -> LayerRule | None:
+        """What a rule means under parameter values; None where it has no effect. Precisions are named layer by layer."""
+        choices, prefix = self.space.rules[number], _prefix(number)
+        which = LayerRule(types=choices.types, layers=choices.layers, position=choices.position)
+        used = {precision[name] for name in matching_layers(which, self.graph.layer_types, "rule")} - {"fp32"}
+        chosen: dict[str, Any] = _weights(value, prefix, used) if used else {}
+        if used and choices.calibration is not None:
+            chosen["calibration"] = _calibration(value, prefix, choices.calibration)
+        return which.model_copy(update=chosen) if chosen else None
+
+    def start_values(self) -> dict[str, Any]:
+        """Parameter values of the configuration that the space's name stands for."""
+        start = self.space.start
+        values: dict[str, Any] = {
+            one.name: start.precision if start.precision in one.values else one.values[0] for one in self.layers
+        }
+        for one in self.settings:
+            middle = one.values[len(one.values) // 2] if isinstance(one, LogRange) else one.values[0]
+            values[one.name] = middle
+        given: dict[str, Any] = {name: getattr(start, name) for name in (*WEIGHTS, *METHODS) if getattr(start, name) is not None}
+        if start.calibration is not None:
+            given[CALIBRATION] = start.calibration.mode
+            if start.calibration.mode == "percentile":
+                given[PERCENTILE_TAIL] = _two_digits(100.0 - start.calibration.percentile)
+        by_name = {one.name: one for one in self.settings}
+        for name, value in given.items():
+            if name not in by_name or (isinstance(by_name[name], Choices) and value not in by_name[name].values):
+                raise self.space.error(("start", name), f"start: {name} is {value!r}, which the space does not allow")
+        return values | given
 
     def all_values(self) -> Iterator[dict[str, Any]]:
         """Every combination of parameter values; only for small spaces."""
@@ -141,14 +186,53 @@ def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
     _check_names(space, graph)
     kept = _skipped(space, graph)
     layers = tuple(Choices(node.name, ("fp32",) if node.name in kept else _allowed(space, graph, node)) for node in graph.layers)
-    low, high = space.calibration.percentile
-    settings: list[Parameter] = [Choices(CALIBRATION, space.calibration.modes)]
-    if "percentile" in space.calibration.modes:
-        settings.append(LogRange(PERCENTILE_TAIL, round(100.0 - high, 9), round(100.0 - low, 9)))
-    settings += [Choices(GRANULARITY, space.granularities), Choices(WEIGHT_SCALE, space.weight_scales)]
+    settings = _settings(space, "")
+    settings += [Choices(name, getattr(space, field)) for name, field in METHODS.items()]
+    for number, rule in enumerate(space.rules):
+        settings += _settings(rule, _prefix(number))
     if all(layer.values == ("fp32",) for layer in layers):
-        settings = [Choices(one.name, (str(one.values[0]),)) for one in settings]
+        settings = [Choices(one.name, one.values[:1]) for one in settings]
     return BoundSpace(space, graph, layers, tuple(settings))
+
+
+def _prefix(number: int) -> str:
+    return f"rule_{number + 1}_"
+
+
+def _settings(section: SearchSpace | RuleChoices, prefix: str) -> list[Parameter]:
+    """The parameters of calibration and weights that a space or one of its rules opens."""
+    found: list[Parameter] = []
+    if section.calibration is not None:
+        low, high = section.calibration.percentile
+        found.append(Choices(prefix + CALIBRATION, section.calibration.modes))
+        if "percentile" in section.calibration.modes:
+            found.append(LogRange(prefix + PERCENTILE_TAIL, round(100.0 - high, 9), round(100.0 - low, 9)))
+    given = {name: getattr(section, field) for name, field in WEIGHTS.items()}
+    return found + [Choices(prefix + name, values) for name, values in given.items() if values is not None]
+
+
+def _calibration(value: Mapping[str, Any], prefix: str, choices: CalibrationChoices) -> Calibration:
+    mode = value[prefix + CALIBRATION]
+    chosen: dict[str, Any] = {"mode": mode}
+    if mode == "percentile":
+        chosen["percentile"] = round(100.0 - _two_digits(value[prefix + PERCENTILE_TAIL]), 9)
+    if mode == "global_scale":
+        chosen["global_scale"] = choices.global_scale
+    return Calibration(**chosen)
+
+
+def _weights(value: Mapping[str, Any], prefix: str, used: set[str]) -> dict[str, Any]:
+    """How weights are rounded, as far as that is open or set and some layer's precision makes it count."""
+    chosen = {name: value[prefix + name] for name in WEIGHTS if prefix + name in value}
+    if "w4a8" not in used:
+        chosen.pop("weight_symmetry", None)
+        if chosen.get(GRANULARITY) == "group_wise":
+            chosen[GRANULARITY] = "channel_wise"
+    if not used & {"int8", "w4a8"}:
+        chosen.pop("rounding", None)
+        if chosen.get(WEIGHT_SCALE) == "mse":
+            chosen[WEIGHT_SCALE] = "max"
+    return chosen
 
 
 def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
@@ -162,6 +246,10 @@ def _two_digits(value: float) -> float:
 
 
 def _allowed(space: SearchSpace, graph: Graph, node: Node) -> tuple[str, ...]:
+    for number in reversed(range(len(space.rules))):
+        rule = space.rules[number]
+        if rule.precisions is not None and node.name in _matched(space, graph, number):
+            return rule.precisions
     choices = space.precisions
     if node.name in choices.layers:
         return choices.layers[node.name]
@@ -176,6 +264,16 @@ def _allowed(space: SearchSpace, graph: Graph, node: Node) -> tuple[str, ...]:
     if globs:
         return next(iter(globs.values()))
     return choices.types.get(graph.layer_types[node.name], choices.default)
+
+
+def _matched(space: SearchSpace, graph: Graph, number: int) -> list[str]:
+    """The layers of a rule."""
+    rule = space.rules[number]
+    which = LayerRule(types=rule.types, layers=rule.layers, position=rule.position)
+    try:
+        return matching_layers(which, graph.layer_types, f"rule {number + 1}")
+    except SpaceError as error:
+        raise space.error(("rules", number), str(error)) from None
 
 
 def _skipped(space: SearchSpace, graph: Graph) -> set[str]:
@@ -203,7 +301,9 @@ def _skipped(space: SearchSpace, graph: Graph) -> set[str]:
 def _check_names(space: SearchSpace, graph: Graph) -> None:
     for pattern in space.precisions.layers:
         _matches(space, graph, pattern, ("precisions", "layers", pattern))
-    for reserved in (CALIBRATION, PERCENTILE_TAIL, GRANULARITY, WEIGHT_SCALE):
+    for number in range(len(space.rules)):
+        _matched(space, graph, number)
+    for reserved in (CALIBRATION, PERCENTILE_TAIL, *WEIGHTS, *METHODS):
         if reserved in graph.by_name and graph.by_name[reserved].is_layer:
             raise SpaceError(f"the model has a layer called {reserved!r}, the name of a search parameter; rename that module")
 

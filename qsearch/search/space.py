@@ -15,11 +15,22 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, ValidationError, model_validator
 
 import qsearch
-from qsearch.config import CalibrationMode, Granularity, LayerType, PrecisionName, WeightScale
+from qsearch.config import (
+    BiasCorrection,
+    Calibration,
+    CalibrationMode,
+    Granularity,
+    LayerType,
+    Position,
+    PrecisionName,
+    Rounding,
+    Symmetry,
+    WeightScale,
+)
 from qsearch.errors import SpaceError
 from qsearch.search.yaml_source import YamlSource, read_yaml
 
-__all__ = ["CalibrationChoices", "PrecisionChoices", "SearchSpace", "load_space", "preset_names"]
+__all__ = ["CalibrationChoices", "PrecisionChoices", "RuleChoices", "SearchSpace", "Start", "load_space", "preset_names"]
 
 VERSION = 1
 Choice = TypeVar("Choice")
@@ -42,7 +53,31 @@ def _in_order_of(names: Any) -> Any:
     return AfterValidator(check)
 
 
+def _distinct(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    if not choices:
+        raise ValueError("at least one choice is needed")
+    if len(set(choices)) < len(choices):
+        raise ValueError("a choice is listed twice")
+    return tuple(sorted(choices))  # type: ignore[type-var]
+
+
 Precisions = Annotated[tuple[PrecisionName, ...], _in_order_of(PrecisionName)]
+Granularities = Annotated[tuple[Granularity, ...], _in_order_of(Granularity)]
+WeightScales = Annotated[tuple[WeightScale, ...], _in_order_of(WeightScale)]
+Symmetries = Annotated[tuple[Symmetry, ...], _in_order_of(Symmetry)]
+Roundings = Annotated[tuple[Rounding, ...], _in_order_of(Rounding)]
+Switch = Annotated[tuple[StrictBool, ...], AfterValidator(_distinct)]
+# Fields that came after the first studies: left out of a space's hash where they say nothing.
+_LATER = (
+    "activations",
+    "weight_symmetries",
+    "roundings",
+    "equalizations",
+    "bias_absorptions",
+    "migrations",
+    "bias_corrections",
+    "rules",
+)
 
 
 class _Section(BaseModel):
@@ -89,6 +124,68 @@ class CalibrationChoices(_Section):
         return self
 
 
+class RuleChoices(_Section):
+    """What some layers may do differently; of several rules that match a layer, the later wins.
+
+    Attributes:
+        types: The layers' types; none for any.
+        layers: Names or globs, one of which the layer's has to match; none for any.
+        position: 'first', 'last' or indices among all layers in graph order, negative ones from the end.
+        precisions: Which they may take, whatever `SearchSpace.precisions` says.
+        calibration: How the ranges of their values may be derived.
+        granularities: As for `SearchSpace`; this and the following are the layers' own where given.
+        weight_scales: As for `SearchSpace`.
+        weight_symmetries: As for `SearchSpace`.
+        roundings: As for `SearchSpace`.
+    """
+
+    types: tuple[LayerType, ...] = ()
+    layers: tuple[str, ...] = ()
+    position: Position | None = None
+    precisions: Precisions | None = None
+    calibration: CalibrationChoices | None = None
+    granularities: Granularities | None = None
+    weight_scales: WeightScales | None = None
+    weight_symmetries: Symmetries | None = None
+    roundings: Roundings | None = None
+
+    @model_validator(mode="after")
+    def _says_which(self) -> RuleChoices:
+        if not self.types and not self.layers and self.position is None:
+            raise ValueError("a rule needs 'types', 'layers' or 'position' to say which layers it is for")
+        return self
+
+
+class Start(_Section):
+    """The configuration that a space's name stands for; what is not given is the first choice of the space.
+
+    Attributes:
+        precision: Of every layer that may have it; the others take their first choice.
+        calibration: Mode and parameters.
+        granularity: Of weight scales; this and the following as for `QuantConfig`.
+        weight_scale: As for `QuantConfig`.
+        activations: As for `QuantConfig`.
+        weight_symmetry: As for `QuantConfig`.
+        rounding: As for `QuantConfig`.
+        equalization: As for `QuantConfig`.
+        bias_absorption: As for `QuantConfig`.
+        migration: As for `QuantConfig`.
+        bias_correction: As for `QuantConfig`.
+    """
+
+    precision: PrecisionName | None = None
+    calibration: Calibration | None = None
+    granularity: Granularity | None = None
+    weight_scale: WeightScale | None = None
+    activations: Symmetry | None = None
+    weight_symmetry: Symmetry | None = None
+    rounding: Rounding | None = None
+    equalization: StrictBool | None = None
+    bias_absorption: StrictBool | None = None
+    migration: float | None = None
+    bias_correction: BiasCorrection | None = None
+
+
 class SearchSpace(_Section):
     """What a search may vary.
 
@@ -98,26 +195,47 @@ class SearchSpace(_Section):
         precisions: Per layer.
         calibration: Of activations.
         granularities: Of weight scales.
-        weight_scales: Plain, or rounded up to a power of two.
+        weight_scales: Plain, rounded up to a power of two, or of least squared error.
         skip: Names or globs of layers kept in fp32.
         skip_conv_layers: Indices of convolutions kept in fp32, or True for all.
         skip_dense_layers: Indices of linear layers kept in fp32, or True for all.
+        activations: Zero points of 8-bit values.
+        weight_symmetries: Of 4-bit weights.
+        roundings: Of weights.
+        equalizations: Of adjacent layers' weight ranges.
+        bias_absorptions: Of large biases into the layers that follow.
+        migrations: Shares of the activations' range that linear layers' weights take over.
+        bias_corrections: For the mean error of rounded weights.
+        rules: What groups of layers may do differently.
+        start: What `evaluate --preset` measures; not part of the space's identity.
     """
 
     version: int
     name: str = ""
     precisions: PrecisionChoices = PrecisionChoices()
     calibration: CalibrationChoices = CalibrationChoices()
-    granularities: Annotated[tuple[Granularity, ...], _in_order_of(Granularity)] = ("channel_wise",)
-    weight_scales: Annotated[tuple[WeightScale, ...], _in_order_of(WeightScale)] = ("max",)
+    granularities: Granularities = ("channel_wise",)
+    weight_scales: WeightScales = ("max",)
     skip: tuple[str, ...] = ()
     skip_conv_layers: StrictBool | tuple[int, ...] = False
     skip_dense_layers: StrictBool | tuple[int, ...] = False
+    activations: Symmetries = ("asymmetric",)
+    weight_symmetries: Symmetries = ("symmetric",)
+    roundings: Roundings = ("nearest",)
+    equalizations: Switch = (False,)
+    bias_absorptions: Switch = (False,)
+    migrations: Annotated[tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...], AfterValidator(_distinct)] = (0.0,)
+    bias_corrections: Annotated[tuple[BiasCorrection, ...], _in_order_of(BiasCorrection)] = ("none",)
+    rules: tuple[RuleChoices, ...] = ()
+    start: Start = Start()
     _source: YamlSource | None = PrivateAttr(None)
 
     def content_hash(self) -> str:
         """Hexadecimal SHA-256 of what the space means: comments, order and its name do not count."""
-        data = self.model_dump(mode="json", exclude={"name"})
+        data = self.model_dump(mode="json", exclude={"name", "start"})
+        for field in _LATER:
+            if getattr(self, field) == type(self).model_fields[field].default:
+                del data[field]
         for field in ("skip", "skip_conv_layers", "skip_dense_layers"):
             if isinstance(data[field], list):
                 data[field] = sorted(set(data[field]))

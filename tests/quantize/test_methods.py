@@ -179,7 +179,7 @@ def test_measured_correction_takes_the_mean_error_out(granularity: str) -> None:
             options = (conv.stride, conv.padding[:2], conv.dilation, conv.groups)
             moved = torch.nn.functional.conv2d(flat[:, :, None, None].expand(*flat.shape, *x.shape[2:]), error, None, *options)
             moved = moved.mean((0, 2, 3))
-        np.testing.assert_allclose(mean_error(node, model, prepared, means[node.name]), moved, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(mean_error(node, model, prepared, means[node.name]), moved, rtol=1e-4, atol=1e-6)
 
 
 def test_means_of_a_clipped_normal() -> None:
