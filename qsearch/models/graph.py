@@ -138,6 +138,9 @@ class Node:
         constants: Names within `Parameters.constants` of what else it reads: gather (index), scale and shift (c),
             layer_norm (weight, bias), softmax (optionally a shift of its input).
         epsilon: For layer_norm and l2_normalize.
+        clip_high: For conv2d and linear: name within `Parameters.constants` of the high end of the fused clip in every
+            output channel, float32 (O,); None where `clip` holds for all. `clip` then bounds the tensor as a whole: its
+            high end is the largest of these.
     """
 
     name: str
@@ -154,6 +157,7 @@ class Node:
     matmul: Matmul = Matmul()
     constants: tuple[str, ...] = ()
     epsilon: float = 0.0
+    clip_high: str | None = None
 
     @property
     def is_layer(self) -> bool:
@@ -242,7 +246,12 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 over the graph and every parameter."""
-        digest = hashlib.sha256(json.dumps(asdict(self.graph), sort_keys=True, default=_plain).encode())
+        document = asdict(self.graph)
+        for node in document["nodes"]:
+            # Left out where unset: models without it keep the fingerprint that their statistics are filed under.
+            if node["clip_high"] is None:
+                del node["clip_high"]
+        digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=_plain).encode())
         for table in (self.parameters.weight, self.parameters.bias, self.parameters.constants):
             for name in sorted(table):
                 digest.update(name.encode())

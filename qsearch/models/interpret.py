@@ -131,7 +131,14 @@ def _value(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     if node.residual:
         value = value + inputs[-1]
     # An activation applies its own clip; everywhere else a clip is fused and comes last.
-    return value if node.op == "activation" else _clipped(value, node.clip)
+    value = value if node.op == "activation" else _clipped(value, node.clip)
+    return value if node.clip_high is None else torch.minimum(value, _clip_high(node, parameters))
+
+
+def _clip_high(node: Node, parameters: Parameters) -> Tensor:
+    """The high end of a clip per output channel, shaped to fit the node's value."""
+    high = _tensor(parameters.constants[node.clip_high or ""])
+    return high.view(-1, 1, 1) if node.op == "conv2d" else high
 
 
 def _clipped(value: Tensor, clip: tuple[float, float] | None) -> Tensor:
