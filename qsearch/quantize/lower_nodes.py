@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,6 +99,7 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     precision = context.layers[node.name].precision
     dtypes = tuple(value.dtype for value in (*inputs, output))
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
+    key = replace(key, clips_channels=node.clip_high is not None)
     values = _output_scalars(context, node, output)
     unit = _unit(context, node, output)
     if precision == "fp32":
@@ -114,7 +115,19 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
             values |= _operand(context, node, 1, inputs[1], "b", unit)
         affine = context.affines[node.inputs[0], inputs[0].dtype]
         constants = _integer_layer(context, node, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
+    if node.clip_high is not None:
+        constants["clip_high"] = _clip_high(context, node, output)
     return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
+
+
+def _clip_high(context: Context, node: Node, output: Value) -> np.ndarray:
+    """High end of every output channel's clip in the unit of the output, float32 (O,); whole steps for integers."""
+    high = context.model.parameters.constants[node.clip_high or ""]
+    if output.dtype == "float32":
+        return high.astype(np.float32)
+    affine = context.affines[node.name, output.dtype]
+    whole = np.rint(high / np.float64(affine.scale)) + affine.zero_point
+    return (np.clip(whole, affine.limits.qmin, affine.limits.qmax) - affine.zero_point).astype(np.float32)
 
 
 def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) -> dict[str, np.ndarray]:

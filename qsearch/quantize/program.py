@@ -15,10 +15,11 @@ are uint8 or int16 unless it says otherwise):
                  v   = f32(f32(acc) * multiplier[o])
                  v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with an integer residual r
                  v   = f32(v + f32(r * r_multiplier))                              with a residual, r float32
+                 v   = min(v, clip_high[o])                                        where it clips per channel
                  q   = clip(rint(v) + zero_point, qmin, qmax)                      integer output
                  x   = clip(v, low, high)                                          float32 output
-    conv, fp32   x   = clip(sum + bias + residual, low, high); integer output: quantize x. Not bit exact
-                 between targets: only integer layers are.
+    conv, fp32   v   = sum + bias + residual; integer output: v = f32(v * multiplier); then from the clip per
+                 channel on as above. Not bit exact between targets: only integer layers are.
     add          v = f32(f32(f32(a - a_zp) * a_m) + f32(f32(b - b_zp) * b_m)); then as conv's output
     mul          v = f32(f32((a - a_zp) * (b - b_zp)) * m); then as conv's output
     avg_pool     v = f32(f32(sum(a) - n * a_zp) * m)
@@ -50,6 +51,12 @@ and each output channel's weight scale is the smallest, max |w| / 32767 or more,
 
 before granularity and power-of-two rounding may raise it. Thanks to the 2**28 set aside, a new calibration changes
 the weights of only those channels whose bias is larger.
+
+A clip per channel has the output's unit. For an integer output it is an integer itself, counted from the zero point,
+
+    clip_high[o] = clip(rint(high[o] / scale) + zero_point, qmin, qmax) - zero_point
+
+so that clipping before rounding gives what clipping after it would.
 
 rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multipliers so that |v| < 2**30.
 """
@@ -105,6 +112,7 @@ class OpKey:
         pool: Geometry of a pool.
         residual: conv2d adds its second input.
         clipped: A float32 output is clipped to (low, high).
+        clips_channels: conv2d clips every output channel at its own high end first.
         function: Name of an activation that computes in float.
         copies: concat: per input, True if its bytes are copied unchanged.
         channels: concat: which channels of all inputs, one after the other, the output holds; None for all.
@@ -129,6 +137,7 @@ class OpKey:
     matmul: Matmul = Matmul()
     padded: bool = False
     epsilon: float = 0.0
+    clips_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ class Op:
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
             conv2d: weight int8, int16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (integer layers only); and for all kinds, where they apply:
+            multiplier float32 (O,) (integer layers only), clip_high float32 (O,) (where it clips per channel);
+            and for all kinds, where they apply:
             integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
             floats float32 (5,): scalar multipliers, see `FLOATS`;
             table uint8 (256,) for lookup; multipliers float32 (n,) and zero_points int32 (n,) for concat;

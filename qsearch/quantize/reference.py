@@ -83,6 +83,8 @@ def _conv2d(op: Op, inputs: list[Array]) -> Array:
         value = value + _dequantized(op, inputs[1], "b")
     if not integer and op.output.dtype != "float32":
         value = value * _float(op, "multiplier")
+    if op.key.clips_channels:
+        value = np.minimum(value, op.constants["clip_high"])
     return _finish(op, value)
 
 

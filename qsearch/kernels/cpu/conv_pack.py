@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from qsearch.kernels.cpu.buffers import channel_constants
 from qsearch.kernels.cpu.conv_plan import ConvPlan
 
 __all__ = ["pack_constants", "pack_weight"]
 
 
 def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Bias and multiplier by group, part, column and lane; then the scalars."""
+    """What every output channel has (bias, multiplier), by group, part, column and lane; then the scalars."""
     channel, used = _channels(plan)
     offset = plan.isa.activation_offset if plan.weight_dtype == "int8" else 0
     if offset:
         sums = constants["weight"].reshape(len(constants["bias"]), -1).sum(1, dtype=np.int32)
         constants = constants | {"bias": constants["bias"] + offset * sums}
     rows = []
-    for name in ("bias", "multiplier") if plan.integer else ("bias",):
+    for name in channel_constants(plan.key):
         per_group = constants[name].reshape(plan.key.conv.groups, plan.out_channels)
         rows.append(np.where(used, per_group[:, channel], 0).astype(per_group.dtype).ravel())
     return (*rows, constants["integers"], constants["floats"])

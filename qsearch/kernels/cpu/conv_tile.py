@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.buffers import LayerBuffers
+from qsearch.kernels.cpu.buffers import LayerBuffers, clipped_per_channel
 from qsearch.kernels.cpu.byte_vectors import narrow_to_bytes, narrow_to_words, transpose_quarters
 from qsearch.kernels.cpu.conv_fetch import fetch_next_rows, fetch_residual, fetch_weights
 from qsearch.kernels.cpu.conv_plan import ConvPlan
@@ -175,7 +175,7 @@ class TileWriter:
         return (isa.dot_pairs if precision == "int16" else isa.dot)(current, activation, weight)
 
     def _scaled(self, value: Expr, column: Expr | int, index: Expr) -> Expr:
-        """One vector of accumulators in the unit of the output, residual added.
+        """One vector of accumulators in the unit of the output, residual added, clipped per channel.
 
         Args:
             value: int32 or float32 x lanes.
@@ -194,7 +194,7 @@ class TileWriter:
             value = value + dequantized(residual, plan.key.dtypes[1], kept, buffers.arguments, "b")
         if not plan.integer and plan.key.dtypes[-1] != "float32":
             value = rounded_product(value, splat(buffers.arguments.float("multiplier"), kept), kept)
-        return value
+        return clipped_per_channel(buffers, value, column * lanes, kept)
 
 
 def _nest(extents: tuple[int, ...], body: Callable[..., None], *indices: Expr | int) -> None:

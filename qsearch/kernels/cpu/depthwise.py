@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
+from qsearch.kernels.cpu.buffers import LayerBuffers, channel_constants, clipped_per_channel, declare_layer
 from qsearch.kernels.cpu.conv_plan import LAYER_PRECISIONS
 from qsearch.kernels.cpu.epilogue import dequantized, finish
 from qsearch.kernels.cpu.isa import Isa
@@ -64,8 +64,7 @@ def _tile_columns(width: int, isa: Isa) -> int:
 
 
 def _pack(key: OpKey, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    names = ("bias",) if key.precision == "fp32" else ("bias", "multiplier")
-    return (*(constants[name] for name in names), constants["integers"], constants["floats"])
+    return (*(constants[name] for name in channel_constants(key)), constants["integers"], constants["floats"])
 
 
 def _pack_weight(weight: np.ndarray) -> np.ndarray:
@@ -233,6 +232,7 @@ class _Row:
             value = value + dequantized(residual, key.dtypes[1], lanes, buffers.arguments, "b")
         if not self.integer and key.dtypes[-1] != "float32":
             value = rounded_product(value, splat(buffers.arguments.float("multiplier"), lanes), lanes)
+        value = clipped_per_channel(buffers, value, self.channel, lanes)
         finish(self.isa, buffers.output, index, value, lanes, buffers.arguments, key.clipped)
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from qsearch.kernels.cpu.buffers import channel_constants
 from qsearch.kernels.cpu.byte_vectors import channel_order
 from qsearch.kernels.cpu.vectors import SHARED_ELEMENTS
 from qsearch.quantize.program import OpKey
@@ -111,10 +112,9 @@ class QuadsPlan:
         return self.results_at + self.rows * self.key.shapes[-1][2] * WIDTHS[0]
 
     def pack(self, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        """Bias and multiplier by block in the order of the lanes; then the scalars."""
-        rows = [
-            np.concatenate([constants[name][self._channels(block)] for block in self.blocks]) for name in ("bias", "multiplier")
-        ]
+        """What every channel has (bias, multiplier), by block in the order of the lanes; then the scalars."""
+        names = channel_constants(self.key)
+        rows = [np.concatenate([constants[name][self._channels(block)] for block in self.blocks]) for name in names]
         return (*rows, constants["integers"], constants["floats"])
 
     def _channels(self, block: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cpu.buffers import LayerBuffers, declare_layer
+from qsearch.kernels.cpu.buffers import LayerBuffers, clipped_per_channel, declare_layer
 from qsearch.kernels.cpu.byte_vectors import dot_quads, interleave, narrow_to_bytes, narrow_to_words, round_lanes
 from qsearch.kernels.cpu.depthwise_plan import WIDTHS, QuadsPlan
 from qsearch.kernels.cpu.isa import Isa
@@ -207,4 +207,5 @@ class _Block:
                 total = dot_quads(total, activations, tirx.reinterpret(f"int8x{self.width}", weights), self.width)
         assert self.buffers.multiplier is not None
         multiplier = load(self.buffers.multiplier, self.part + v * lanes, lanes)
-        return round_lanes(rounded_product(cast(total, "float32", lanes), multiplier, lanes), self.width)
+        value = rounded_product(cast(total, "float32", lanes), multiplier, lanes)
+        return round_lanes(clipped_per_channel(self.buffers, value, self.part + v * lanes, lanes), self.width)
