@@ -19,7 +19,13 @@ def evaluate(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int16, int8, w4a8, or JSON files.")] = "fp32,int8",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: fp32, int16, int8, w4a8, or JSON files.", show_default="fp32,int8 without --preset"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Comma-separated: presets of spaces/, or YAML files; what their 'start' stands for.")
+    ] = None,
     split: Annotated[str, typer.Option(help="search or heldout: which images.")] = "search",
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
@@ -30,28 +36,35 @@ def evaluate(
     from qsearch.config import named_config
     from qsearch.errors import UsageError
     from qsearch.search.evaluation.evaluator import Settings
+    from qsearch.search.space import load_space
 
     if split not in ("search", "heldout"):
         raise UsageError(f"unknown split {split!r}: use search or heldout")
-    names = [name.strip() for name in precision.split(",") if name.strip()]
+    given = ("fp32,int8" if preset is None else "fp32") if precision is None else precision
+    names = [name.strip() for name in given.split(",") if name.strip()]
     if not names:
         raise UsageError("--precision names nothing: use for example fp32,int8")
     configs = {name: named_config(name) for name in names}
+    spaces = {name.strip(): load_space(name.strip()) for name in (preset or "").split(",") if name.strip()}
     settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
     with stdout_reserved():
         from dataclasses import asdict
 
         from qsearch.report.tables import EvaluateRow, evaluate_table
+        from qsearch.search.bound_space import bind_space
         from qsearch.search.evaluation.objective import prepare_evaluator
 
         evaluator = prepare_evaluator(settings, say)
+        for name, space in spaces.items():
+            bound = bind_space(space, evaluator.graph)
+            configs[name] = bound.config(bound.start_values())
         shared = evaluator.dataset.search_half_calibrating
         if split == "search" and shared:
             say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
         part = "search_half" if split == "search" else split
         rows = []
         for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
-            shown = Path(name).stem if name.endswith(".json") else name
+            shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
             rows.append(
                 EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, accuracy.top1, accuracy.top5, accuracy.images)
             )

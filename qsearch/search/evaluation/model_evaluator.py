@@ -15,8 +15,9 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule
 from qsearch.build.target import Target
+from qsearch.calibrate.coverage import coverage_warnings
 from qsearch.config import QuantConfig
-from qsearch.data import Dataset
+from qsearch.data import Dataset, Part
 from qsearch.errors import TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import compare_accuracy, run_images
 from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
@@ -66,11 +67,19 @@ class ModelEvaluator:
         self.variants = Variants(model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress))
         self.record = self.variants.plain.record
         self.seconds["float_pass"] = time.monotonic() - start
+        for warning in self.coverage_warnings():
+            progress(warning)
         self._builder = ModuleBuilder(self.variants, dataset.preprocessing.value_range, target, settings.cache_dir)
         self.linker, self.weights = self._builder.linker, self.variants.plain.weights
         self._float_logits: dict[str, np.ndarray] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
+
+    def coverage_warnings(self) -> list[str]:
+        """What is to be known of the calibration images, see `coverage_warnings`."""
+        parts: tuple[Part, ...] = ("calibration", "search", "heldout")
+        present = {label for part in parts for label in self.dataset.labels(part).tolist()}
+        return coverage_warnings(self.record, self.dataset.labels("calibration").tolist(), len(present))
 
     @property
     def graph(self) -> Graph:
