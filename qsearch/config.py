@@ -100,6 +100,10 @@ class LayerRule(BaseModel):
     weight_symmetry: Symmetry | None = None
     rounding: Rounding | None = None
 
+    def which(self) -> dict[str, Any]:
+        """The part that says which layers it is for, as plain types."""
+        return self.model_dump(mode="json", include={"types", "layers", "position"})
+
     @model_validator(mode="after")
     def _says_which(self) -> LayerRule:
         if not self.types and not self.layers and self.position is None:
@@ -189,6 +193,16 @@ class QuantConfig(BaseModel):
     def weights(self) -> WeightSettings:
         """How weights become integers where no rule says otherwise."""
         return WeightSettings(self.granularity, self.weight_scale, self.weight_symmetry, self.rounding)
+
+    def ranges_key(self) -> str:
+        """A text that two configurations share if they derive the ranges of 8-bit values alike."""
+        rules = [(rule.which(), rule.calibration and rule.calibration.model_dump()) for rule in self.rules]
+        return json.dumps([self.calibration.model_dump(), self.activations, rules])
+
+    def weights_key(self) -> str:
+        """A text that two configurations share if they round weights and correct biases alike."""
+        rules = [(rule.which(), {name: getattr(rule, name) for name in vars(self.weights)}) for rule in self.rules]
+        return json.dumps([vars(self.weights), self.bias_correction, rules])
 
     def content_hash(self) -> str:
         """Hexadecimal SHA-256 of the stable JSON form."""

@@ -77,6 +77,7 @@ def forward(
     *,
     read: Callable[[Node, int, Tensor], Tensor] | None = None,
     weight: Mapping[str, Tensor] | None = None,
+    bias: Mapping[str, Tensor] | None = None,
     on_value: Callable[[Node, Tensor], None] | None = None,
 ) -> Tensor:
     """Run the model in float, parts of it replaced, recording gradients where torch does.
@@ -86,6 +87,7 @@ def forward(
         images: As for `interpret`.
         read: Called with a node, the position of one of its inputs and that input's value; gives what the node reads.
         weight: Layer name -> float32 (O, I/groups, kh, kw) in place of the model's own.
+        bias: Layer name -> float32 (O,) in place of the model's own.
         on_value: As for `interpret`.
 
     Returns:
@@ -96,7 +98,9 @@ def forward(
     """
     graph = model.graph
     # The interpreter takes arrays and tensors alike; what is given as a tensor keeps its gradient.
-    parameters = replace(model.parameters, weight=cast(dict[str, np.ndarray], {**model.parameters.weight, **(weight or {})}))
+    own = model.parameters
+    weights = cast(dict[str, np.ndarray], {**own.weight, **(weight or {})})
+    parameters = replace(own, weight=weights, bias=cast(dict[str, np.ndarray], {**own.bias, **(bias or {})}))
     last_use = {name: node.name for node in graph.nodes for name in node.inputs}
     values: dict[str, Tensor] = {}
     for node in graph.nodes:

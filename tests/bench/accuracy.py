@@ -3,7 +3,9 @@
     python tests/bench/accuracy.py --model efficientnet_lite0 --data DATA --seeds 3
 
 Every setting is lowered, compiled and run on all images of both halves; `correct` is out of all of them. The calibration
-images are drawn from the search half, another draw for each seed.
+images are drawn from the search half, another draw for each seed. `seconds` is the time from the configuration to the
+linked module, kernels and what the methods keep compiled included where a setting is the first to need them. --peers adds
+ONNX Runtime and NNCF by their own recommended settings, on the same calibration images (extra `bench`).
 """
 
 from __future__ import annotations
@@ -11,16 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qsearch.config import QuantConfig
+from qsearch.data import Part
 from qsearch.measure.memory import measure_memory
+from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Settings
-from qsearch.search.evaluation.objective import prepare_evaluator
+from qsearch.search.evaluation.objective import ModelEvaluator, prepare_evaluator
 
 W4 = {"default_precision": "w4a8", "rounding": "nearest", "weight_scale": "mse"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,31 +47,67 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def peer_rows(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """ONNX Runtime and NNCF under one calibration draw."""
+    from peers import PEERS, export_onnx
+
+    evaluator = open_model(options, seed)
+    images = evaluator.images("calibration")
+    export_onnx(load_model(options.model, None).module.eval(), images[:1], folder / "float.onnx")
+    rows = []
+    for peer, (make, _) in PEERS.items():
+        run = RUNS[peer](make(folder, "int8", images))
+        rows.append(
+            counted(evaluator, f"{peer} int8", seed, lambda part: np.stack([run(x[None]) for x in evaluator.images(part)]))
+        )  # noqa: B023
+    return rows
+
+
+def onnxruntime_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits of one image by ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda image: session.run(None, {name: image})[0][0]
+
+
+def openvino_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits of one image by OpenVINO, in float32 where it is not integer."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda image: next(iter(compiled([image]).values()))[0].copy()
+
+
+RUNS = {"onnxruntime": onnxruntime_runner, "openvino": openvino_runner}
+
+
+def open_model(options: argparse.Namespace, seed: int) -> ModelEvaluator:
+    """The model and its images under one calibration draw."""
+    settings = Settings(options.model, options.weights, options.data, cache_dir=options.cache, seed=seed)
+    return prepare_evaluator(settings, lambda clause: print(clause, file=sys.stderr, flush=True))
+
+
+def counted(evaluator: ModelEvaluator, name: str, seed: int, logits: Callable[[Part], np.ndarray]) -> dict[str, Any]:
+    """How many images of both halves are right."""
+    parts: tuple[Part, ...] = ("search_half", "heldout")
+    right = {part: int((logits(part).argmax(1) == evaluator.dataset.labels(part)).sum()) for part in parts}
+    row = {"setting": name, "seed": seed, "correct": sum(right.values()), **right}
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
 def measure(options: argparse.Namespace, seed: int, names: list[str]) -> list[dict[str, Any]]:
     """All settings under one calibration draw."""
-    settings = Settings(options.model, data=options.data, cache_dir=options.cache, seed=seed)
-    evaluator = prepare_evaluator(settings, lambda clause: print(clause, file=sys.stderr, flush=True))
-    rows = []
+    evaluator, rows = open_model(options, seed), []
     for name in names:
         config = QuantConfig.model_validate(SETTINGS[name] if name in SETTINGS else json.loads(name))
         start = time.monotonic()
         module = evaluator.compile(config)
         seconds = time.monotonic() - start
-        right = {}
-        for part in ("search_half", "heldout"):
-            logits = evaluator.logits(module, part)
-            right[part] = int((logits.argmax(1) == evaluator.dataset.labels(part)).sum())
-        rows.append(
-            {
-                "setting": name,
-                "seed": seed,
-                "correct": sum(right.values()),
-                **right,
-                "weight_bytes": measure_memory(module).weight_bytes,
-                "seconds": round(seconds, 2),
-            }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        row = counted(evaluator, name, seed, partial(evaluator.logits, module))
+        rows.append(row | {"weight_bytes": measure_memory(module).weight_bytes, "seconds": round(seconds, 2)})
     return rows
 
 
@@ -72,14 +115,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cache", type=Path, default=Path("studies/cache"))
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help="names, or configurations as JSON")
+    parser.add_argument("--peers", action="store_true", help="ONNX Runtime and NNCF, too")
     options = parser.parse_args()
     rows = [row for seed in range(options.seeds) for row in measure(options, seed, options.settings)]
+    for seed in range(options.seeds if options.peers else 0):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += peer_rows(options, seed, Path(folder))
     summary = []
-    for name in options.settings:
+    for name in dict.fromkeys(row["setting"] for row in rows):
         counts = [row["correct"] for row in rows if row["setting"] == name]
         summary.append({"setting": name, "mean": float(np.mean(counts)), "least": min(counts), "most": max(counts)})
     print(json.dumps({"model": options.model, "results": summary, "rows": rows}, indent=1))

@@ -35,7 +35,7 @@ from scipy.optimize import isotonic_regression
 from scipy.special import log_softmax
 from scipy.stats import kendalltau, spearmanr
 
-from qsearch.config import QuantConfig, WeightSettings
+from qsearch.config import QuantConfig
 from qsearch.measure.accuracy import paired_interval
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import FLOAT, ModelEvaluator, prepare_evaluator
@@ -99,11 +99,11 @@ def table_of(
     request = SensitivityRequest(
         evaluator.model,
         evaluator.images("search")[: arguments.images],
-        lambda calibration: evaluator.ranges(QuantConfig(calibration=calibration)),
+        evaluator.ranges,
         evaluator.weights,
+        lambda config: {},
         {layer.name: ("fp32", *arguments.precisions) for layer in evaluator.graph.layers},
-        [QuantConfig().calibration],
-        [WeightSettings(granularity) for granularity in granularities],
+        [QuantConfig.model_validate({"granularity": granularity}) for granularity in granularities],
         arguments.seed,
     )
     table = measure_sensitivity(request, lambda done, total: None)
@@ -163,9 +163,9 @@ def against_mixtures(table: Sensitivity, modules: Modules, arguments: argparse.N
         {f"mixture-{i}": QuantConfig(default_precision="fp32", precision=m) for i, m in enumerate(mixtures)}, MIXTURE_IMAGES
     )
     measured = truth.divergence.mean(1)
-    setting = (table.calibrations[0], table.weight_settings[0])
-    one = table.divergence(*setting)
-    pairs = {pair: table.coupling(pair, *setting) for pair in zip(names, names[1:], strict=False)}
+    config = QuantConfig.model_validate({"granularity": arguments.granularities[0]})
+    one = table.divergence(config)
+    pairs = {pair: table.coupling(pair, config) for pair in zip(names, names[1:], strict=False)}
     found: dict[str, list[float]] = {"additive": [], "neighbours": [], "measured": []}
     for mixture in mixtures:
         place = {name: choices.index(precision) for name, precision in mixture.items()}
@@ -198,7 +198,7 @@ def compare(evaluator: ModelEvaluator, arguments: argparse.Namespace) -> dict[st
             for layer, p in pairs
         }
         truth = modules.truth(configs)
-        entries = table.divergence(table.calibrations[0], WeightSettings(granularity))
+        entries = table.divergence(QuantConfig.model_validate({"granularity": granularity}))
         predicted = np.array([entries[layer][table.layers[layer].index(p)] for layer, p in pairs])
         for name in (*arguments.precisions, "pooled"):
             rows = np.array([name in ("pooled", p) for _, p in pairs])

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qsearch.config import Calibration, QuantConfig, WeightSettings
+from qsearch.config import QuantConfig
 from qsearch.search.tables.divergence import MOST_TAKEN, divergence_sum
 from qsearch.search.tables.sensitivity import Sensitivity
 
@@ -15,7 +15,7 @@ LAYERS = {"a": ("fp32", "int8", "w4a8"), "b": ("fp32", "int8"), "c": ("fp32", "i
 def table(samples):
     """A table whose s are given: (pairs of layer and precision, samples); all in the rounded weights."""
     weight = np.array(samples, np.float32)[None]
-    return Sensitivity(LAYERS, (Calibration(),), (WeightSettings(),), np.zeros_like(weight), weight)
+    return Sensitivity(LAYERS, (QuantConfig().ranges_key(),), (QuantConfig().weights_key(),), np.zeros_like(weight), weight)
 
 
 def second_order(samples, row):

@@ -11,7 +11,7 @@ from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, rounded_weight
+from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, weight_change
 
 SETTING = WeightSettings()
 
@@ -21,7 +21,7 @@ def simulated(model, precision, ranges, x):
     store, parameters = WeightStore(), model.parameters
     reads = rounded_reads(model, assigned(model.graph, precision), ranges, store)
     weight = {
-        name: torch.from_numpy(rounded_weight(model.graph.by_name[name], parameters.weight[name], chosen, SETTING, store))
+        name: torch.from_numpy(parameters.weight[name] + weight_change(model, (name, chosen), SETTING, store, None)[0])
         for name, chosen in precision.items()
     }
     with torch.no_grad():

@@ -13,20 +13,20 @@ from torch import nn
 
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
-from qsearch.config import Calibration, WeightSettings
+from qsearch.config import QuantConfig
 from qsearch.errors import DataError, StudyError
 from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import forward, interpret
+from qsearch.quantize.bias_correction import input_means
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, rounded_weight
+from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, weight_change
 from qsearch.search.tables.projection import fisher_direction
 from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
 from qsearch.search.tables.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path
 
-MAX = Calibration()
-PLAIN = WeightSettings()
-LAYER_WISE = WeightSettings("layer_wise")
-POWERS = WeightSettings(weight_scale="power_of_two")
+PLAIN = QuantConfig()
+LAYER_WISE = QuantConfig(granularity="layer_wise")
+POWERS = QuantConfig(weight_scale="power_of_two")
 IDENTITY = {"model": "m", "data": "d", "target": "t"}
 MODELS = {name: network(name)[0] for name in NETWORKS}
 
@@ -40,10 +40,10 @@ def request(model, count, precisions=("fp32", "int8", "w4a8"), **changes):
     made = SensitivityRequest(
         model,
         images(count, 7),
-        lambda calibration: activation_ranges(record, model, calibration, (-6.0, 6.0)),
+        lambda config: activation_ranges(record, model, config.calibration, (-6.0, 6.0)),
         WeightStore(),
+        lambda config: input_means(model, config.bias_correction, record),
         {layer.name: precisions for layer in model.graph.layers},
-        [MAX],
         [PLAIN],
     )
     return replace(made, **changes)
@@ -52,9 +52,11 @@ def request(model, count, precisions=("fp32", "int8", "w4a8"), **changes):
 def exact(asked, precision):
     """Mean divergence of the outputs of the network with rounded reads and weights."""
     model, store = asked.model, asked.weights
-    reads = rounded_reads(model, assigned(model.graph, precision), asked.ranges(MAX), store)
+    reads = rounded_reads(model, assigned(model.graph, precision), asked.ranges(PLAIN), store)
     weight = {
-        name: torch.from_numpy(rounded_weight(model.graph.by_name[name], model.parameters.weight[name], chosen, PLAIN, store))
+        name: torch.from_numpy(
+            model.parameters.weight[name] + weight_change(model, (name, chosen), PLAIN.weights, store, None)[0]
+        )
         for name, chosen in precision.items()
     }
     x = torch.from_numpy(asked.images)
@@ -94,7 +96,7 @@ def test_gradients_agree_with_running_the_network_once_per_change(name, monkeypa
 @pytest.mark.parametrize("name", ["residual", "excite", "vit"])
 def test_entries_are_the_divergences_of_one_layer_at_a_time(name):
     asked = request(MODELS[name], 96)
-    entries = measure_sensitivity(asked, ignore).divergence(MAX, PLAIN)
+    entries = measure_sensitivity(asked, ignore).divergence(PLAIN)
     pairs = [(layer, place, p) for layer, names in asked.layers.items() for place, p in enumerate(names) if p != "fp32"]
     found = np.array([entries[layer][place] for layer, place, _ in pairs])
     expected = np.array([exact(asked, {layer: p}) for layer, _, p in pairs])
@@ -121,7 +123,7 @@ def test_coupling_is_what_two_layers_add_together():
     torch.manual_seed(0)
     asked = request(import_model("twice", Twice().eval(), SHAPE), 64)
     table = measure_sensitivity(asked, ignore)
-    entries, coupling = table.divergence(MAX, PLAIN), table.coupling(("a", "b"), MAX, PLAIN)
+    entries, coupling = table.divergence(PLAIN), table.coupling(("a", "b"), PLAIN)
     assert coupling.shape == (3, 3)
     assert not coupling[0].any()
     assert not coupling[:, 0].any()
@@ -132,21 +134,30 @@ def test_coupling_is_what_two_layers_add_together():
 
 
 def test_every_setting_of_a_space_is_in_the_table():
-    calibrations = [MAX, Calibration(mode="percentile", percentile=90.0)]
-    settings = [PLAIN, LAYER_WISE, POWERS]
-    asked = request(MODELS["residual"], 32, calibrations=calibrations, weight_settings=settings)
+    clipped = {"calibration": {"mode": "percentile", "percentile": 90.0}}
+    configs = [
+        PLAIN,
+        LAYER_WISE,
+        POWERS,
+        *(QuantConfig.model_validate({**one.to_json(), **clipped}) for one in (PLAIN, LAYER_WISE)),
+    ]
+    asked = request(MODELS["residual"], 32, configs=configs)
     table = measure_sensitivity(asked, ignore)
-    total = {
-        (calibration.mode, setting): sum(row.sum() for row in table.divergence(calibration, setting).values())
-        for calibration in calibrations
-        for setting in settings
-    }
-    assert total["percentile", PLAIN] > 2 * total["max", PLAIN]
-    assert total["max", LAYER_WISE] > total["max", PLAIN]
-    assert total["max", POWERS] > total["max", PLAIN]
-    alone = measure_sensitivity(replace(asked, calibrations=calibrations[1:], weight_settings=settings[1:2]), ignore)
-    for layer, row in alone.divergence(calibrations[1], LAYER_WISE).items():
-        np.testing.assert_allclose(row, table.divergence(calibrations[1], LAYER_WISE)[layer], rtol=1e-4)
+    plain, layer_wise, powers, percentile, both = (sum(row.sum() for row in table.divergence(one).values()) for one in configs)
+    assert percentile > 2 * plain
+    assert layer_wise > plain
+    assert powers > plain
+    assert both > layer_wise
+    alone = measure_sensitivity(replace(asked, configs=configs[-1:]), ignore)
+    for layer, row in alone.divergence(configs[-1]).items():
+        np.testing.assert_allclose(row, table.divergence(configs[-1])[layer], rtol=1e-4)
+
+
+def test_a_corrected_bias_is_in_the_table():
+    configs = [LAYER_WISE, QuantConfig(granularity="layer_wise", bias_correction="measured")]
+    table = measure_sensitivity(request(MODELS["residual"], 32, ("fp32", "w4a8"), configs=configs), ignore)
+    plain, corrected = (sum(row.sum() for row in table.divergence(one).values()) for one in configs)
+    assert corrected < plain
 
 
 def test_progress_counts_images():
@@ -161,7 +172,7 @@ def test_no_images_are_refused():
 
 
 def same(one, other):
-    equal = [one.layers == other.layers, one.calibrations == other.calibrations, one.weight_settings == other.weight_settings]
+    equal = [one.layers == other.layers, one.range_keys == other.range_keys, one.weight_keys == other.weight_keys]
     return all(equal) and np.array_equal(one.activation, other.activation) and np.array_equal(one.weight, other.weight)
 
 

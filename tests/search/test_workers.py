@@ -21,9 +21,9 @@ from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError
 from qsearch.measure.accuracy import run_images
+from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
-from qsearch.search.evaluation.variants import Variants
 from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Worker

@@ -26,6 +26,7 @@ from qsearch.measure.memory import measure_memory
 from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.graph import Graph, Model
 from qsearch.quantize.program import Program
+from qsearch.quantize.variants import Variants
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.cache_folder import CacheFolder
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
@@ -34,7 +35,6 @@ from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.evaluation.remeasure import remeasure
 from qsearch.search.evaluation.requirements import require_room
-from qsearch.search.evaluation.variants import Variants
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import split_processors
@@ -157,6 +157,14 @@ class ModelEvaluator:
                 f"model {self.model.name!r} fails in float already: {error}. Replace that part of the model, or keep it out of "
                 "what is exported"
             ) from error
+
+    def lower(self, config: QuantConfig) -> Program:
+        """The program of a configuration.
+
+        Raises:
+            TrialError: It cannot be quantized.
+        """
+        return self._builder.lower(config)
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration."""

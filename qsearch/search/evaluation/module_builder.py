@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from qsearch.measure.measurement import Memory
 from qsearch.measure.memory import measure_memory
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
+from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.requirements import require_room
-from qsearch.search.evaluation.variants import Variants
 
 __all__ = ["ModuleBuilder", "Prepared"]
 
@@ -55,21 +54,15 @@ class ModuleBuilder:
     def __init__(self, variants: Variants, value_range: tuple[float, float], target: Target, cache_dir: Path) -> None:
         self.variants, self.value_range, self.cache_dir = variants, value_range, cache_dir
         self.linker = Linker(KernelCache(cache_dir / "kernels", target))
-        self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
+        self._ranges: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration, computed once for all that share them."""
         variant = self.variants(config)
-        settings = config.resolve(variant.model.graph.layer_types)
-        own = {name: one.calibration for name, one in settings.items() if one.calibration != config.calibration}
-        key = json.dumps(
-            [
-                variant.model.fingerprint,
-                config.calibration.model_dump(mode="json"),
-                {name: one.model_dump(mode="json") for name, one in own.items()},
-            ]
-        )
+        key = variant.model.fingerprint, config.ranges_key()
         if key not in self._ranges:
+            settings = config.resolve(variant.model.graph.layer_types)
+            own = {name: one.calibration for name, one in settings.items() if one.calibration != config.calibration}
             self._ranges[key] = activation_ranges(variant.record, variant.model, config.calibration, self.value_range, own)
         return self._ranges[key]
 

@@ -27,19 +27,18 @@ def divergence_sum(table: Sensitivity, config: QuantConfig, pairs: Sequence[tupl
 
     Args:
         table: Of one layer per variable, in the order of the variables.
-        config: Gives calibration, granularity and weight scale; its precisions do not matter.
+        config: Gives all settings; its precisions do not matter.
         pairs: Variables whose coupling counts, i < j.
 
     Returns:
         Nats; at least 1 - MOST_TAKEN of the sum of the layers' own divergences, whatever the assignment.
     """
-    setting = (config.calibration, config.weights)
-    own = table.divergence(*setting)
+    own = table.divergence(config)
     names = list(own)
     partners = np.bincount(np.array(pairs, np.int64).reshape(-1), minlength=len(names))
     shares = [MOST_TAKEN * own[name] / max(count, 1) for name, count in zip(names, partners, strict=True)]
     couplings: Mapping[tuple[int, int], np.ndarray] = {
-        (i, j): np.maximum(table.coupling((names[i], names[j]), *setting), -(shares[i][:, None] + shares[j][None, :]))
+        (i, j): np.maximum(table.coupling((names[i], names[j]), config), -(shares[i][:, None] + shares[j][None, :]))
         for i, j in pairs
     }
     return PairwiseSum(tuple(own.values()), {pair: found for pair, found in couplings.items() if found.any()})

@@ -12,9 +12,8 @@ from qsearch.build.link import Linker
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
-from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.variants import Variants
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost_fit import pairs_around
@@ -37,7 +36,7 @@ class TableSource(Protocol):
     settings: Settings
     model: Model
     linker: Linker
-    weights: WeightStore
+    variants: Variants
     seconds: dict[str, float]
 
     @property
@@ -48,6 +47,10 @@ class TableSource(Protocol):
     @property
     def baseline(self) -> Measurement:
         """The float module."""
+        ...
+
+    def lower(self, config: QuantConfig) -> Program:
+        """The program of a configuration."""
         ...
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
@@ -77,10 +80,10 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     pairs = pairs_around(source.model.graph, _layers(space))
 
     def divergence(config: QuantConfig) -> PairwiseSum:
-        return divergence_sum(sensitivity, config, pairs)
+        return divergence_sum(sensitivity[_table_key(config)], config, pairs)
 
     def cost(config: QuantConfig) -> Cost:
-        return costs.cost(lower(source.model, config, source.ranges(config), source.weights))
+        return costs.cost(source.lower(config))
 
     return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline)
 
@@ -95,34 +98,47 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     def lowered(row: np.ndarray) -> Program:
         values = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
         config = space.config({**setting, **values})
-        return lower(source.model, config, source.ranges(config), source.weights)
+        return source.lower(config)
 
-    in_float = QuantConfig(default_precision="fp32")
     request = CostRequest(
         source.model.graph,
         _layers(space),
         lowered,
         source.linker,
         source.images("search")[:1],
-        lower(source.model, in_float, source.ranges(in_float), source.weights),
+        source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
     )
     return measure_costs(request, progress)
 
 
-def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> Sensitivity:
+def _table_key(config: QuantConfig) -> tuple[bool, bool]:
+    """Which table a configuration's divergences are in: equalized networks have one of their own.
+
+    Absorbed biases and migrated ranges change single layers only; what they do is left to the trials to find out.
+    """
+    return config.equalization, config.calibration.mode == "global_scale"
+
+
+def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[tuple[bool, bool], Sensitivity]:
     lowest = {one.name: one.values[-1] for one in space.layers}
-    configs = [space.config({**setting, **lowest}) for setting in table_settings(space)]
-    calibrations = {config.calibration.model_dump_json(): config.calibration for config in configs}
-    request = SensitivityRequest(
-        source.model,
-        source.images("calibration")[:IMAGES],
-        lambda calibration: source.ranges(QuantConfig(calibration=calibration)),
-        source.weights,
-        _layers(space),
-        tuple(calibrations.values()),
-        tuple(dict.fromkeys(config.weights for config in configs)),
-    )
+    groups: dict[tuple[bool, bool], list[QuantConfig]] = {}
+    for setting in table_settings(space):
+        config = space.config({**setting, **lowest}).model_copy(update={"bias_absorption": False, "migration": 0.0})
+        groups.setdefault(_table_key(config), []).append(config)
     identity = {name: source.identity[name] for name in ("model", "data")}
-    said = said_once(progress, "measuring the sensitivity of layers, images")
-    return kept_sensitivity(source.settings.cache_dir / "sensitivity", identity, request, said)
+    tables = {}
+    for key, configs in groups.items():
+        variant = source.variants(configs[0])
+        request = SensitivityRequest(
+            variant.model,
+            source.images("calibration")[:IMAGES],
+            source.ranges,
+            variant.weights,
+            lambda config, variant=variant: variant.means(config.bias_correction),  # type: ignore[misc]
+            _layers(space),
+            configs,
+        )
+        said = said_once(progress, f"measuring the sensitivity of layers{', equalized' if key[0] else ''}, images")
+        tables[key] = kept_sensitivity(source.settings.cache_dir / "sensitivity", identity, request, said)
+    return tables

@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from qsearch.config import WeightSettings
-from qsearch.models.graph import MOVES, Graph, Model, Node
+from qsearch.config import Symmetry, WeightSettings
+from qsearch.models.graph import MOVES, Graph, Model
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine
 from qsearch.quantize.assign import INTEGER_FORMS, SHARED, Assignment, assign_forms
+from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
 from qsearch.quantize.weights import WeightStore
 
-__all__ = ["Edge", "Ranges", "Roundings", "assigned", "rounded", "rounded_reads", "rounded_weight"]
+__all__ = ["Edge", "Ranges", "Roundings", "assigned", "rounded", "rounded_reads", "weight_change"]
 
 # (Reader's name, position among its inputs).
 Edge = tuple[str, int]
@@ -35,7 +36,9 @@ def assigned(graph: Graph, precision: Mapping[str, str]) -> Assignment:
     return assign_forms(graph, {node.name: precision.get(node.name, "fp32") for node in graph.layers})
 
 
-def rounded_reads(model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore) -> dict[Edge, Roundings]:
+def rounded_reads(
+    model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore, symmetry: Symmetry = "asymmetric"
+) -> dict[Edge, Roundings]:
     """Every read that sees rounded values under an assignment of forms.
 
     Args:
@@ -43,12 +46,13 @@ def rounded_reads(model: Model, assignment: Assignment, ranges: Ranges, weights:
         assignment: The forms.
         ranges: Node name -> (low, high) of its value, for every node.
         weights: Prepared weights.
+        symmetry: Of 8-bit values.
 
     Returns:
         Edge -> what rounds it; edges that read float32 as it was computed are left out.
     """
     graph = model.graph
-    affines = value_affines(model, assignment, ranges, weights)
+    affines = value_affines(model, assignment, ranges, weights, symmetry)
     found: dict[Edge, Roundings] = {}
     # Values that an operation only picks from rounded ones: rounding them again with the same scale changes nothing.
     settled: dict[str, Affine | None] = {}
@@ -84,15 +88,30 @@ def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
     return value
 
 
-def rounded_weight(node: Node, weight: np.ndarray, precision: str, setting: WeightSettings, weights: WeightStore) -> np.ndarray:
-    """A layer's weights after quantization, float32 (O, I/groups, kh, kw).
+def weight_change(
+    model: Model, pair: tuple[str, str], settings: WeightSettings, weights: WeightStore, mean: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What quantization changes of a layer's weights and bias.
 
     16-bit weights are prepared for the layer's own bound on its input; a neighbour that narrows it changes little.
     The rare channel whose scale is raised for the sake of its bias is left as it is.
+
+    Args:
+        model: The model.
+        pair: The layer and its precision.
+        settings: How its weights are rounded.
+        weights: Prepared weights.
+        mean: Mean of its input per channel, float64 (I,), if its bias is corrected.
+
+    Returns:
+        float32 (O, I/groups, kh, kw) and float32 (O,), to be added.
     """
+    name, precision = pair
+    weight, node = model.parameters.weight[name], model.graph.by_name[name]
     if precision == "int16":
-        prepared = weights.bounded(node.name, weight, setting, weights.activation_limit(node.name, weight))
+        prepared = weights.bounded(name, weight, settings, weights.activation_limit(name, weight))
     else:
-        prepared = weights.quantized(node.name, weight, setting, PRECISIONS[precision].weight)
+        prepared = weights.quantized(name, weight, settings, PRECISIONS[precision].weight)
     real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
-    return np.ascontiguousarray(real.transpose(0, 3, 1, 2))
+    shift = np.zeros(len(weight)) if mean is None or precision == "int16" else mean_error(node, model, prepared, mean)
+    return np.ascontiguousarray(real.transpose(0, 3, 1, 2)) - weight, shift.astype(np.float32)

@@ -22,11 +22,11 @@ class Rounded:
 
     Attributes:
         reads: Reads and what rounds them.
-        weights: (Layer name, float32 (O, I/groups, kh, kw): the change of its weights).
+        weights: (Layer name, float32 (O, I/groups, kh, kw): the change of its weights, float32 (O,): that of its bias).
     """
 
     reads: tuple[tuple[Edge, Roundings], ...]
-    weights: tuple[tuple[str, Tensor], ...]
+    weights: tuple[tuple[str, Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     """
     edges = {edge for edge, _ in changes.reads}
     reads: dict[Edge, Tensor] = {}
-    weights = {name: torch.tensor(model.parameters.weight[name]).requires_grad_() for name, _ in changes.weights}
+    names = list(dict.fromkeys(name for name, _, _ in changes.weights))
+    weights, biases = (
+        {name: torch.tensor(of[name]).requires_grad_() for name in names}
+        for of in (model.parameters.weight, model.parameters.bias)
+    )
 
     def read(node: Node, index: int, value: Tensor) -> Tensor:
         if (node.name, index) in edges:
@@ -84,19 +88,21 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
             value = reads[node.name, index] = value.view_as(value)
         return value
 
-    logits = forward(model, image.clone().requires_grad_(), read=read, weight=weights)
+    logits = forward(model, image.clone().requires_grad_(), read=read, weight=weights, bias=biases)
     plain = logits.detach()
     direction = fisher_direction(plain, _signs(plain.shape, generator))
     try:
-        found = torch.autograd.grad((logits * direction).sum(), [*reads.values(), *weights.values()])
+        found = torch.autograd.grad((logits * direction).sum(), [*reads.values(), *weights.values(), *biases.values()])
     except RuntimeError:
         # An operator without a derivative, or one that cuts the path of the gradient.
         return _projected_directly(model, image, changes, (plain, direction))
     gradients = dict(zip(reads, found, strict=False))
-    slopes = dict(zip(weights, found[len(reads) :], strict=True))
+    slopes = (
+        dict(zip(names, zip(found[len(reads) : -len(names)], found[-len(names) :], strict=True), strict=True)) if names else {}
+    )
     with torch.no_grad():
         moved = [_dot(rounded(reads[edge], by).sub_(reads[edge]), gradients[edge]) for edge, by in changes.reads]
-        shifted = [_dot(change, slopes[name]) for name, change in changes.weights]
+        shifted = [_dot(weight, slopes[name][0]) + _dot(bias, slopes[name][1]) for name, weight, bias in changes.weights]
     return Projection(np.array(moved, np.float32), np.array(shifted, np.float32))
 
 
@@ -115,12 +121,20 @@ def _projected_directly(model: Model, image: Tensor, changes: Rounded, outputs: 
     """The same without gradients, by running the model once per change."""
     plain, direction = outputs
 
-    def moved(read: Callable[[Node, int, Tensor], Tensor] | None = None, weight: Mapping[str, Tensor] | None = None) -> float:
-        return float(((forward(model, image, read=read, weight=weight) - plain) * direction).sum())
+    def moved(
+        read: Callable[[Node, int, Tensor], Tensor] | None = None,
+        weight: Mapping[str, Tensor] | None = None,
+        bias: Mapping[str, Tensor] | None = None,
+    ) -> float:
+        return float(((forward(model, image, read=read, weight=weight, bias=bias) - plain) * direction).sum())
 
     def only(edge: Edge, by: Roundings) -> Callable[[Node, int, Tensor], Tensor]:
         return lambda node, index, value: rounded(value, by) if (node.name, index) == edge else value
 
     reads = [moved(read=only(edge, by)) for edge, by in changes.reads]
-    weights = [moved(weight={name: torch.tensor(model.parameters.weight[name]) + change}) for name, change in changes.weights]
+    own = model.parameters
+    weights = [
+        moved(weight={name: torch.tensor(own.weight[name]) + by}, bias={name: torch.tensor(own.bias[name]) + shift})
+        for name, by, shift in changes.weights
+    ]
     return Projection(np.array(reads, np.float32), np.array(weights, np.float32))

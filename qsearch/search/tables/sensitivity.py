@@ -24,12 +24,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from qsearch.config import Calibration, WeightSettings
+from qsearch.config import QuantConfig
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
 from qsearch.quantize.weights import WeightStore
-from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, rounded_weight
+from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, weight_change
 from qsearch.search.tables.projection import Rounded, project
 
 __all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "integer_pairs", "measure_sensitivity"]
@@ -54,22 +54,42 @@ class SensitivityRequest:
     Attributes:
         model: The model.
         images: float32 (N, C, H, W), calibration or search images; N a multiple of the graph's batch.
-        ranges: Calibration -> node name -> (low, high) of its value.
+        ranges: Configuration -> node name -> (low, high) of its value.
         weights: Prepared weights, shared with the trials.
+        means: Configuration -> layer name -> mean of its input, where biases are corrected.
         layers: Layer name -> the precisions it may take.
-        calibrations: Those of the search.
-        weight_settings: Those of the search.
+        configs: In whose settings to measure; their precisions do not matter.
         seed: Of the random directions.
     """
 
     model: Model
     images: np.ndarray
-    ranges: Callable[[Calibration], Ranges]
+    ranges: Callable[[QuantConfig], Ranges]
     weights: WeightStore
+    means: Callable[[QuantConfig], Mapping[str, np.ndarray]]
     layers: Mapping[str, tuple[str, ...]]
-    calibrations: Sequence[Calibration]
-    weight_settings: Sequence[WeightSettings]
+    configs: Sequence[QuantConfig]
     seed: int = 0
+
+    @property
+    def range_keys(self) -> tuple[str, ...]:
+        """Ways of deriving ranges that are asked about."""
+        return tuple(self.by_ranges)
+
+    @property
+    def weight_keys(self) -> tuple[str, ...]:
+        """Ways of rounding weights that are asked about."""
+        return tuple(self.by_weights)
+
+    @cached_property
+    def by_ranges(self) -> dict[str, QuantConfig]:
+        """Key -> one configuration for every way of deriving ranges."""
+        return {config.ranges_key(): config for config in self.configs}
+
+    @cached_property
+    def by_weights(self) -> dict[str, QuantConfig]:
+        """Key -> one configuration for every way of rounding weights."""
+        return {config.weights_key(): config for config in self.configs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +98,16 @@ class Sensitivity:
 
     Attributes:
         layers: Layer name -> the precisions it may take.
-        calibrations: Those measured.
-        weight_settings: Those measured.
-        activation: float32 (calibrations, pairs, samples): s of the rounded activations; pairs of a layer and one of its
+        range_keys: Ways of deriving ranges that were measured, see `QuantConfig.ranges_key`.
+        weight_keys: Ways of rounding weights, see `QuantConfig.weights_key`.
+        activation: float32 (range keys, pairs, samples): s of the rounded activations; pairs of a layer and one of its
             integer precisions, in the order of `layers`.
-        weight: float32 (weight settings, pairs, samples): s of the rounded weights.
+        weight: float32 (weight keys, pairs, samples): s of the rounded weights.
     """
 
     layers: dict[str, tuple[str, ...]]
-    calibrations: tuple[Calibration, ...]
-    weight_settings: tuple[WeightSettings, ...]
+    range_keys: tuple[str, ...]
+    weight_keys: tuple[str, ...]
     activation: np.ndarray = field(repr=False)
     weight: np.ndarray = field(repr=False)
 
@@ -96,41 +116,39 @@ class Sensitivity:
         """Pair -> its place in the arrays."""
         return {pair: place for place, pair in enumerate(integer_pairs(self.layers))}
 
-    def divergence(self, calibration: Calibration, weights: WeightSettings) -> dict[str, np.ndarray]:
+    def divergence(self, config: QuantConfig) -> dict[str, np.ndarray]:
         """Mean divergence of the outputs when one layer alone is quantized.
 
         Args:
-            calibration: One of `calibrations`.
-            weights: One of `weight_settings`.
+            config: Of one of the settings measured.
 
         Returns:
             Layer name -> float64 (its precisions,), nats; 0 for fp32.
         """
-        samples = self._samples(calibration, weights)
+        samples = self._samples(config)
         return {
             layer: np.array([0.5 * np.mean(self._of(samples, layer, name) ** 2) for name in names])
             for layer, names in self.layers.items()
         }
 
-    def coupling(self, layers: tuple[str, str], calibration: Calibration, weights: WeightSettings) -> np.ndarray:
+    def coupling(self, layers: tuple[str, str], config: QuantConfig) -> np.ndarray:
         """What two layers quantized together add to the sum of their divergences.
 
         Args:
             layers: Two layers.
-            calibration: One of `calibrations`.
-            weights: One of `weight_settings`.
+            config: Of one of the settings measured.
 
         Returns:
             float64 (precisions of the first, precisions of the second), nats, of either sign; 0 beside fp32.
         """
-        samples = self._samples(calibration, weights)
+        samples = self._samples(config)
         first, second = (np.stack([self._of(samples, layer, name) for name in self.layers[layer]]) for layer in layers)
         return first @ second.T / samples.shape[1]
 
-    def _samples(self, calibration: Calibration, setting: WeightSettings) -> np.ndarray:
+    def _samples(self, config: QuantConfig) -> np.ndarray:
         """float64 (pairs, samples)."""
-        activation = self.activation[self.calibrations.index(calibration)]
-        return activation.astype(np.float64) + self.weight[self.weight_settings.index(setting)]
+        activation = self.activation[self.range_keys.index(config.ranges_key())]
+        return activation.astype(np.float64) + self.weight[self.weight_keys.index(config.weights_key())]
 
     def _of(self, samples: np.ndarray, layer: str, precision: str) -> np.ndarray:
         return np.zeros(samples.shape[1]) if precision == "fp32" else samples[self.places[layer, precision]]
@@ -165,39 +183,34 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
     # Shapes in full: a space that leaves no layer a choice has no pairs.
     pairs = len(integer_pairs(request.layers))
     activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
-    activation = activation.reshape(len(request.calibrations), pairs, len(found))
-    weight = np.stack([one.weights for one in found], 1).reshape(len(request.weight_settings), pairs, len(found))
-    return Sensitivity(
-        dict(request.layers),
-        tuple(request.calibrations),
-        tuple(request.weight_settings),
-        activation,
-        weight,
-    )
+    activation = activation.reshape(len(request.by_ranges), pairs, len(found))
+    weight = np.stack([one.weights for one in found], 1).reshape(len(request.by_weights), pairs, len(found))
+    return Sensitivity(dict(request.layers), request.range_keys, request.weight_keys, activation, weight)
 
 
 def _rounded_reads(request: SensitivityRequest) -> tuple[dict[tuple[Edge, Roundings], int], list[list[list[int]]]]:
-    """Every distinct rounded read, numbered, and the numbers of those of each calibration and pair."""
+    """Every distinct rounded read, numbered, and the numbers of those of each way of deriving ranges and pair."""
     numbers: dict[tuple[Edge, Roundings], int] = {}
     pairs = integer_pairs(request.layers)
     assignments = [assigned(request.model.graph, dict([pair])) for pair in pairs]
     sums = []
-    for calibration in request.calibrations:
-        ranges, row = request.ranges(calibration), []
+    for config in request.by_ranges.values():
+        ranges, row = request.ranges(config), []
         for assignment in assignments:
-            reads = rounded_reads(request.model, assignment, ranges, request.weights)
+            reads = rounded_reads(request.model, assignment, ranges, request.weights, config.activations)
             row.append([numbers.setdefault(read, len(numbers)) for read in reads.items()])
         sums.append(row)
     return numbers, sums
 
 
-def _changed_weights(request: SensitivityRequest) -> tuple[tuple[str, torch.Tensor], ...]:
-    """The rounding error of the weights of every weight setting and pair."""
-    by_name, parameters = request.model.graph.by_name, request.model.parameters
+def _changed_weights(request: SensitivityRequest) -> tuple[tuple[str, torch.Tensor, torch.Tensor], ...]:
+    """The rounding error of the weights, and the correction of the bias, of every way of rounding and pair."""
     changes = []
-    for setting in request.weight_settings:
+    for config in request.by_weights.values():
+        settings, means = config.resolve(request.model.graph.layer_types), request.means(config)
         for layer, precision in integer_pairs(request.layers):
-            weight = parameters.weight[layer]
-            rounded = rounded_weight(by_name[layer], weight, precision, setting, request.weights)
-            changes.append((layer, torch.from_numpy(rounded - weight)))
+            by, shift = weight_change(
+                request.model, (layer, precision), settings[layer].weights, request.weights, means.get(layer)
+            )
+            changes.append((layer, torch.from_numpy(by), torch.from_numpy(shift)))
     return tuple(changes)

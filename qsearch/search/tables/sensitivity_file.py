@@ -11,13 +11,11 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qsearch.config import Calibration, WeightSettings
 from qsearch.errors import StudyError
 from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
 
@@ -106,16 +104,16 @@ def load_sensitivity(path: Path) -> Sensitivity | None:
 def _choices(of: Sensitivity | SensitivityRequest) -> dict[str, Any]:
     return {
         "layers": {layer: list(names) for layer, names in of.layers.items()},
-        "calibrations": [one.model_dump(mode="json") for one in of.calibrations],
-        "weight_settings": [asdict(one) for one in of.weight_settings],
+        "ranges": list(of.range_keys),
+        "weights": list(of.weight_keys),
     }
 
 
 def _table(choices: dict[str, Any], activation: np.ndarray, weight: np.ndarray) -> Sensitivity:
     return Sensitivity(
         {layer: tuple(names) for layer, names in choices["layers"].items()},
-        tuple(Calibration(**one) for one in choices["calibrations"]),
-        tuple(WeightSettings(**one) for one in choices["weight_settings"]),
+        tuple(choices["ranges"]),
+        tuple(choices["weights"]),
         activation,
         weight,
     )
