@@ -62,10 +62,6 @@ class ModuleBuilder:
         self.weights = WeightStore()
         self._ranges: dict[str, dict[str, tuple[float, float]]] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel without what was loaded and kept."""
-        return ModuleBuilder, (self.model, self.record, self.value_range, self.target, self.cache_dir.resolve())
-
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration, computed once per calibration."""
         key = config.calibration.model_dump_json()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qsearch.build.link import Linker
+from qsearch.build.link import CompiledModule, Linker
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
@@ -20,15 +20,12 @@ from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
-from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest
+from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
 
 __all__ = ["TableSource", "measure_tables"]
-
-# Fewer rank layer_wise and 4-bit choices less well.
-IMAGES = 96
 
 
 class TableSource(Protocol):
@@ -52,6 +49,10 @@ class TableSource(Protocol):
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration."""
+        ...
+
+    def build(self, program: Program) -> CompiledModule:
+        """Link a program, if there is room for what it may have to compile."""
         ...
 
     def images(self, part: str) -> np.ndarray:
@@ -93,8 +94,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     setting = table_settings(space)[0]
 
     def lowered(row: np.ndarray) -> Program:
-        values = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
-        config = space.config({**setting, **values})
+        config = assignment_config(space, setting, row)
         return lower(source.model, config, source.ranges(config), source.weights)
 
     in_float = QuantConfig(default_precision="fp32")
@@ -103,6 +103,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
         _layers(space),
         lowered,
         source.linker,
+        source.build,
         source.images("search")[:1],
         lower(source.model, in_float, source.ranges(in_float), source.weights),
         source.baseline.latency.median_ms,
@@ -111,8 +112,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
 
 
 def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> Sensitivity:
-    lowest = {one.name: one.values[-1] for one in space.layers}
-    configs = [space.config({**setting, **lowest}) for setting in table_settings(space)]
+    configs = [assignment_config(space, setting, lowest(space)) for setting in table_settings(space)]
     calibrations = {config.calibration.model_dump_json(): config.calibration for config in configs}
     request = SensitivityRequest(
         source.model,

@@ -76,7 +76,9 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     """
     edges = {edge for edge, _ in changes.reads}
     reads: dict[Edge, Tensor] = {}
-    weights = {name: torch.tensor(model.parameters.weight[name]).requires_grad_() for name, _ in changes.weights}
+    # A layer is there once per precision and setting.
+    layers = dict.fromkeys(name for name, _ in changes.weights)
+    weights = {name: torch.tensor(model.parameters.weight[name]).requires_grad_() for name in layers}
 
     def read(node: Node, index: int, value: Tensor) -> Tensor:
         if (node.name, index) in edges:
