@@ -81,9 +81,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Values for all parameters; none where the trial was enqueued with a value for each."""
-        if search_space.keys() <= trial.system_attrs.get("fixed_params", {}).keys():
-            return {}
+        """Values for all parameters."""
         known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
         front = np.array([one.values for one in _completed(study)], np.float64).reshape(-1, 3) / self.scale
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
