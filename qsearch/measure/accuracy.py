@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 
 from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
+from qsearch.measure.processors import available_processors
 
 __all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_interval", "run_blocks", "run_images"]
 
@@ -61,8 +61,7 @@ def run_blocks(
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(processors // threads, len(images)))
+    workers = max(1, min(len(available_processors()) // threads, len(images)))
     own = threading.local()
 
     def run_share(rows: np.ndarray) -> np.ndarray:
@@ -102,7 +101,8 @@ def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.nd
     return Accuracy(
         top1=100.0 * float(right.mean()),
         top5=100.0 * float(_among_best(logits, labels, 5).mean()),
-        top1_loss_pp=100.0 * float(float_right.mean() - right.mean()),
+        # Of counts, not of two rounded shares: one image of a hundred is 1 pp exactly, and no limit of 1 pp is missed by it.
+        top1_loss_pp=100.0 * (int(float_right.sum()) - int(right.sum())) / count,
         top1_loss_ci_pp=paired_interval(int((float_right & ~right).sum()), int((~float_right & right).sum()), count),
         images=count,
         output_sha256=output_digest(logits),

@@ -48,8 +48,8 @@ def loss_bounds(right: np.ndarray, float_right: np.ndarray, seen: np.ndarray) ->
     """
     gained, lost = int((seen & right & ~float_right).sum()), int((seen & ~right & float_right).sum())
     may_gain, may_lose = int((~seen & ~float_right).sum()), int((~seen & float_right).sum())
-    share = 100.0 / len(seen)
-    return share * (lost - gained - may_gain), share * (lost - gained + may_lose)
+    # In the form of the result, so that both round alike.
+    return 100.0 * (lost - gained - may_gain) / len(seen), 100.0 * (lost - gained + may_lose) / len(seen)
 
 
 def run_until(

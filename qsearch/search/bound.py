@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import moocore
 import numpy as np
 
-from qsearch.config import QuantConfig
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.front import objective_hypervolume
 from qsearch.search.study import OBJECTIVES
 from qsearch.search.surrogate import Observation, fit_surrogate
-from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
 
 __all__ = ["TablesBound", "tables_bound"]
@@ -55,8 +54,7 @@ def tables_bound(
         limits: Objective -> largest value; what is predicted beyond it does not count.
     """
     settings = table_settings(space)
-    lowest = np.array([len(one.values) - 1 for one in space.layers])
-    divergences = [tables.divergence(_config(space, setting, lowest)) for setting in settings]
+    divergences = [tables.divergence(assignment_config(space, setting, lowest(space))) for setting in settings]
     model = fit_surrogate(tables.latency, divergences, observations)
     latency, divergences = model.latency, list(model.divergences)
     rows, chosen = _minima(latency, tables, divergences)
@@ -66,7 +64,7 @@ def tables_bound(
     correction = latency(rows) - tables.latency(rows)
     points = []
     for k in kept:
-        cost = tables.cost(_config(space, settings[chosen[k]], rows[k]))
+        cost = tables.cost(assignment_config(space, settings[chosen[k]], rows[k]))
         points.append((cost.latency_ms + correction[k], float(cost.peak_bytes), float(loss_pp[k])))
     found = np.array(points, np.float64).reshape(-1, len(OBJECTIVES))
     for index, name in enumerate(OBJECTIVES):
@@ -81,8 +79,8 @@ def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[Pairwise
     Returns:
         int64 (N, layers) and int64 (N,).
     """
-    lowest = np.array([[size - 1 for size in latency.sizes]])
-    worst = max(min(float(one(lowest)[0]) for one in divergences), 1e-12)
+    last = np.array([[size - 1 for size in latency.sizes]])
+    worst = max(min(float(one(last)[0]) for one in divergences), 1e-12)
     powers = 10.0 ** np.linspace(-REACH, REACH, GRID)
     scale = (tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes))
     grid = [(a / scale[0], b / scale[1], 1.0 / worst) for a, b in itertools.product((0.0, *powers), repeat=2)]
@@ -90,8 +88,3 @@ def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[Pairwise
     rows = [minimize([latency, tables.weight_bytes, one], weights) for one in divergences]
     unique = np.unique(np.concatenate(rows), axis=0)
     return unique, np.stack([one(unique) for one in divergences]).argmin(0)
-
-
-def _config(space: BoundSpace, setting: Mapping[str, object], row: np.ndarray) -> QuantConfig:
-    layers = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
-    return space.config({**setting, **layers})

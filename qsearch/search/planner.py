@@ -24,10 +24,11 @@ from qsearch.config import QuantConfig
 from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
+from qsearch.search.proposals import unseen_values
 from qsearch.search.study import OBJECTIVES, finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
 from qsearch.search.tables.cost_table import Cost
-from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.layer_tables import Tables, assignment_config, assignment_values, lowest, table_settings
 from qsearch.search.tables.pairwise import minimize
 
 __all__ = ["PlannerSampler"]
@@ -62,7 +63,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.rng = np.random.default_rng(seed)
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
         self.settings = table_settings(space)
-        self.divergences = [tables.divergence(self._config_of(setting)) for setting in self.settings]
+        self.divergences = [tables.divergence(assignment_config(space, one, lowest(space))) for one in self.settings]
         self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
         limits = np.array([constraints.limits.get(name, np.inf) for name in OBJECTIVES]) / self.scale
         self.wanted = Wanted(limits, np.minimum(limits + LIMIT_MARGIN, 1.0))
@@ -123,7 +124,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         correction = model.latency(rows) - self.tables.latency(rows)
         best: tuple[tuple[float, float], dict[str, Any]] | None = None
         tried = 0
-        for k in self.wanted.order(rough / self.scale, loss_sd, front):
+        order = self.wanted.order(rough / self.scale, loss_sd, front)
+        for k in order:
             values = self._values(rows[k], int(candidates[k][1]))
             if self.space.config(values).content_hash() in known:
                 continue
@@ -135,8 +137,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             tried += 1
             if tried == SHORTLIST:
                 break
-        # Nothing new among the candidates: the driver steps aside from a duplicate by itself.
-        return best[1] if best is not None else self._values(rows[0], int(candidates[0][1]))
+        if best is not None:
+            return best[1]
+        # Nothing new among the candidates: a neighbour of the best of them. The driver ends a search that has none left.
+        nearest = self._values(rows[order[0]], int(candidates[order[0]][1]))
+        return unseen_values(self.space, nearest, known, self.rng) or nearest
 
     def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> list[tuple[np.ndarray, int]]:
         """Assignments, each with the setting of the least predicted divergence."""
@@ -156,10 +161,12 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
         """Measured front members with one or two layers changed."""
-        if not observations:
+        # What a trial that was stopped early loses at least would make it a front member that it is not.
+        scored = [one for one in observations if one.score is not None]
+        if not scored:
             return []
-        points = np.array([(one.latency_ms, self._weight(one), one.least_loss_pp) for one in observations])
-        members = [observations[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
+        points = np.array([(one.latency_ms, self._weight(one), one.least_loss_pp) for one in scored])
+        members = [scored[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
         for _ in range(CHANGES if len(free) else 0):
@@ -212,18 +219,13 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         Memory is no sum over layers, and planning it takes too long for every candidate.
         """
         planned = np.stack(self.planned)
-        nearest = (rows[:, None] != planned[None]).sum(2).argmin(1)
+        # Row by row: for all at once it would be candidates x planned x layers comparisons in memory.
+        nearest = [int((planned != row).sum(1).argmin()) for row in rows]
         peaks = np.array([self.costs[row.tobytes()].peak_bytes for row in self.planned], np.float64)
         return (peaks - self.tables.weight_bytes(planned))[nearest]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
-        layers = {one.name: one.values[value] for one, value in zip(self.space.layers, row, strict=True)}
-        return {**self.settings[setting], **layers}
-
-    def _config_of(self, setting: Mapping[str, Any]) -> QuantConfig:
-        """A configuration with this setting; its precisions do not matter, but for not being all fp32."""
-        layers = {one.name: one.values[-1] for one in self.space.layers}
-        return self.space.config({**setting, **layers})
+        return assignment_values(self.space, self.settings[setting], row)
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:

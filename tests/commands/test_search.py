@@ -219,7 +219,7 @@ def test_help_does_not_wait_for_anything_heavy(tmp_path: Path) -> None:
 
 
 def test_more_jobs_than_processors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsearch.search.loop.processors._available", lambda: [3])
+    monkeypatch.setattr("qsearch.search.loop.processors.available_processors", lambda: [3])
     result = invoke(tmp_path, "search", "--jobs", "2")
     assert result.exit_code == 2
     assert "--jobs 2 needs a processor beside the 1" in result.stderr

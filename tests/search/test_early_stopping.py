@@ -71,6 +71,23 @@ def test_limits_hold_at_every_look_and_a_whole_run_gives_the_same_logits(noise: 
         assert final - lows[[images for images, _ in looks].index(next(i for i, _ in looks if i > 300))] < 0.5
 
 
+def test_a_loss_at_a_limit_is_within_it() -> None:
+    """One image of a hundred, where float has 80 right, is no more than one percentage point."""
+    answers = np.eye(2, dtype=np.float32)[[0] * 80 + [1] * 20]
+    worse = np.eye(2, dtype=np.float32)[[0] * 79 + [1] * 21]
+    assert compare_accuracy(worse, answers, np.zeros(100, np.int64)).top1_loss_pp == 1.0
+
+
+@pytest.mark.parametrize("count", [7, 100, 375, 900])
+def test_limits_close_in_on_the_very_number_that_is_measured(count: int) -> None:
+    rng, seen = np.random.default_rng(count), np.ones(count, bool)
+    for _ in range(50):
+        float_right, right = rng.random((2, count)) < 0.8
+        logits, float_logits = (np.stack([one, ~one], 1).astype(np.float32) for one in (right, float_right))
+        loss = compare_accuracy(logits, float_logits, np.zeros(count, np.int64)).top1_loss_pp
+        assert loss_bounds(right, float_right, seen) == (loss, loss)
+
+
 def test_gains_are_bounded_by_what_float_has_wrong() -> None:
     float_right = np.array([True] * 8 + [False] * 2)
     nothing = np.zeros(10, bool)

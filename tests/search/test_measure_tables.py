@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 import tvm
 from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
 
+from qsearch.build.link import CompiledModule
+from qsearch.errors import BuildError, StudyError
 from qsearch.measure.kernel_times import KernelTimes
 from qsearch.measure.memory import measure_memory
+from qsearch.quantize.program import Program
 from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.evaluation import requirements
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace, load_space
@@ -71,6 +76,56 @@ def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, Bou
     only = bind_space(SearchSpace.model_validate(chosen), evaluator.graph)
     again = measure_tables(evaluator, only, lambda clause: None)
     assert again.cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+
+
+def fails_where(chosen: Callable[[Program], bool], evaluator: ModelEvaluator) -> Callable[[Program], CompiledModule]:
+    """A way to build all programs but some."""
+
+    def build(program: Program) -> CompiledModule:
+        if chosen(program):
+            raise BuildError("kernel conv_0 does not compile")
+        return evaluator.linker.build(program)
+
+    return build
+
+
+def is_integer(program: Program) -> bool:
+    """Whether no layer is in float."""
+    return all(op.key.precision != "fp32" for op in program.ops)
+
+
+def test_a_kernel_that_does_not_compile_takes_its_time_from_its_kin(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
+) -> None:
+    evaluator, space, _ = measured
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(evaluator, "build", fails_where(is_integer, evaluator))
+    clauses: list[str] = []
+    tables = measure_tables(evaluator, space, clauses.append)
+    (said,) = [clause for clause in clauses if "conv_0" in clause]
+    assert said == "1 of them cannot be built, so the cost table does without: kernel conv_0 does not compile"
+    lowest = space.config({one.name: "int8" for one in space.layers})
+    assert tables.cost(lowest).latency_ms > 0
+
+
+def test_a_reference_that_does_not_compile_is_no_matter_of_a_kernel(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
+) -> None:
+    evaluator, space, _ = measured
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(evaluator, "build", fails_where(lambda program: not is_integer(program), evaluator))
+    with pytest.raises(BuildError, match="conv_0"):
+        measure_tables(evaluator, space, lambda clause: None)
+
+
+def test_tables_are_not_compiled_on_a_full_disk(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
+) -> None:
+    evaluator, space, _ = measured
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(requirements, "LEAST_FREE_BYTES", 1 << 60)
+    with pytest.raises(StudyError, match="the disk is full"):
+        measure_tables(evaluator, space, lambda clause: None)
 
 
 def test_tvm_runs_once_more_than_it_counts(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:

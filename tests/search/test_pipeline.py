@@ -242,7 +242,7 @@ def test_a_worker_hears_no_interrupt_answers_with_errors_as_they_are_and_is_star
 
 
 def test_processors_are_set_aside_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsearch.search.loop.processors._available", lambda: [0, 2, 3, 5])
+    monkeypatch.setattr("qsearch.search.loop.processors.available_processors", lambda: [0, 2, 3, 5])
     assert split_processors(2, 1) == Processors(frozenset({5}), frozenset({0, 2, 3}))
     assert split_processors(2, 3) == Processors(frozenset({2, 3, 5}), frozenset({0}))
     assert split_processors(1, 1) is None

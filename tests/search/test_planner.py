@@ -244,3 +244,40 @@ def test_what_is_being_measured_is_not_proposed_again_nor_its_like():
     assert len({config.content_hash() for config in pending}) == 6
     # Six proposals without an answer, and yet together they cover most of what there is.
     assert problem.hypervolume(predicted) >= 0.9 * problem.hypervolume(problem.every())
+
+
+def test_an_enqueued_trial_is_not_planned(monkeypatch):
+    problem = Problem(0)
+    study = optuna.create_study(directions=["minimize"] * 3, sampler=(sampler := PlannerSampler(SPACE, problem.tables(), 0)))
+    whole = {"calibration": "mse"} | {one.name: one.values[0] for one in SPACE.layers}
+    study.enqueue_trial(whole)
+    study.enqueue_trial({"calibration": "mse"})
+    planned = []
+    monkeypatch.setattr(sampler, "propose", lambda *arguments: planned.append(arguments) or whole)
+    assert study.ask(SPACE.distributions()).params == whole
+    assert not planned
+    assert study.ask(SPACE.distributions()).params == whole
+    assert len(planned) == 1
+
+
+def test_what_was_stopped_before_its_first_image_is_no_front_member():
+    problem = Problem(1)
+    sampler = PlannerSampler(SPACE, problem.tables(), 0)
+    # Faster than what was scored, and as far as it was seen without a loss.
+    stopped = Observation(np.ones(LAYERS, np.int64), 0, 0.01, None, -np.inf)
+    scored = Observation(np.zeros(LAYERS, np.int64), 0, 1.0, Score(0.0, 0.0, 0.1), 0.0)
+    sizes = np.array(problem.table_latency.sizes)
+    assert sampler._changes([stopped], sizes) == []
+    assert max(int(row.sum()) for row in sampler._changes([scored, stopped], sizes)) <= 2
+
+
+def test_where_every_candidate_is_known_a_neighbour_is_proposed():
+    problem = Problem(2)
+    configs = [SPACE.config(values) for values in SPACE.all_values()]
+    rng = np.random.default_rng(0)
+    for left in rng.choice(len(configs), 4, replace=False):
+        known = {config.content_hash() for config in configs} - {configs[left].content_hash()}
+        values = PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), known)
+        assert SPACE.config(values) == configs[left]
+    everything = {config.content_hash() for config in configs}
+    assert SPACE.config(PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), everything)) in configs

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qsearch.errors import UsageError
+from qsearch.measure.processors import available_processors
 
 __all__ = ["MOST_JOBS", "Processors", "check_jobs", "default_jobs", "split_processors"]
 
@@ -57,17 +58,13 @@ def _keep_threads(processors: Collection[int]) -> None:
             os.sched_setaffinity(int(thread.name), processors)
 
 
-def _available() -> list[int]:
-    return sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-
-
 def default_jobs(threads: int) -> int:
     """Two where a processor is left beside those of a module, else one.
 
     Args:
         threads: Threads a module runs on.
     """
-    return min(MOST_JOBS, max(1, len(_available()) - threads + 1))
+    return min(MOST_JOBS, max(1, len(available_processors()) - threads + 1))
 
 
 def check_jobs(jobs: int | None, threads: int) -> None:
@@ -80,7 +77,7 @@ def check_jobs(jobs: int | None, threads: int) -> None:
     Raises:
         UsageError: No processor would be left to lower and link on.
     """
-    count = len(_available())
+    count = len(available_processors())
     if jobs is not None and jobs > default_jobs(threads):
         raise UsageError(
             f"--jobs {jobs} needs a processor beside the {threads} that a module is timed on, but this process may use {count}; "
@@ -101,7 +98,7 @@ def split_processors(jobs: int, threads: int) -> Processors | None:
     if jobs == 1:
         return None
     check_jobs(jobs, threads)
-    available = _available()
+    available = available_processors()
     if not hasattr(os, "sched_setaffinity"):
         return Processors()
     return Processors(frozenset(available[-threads:]), frozenset(available[:-threads]))

@@ -75,13 +75,11 @@ def covering(sizes: Sequence[int], pairs: Sequence[tuple[int, int]], rng: np.ran
     chosen = [np.array(row) for row in dict.fromkeys(map(tuple, uniform))]
     missing = {(i, j, a, b) for i, j in pairs for a in range(sizes[i]) for b in range(sizes[j])}
     while True:
-        last = chosen[-1]
         missing -= {(i, j, int(row[i]), int(row[j])) for row in chosen[-max(sizes) :] for i, j in pairs}
         if not missing or len(chosen) >= limit:
             return np.array(chosen)
         drafts = [np.array([rng.integers(size) for size in sizes]) for _ in range(DRAFTS)]
         chosen.append(max(drafts, key=lambda row: sum((i, j, int(row[i]), int(row[j])) in missing for i, j in pairs)))
-        assert chosen[-1] is not last
 
 
 def fit_costs(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qsearch.build.link import Linker, PlannedCall
+from qsearch.build.link import CompiledModule, Linker, PlannedCall
+from qsearch.errors import BuildError
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
@@ -43,7 +44,8 @@ class CostRequest:
         graph: The layer graph.
         layers: Layer -> its precisions, in the order of the variables.
         lower: Assignment, int (variables,) -> program.
-        linker: Builds programs.
+        linker: Names kernels and plans memory.
+        build: Links a program; fails it with a BuildError.
         image: What the modules are run on, float32 (N, C, H, W).
         reference: The float module, which trials are timed in turns with.
         reference_ms: Its latency, on whose clock theirs are told, milliseconds.
@@ -54,6 +56,7 @@ class CostRequest:
     layers: Mapping[str, tuple[str, ...]]
     lower: Callable[[np.ndarray], Program]
     linker: Linker
+    build: Callable[[Program], CompiledModule]
     image: np.ndarray
     reference: Program
     reference_ms: float
@@ -92,11 +95,9 @@ class KernelClock:
 
     Attributes:
         times: What was measured.
-        missing: Symbols whose time was taken from kin.
     """
 
     times: KernelTimes
-    missing: set[str] = field(default_factory=set)
     _kin: dict[tuple, list[float]] = field(default_factory=dict)
 
     def learn(self, call: PlannedCall) -> None:
@@ -111,7 +112,6 @@ class KernelClock:
         found = self.times.get(call.symbol)
         if found is not None:
             return found
-        self.missing.add(call.symbol)
         return next((float(np.mean(self._kin[kin])) for kin in _kinships(call.op.key) if kin in self._kin), 0.0)
 
 
@@ -126,15 +126,21 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
     Args:
         request: What it is made of.
-        progress: Called whenever a slow step begins.
+        progress: Called whenever a slow step begins, and with what is left out.
+
+    Raises:
+        BuildError: The reference does not build; a mixed configuration that does not is left out.
     """
     rng, linker = np.random.default_rng(request.seed), request.linker
     programs = [
         request.reference,
         *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
     ]
-    # The reference is often one of the others too.
-    plans = {tuple(call.symbol for call in calls): (one, calls) for one in programs for calls in [linker.plan(one).calls]}
+    # The reference is often one of the others too; the first of them stands for both.
+    plans: dict[tuple[str, ...], tuple[Program, Sequence[PlannedCall]]] = {}
+    for one in programs:
+        calls = linker.plan(one).calls
+        plans.setdefault(tuple(call.symbol for call in calls), (one, calls))
     clock = _timed(request, list(plans.values()), progress)
     nodes = {node.name for node in request.graph.nodes}
 
@@ -160,12 +166,29 @@ def _timed(
     unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
     if unknown:
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        found = time_kernels([linker.build(one) for one in unknown], request.image, linker.target.threads)
-        clock.times.put(_new_times(found, clock.times))
+        modules = _built(request, unknown, progress)
+        if modules:
+            clock.times.put(_new_times(time_kernels(modules, request.image, linker.target.threads), clock.times))
     for _, calls in plans:
         for call in calls:
             clock.learn(call)
     return clock
+
+
+def _built(request: CostRequest, programs: Sequence[Program], progress: Callable[[str], None]) -> list[CompiledModule]:
+    """The programs that can be built: a kernel that does not compile fails trials that have it, not the search."""
+    modules: list[CompiledModule] = []
+    failed: dict[str, int] = {}
+    for one in programs:
+        try:
+            modules.append(request.build(one))
+        except BuildError as error:
+            if one is request.reference:
+                raise
+            failed[str(error)] = failed.get(str(error), 0) + 1
+    for reason, count in failed.items():
+        progress(f"{count} of them cannot be built, so the cost table does without: {reason}")
+    return modules
 
 
 def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from qsearch.search.bound_space import BoundSpace, LogRange
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["Tables", "layer_rows", "table_settings"]
+__all__ = ["Tables", "assignment_config", "assignment_values", "layer_rows", "lowest", "table_settings"]
 
 # Points of the percentile's range that are told apart.
 TAILS = 3
@@ -47,10 +47,9 @@ def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
         divergence in nats, and latency_ms and weight_bytes as they differ from the first precision, neighbours staying
         as they are.
     """
-    lowest = {one.name: one.values[-1] for one in space.layers}
-    worst = np.array([[len(one.values) - 1 for one in space.layers]])
-    found = [tables.divergence(space.config({**setting, **lowest})) for setting in table_settings(space)]
-    divergence = min(found, key=lambda one: float(one(worst)[0]))
+    worst = lowest(space)
+    found = [tables.divergence(assignment_config(space, setting, worst)) for setting in table_settings(space)]
+    divergence = min(found, key=lambda one: float(one(worst[None])[0]))
     rows: list[dict[str, Any]] = [
         {
             "layer": layer.name,
@@ -77,6 +76,29 @@ def table_settings(space: BoundSpace) -> list[dict[str, Any]]:
         found = [{**setting, one.name: value} for setting in found for value in values]
     kept: dict[str, dict[str, Any]] = {}
     for setting in found:
-        layers = {one.name: one.values[-1] for one in space.layers}
-        kept.setdefault(space.config({**setting, **layers}).content_hash(), setting)
+        kept.setdefault(assignment_config(space, setting, lowest(space)).content_hash(), setting)
     return list(kept.values())
+
+
+def lowest(space: BoundSpace) -> np.ndarray:
+    """The assignment of every layer to the last of its precisions, int64 (layers,).
+
+    A setting takes effect there, which it may not where all layers are in fp32.
+    """
+    return np.array([len(one.values) - 1 for one in space.layers])
+
+
+def assignment_values(space: BoundSpace, setting: Mapping[str, Any], row: np.ndarray) -> dict[str, Any]:
+    """Parameter values of an assignment.
+
+    Args:
+        space: The search space.
+        setting: One of `table_settings`.
+        row: int (layers,), positions among each layer's precisions.
+    """
+    return {**setting, **{one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}}
+
+
+def assignment_config(space: BoundSpace, setting: Mapping[str, Any], row: np.ndarray) -> QuantConfig:
+    """The configuration of an assignment; arguments as for `assignment_values`."""
+    return space.config(assignment_values(space, setting, row))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qsearch.build.link import Linker
+from qsearch.build.link import CompiledModule, Linker
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
@@ -19,15 +19,12 @@ from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
-from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest
+from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
 
 __all__ = ["TableSource", "measure_tables"]
-
-# Fewer rank layer_wise and 4-bit choices less well.
-IMAGES = 96
 
 
 class TableSource(Protocol):
@@ -55,6 +52,10 @@ class TableSource(Protocol):
 
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration."""
+        ...
+
+    def build(self, program: Program) -> CompiledModule:
+        """Link a program, if there is room for what it may have to compile."""
         ...
 
     def images(self, part: str) -> np.ndarray:
@@ -96,15 +97,14 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     setting = table_settings(space)[0]
 
     def lowered(row: np.ndarray) -> Program:
-        values = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
-        config = space.config({**setting, **values})
-        return source.lower(config)
+        return source.lower(assignment_config(space, setting, row))
 
     request = CostRequest(
         source.model.graph,
         _layers(space),
         lowered,
         source.linker,
+        source.build,
         source.images("search")[:1],
         source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
@@ -121,10 +121,10 @@ def _table_key(config: QuantConfig) -> tuple[bool, bool]:
 
 
 def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[tuple[bool, bool], Sensitivity]:
-    lowest = {one.name: one.values[-1] for one in space.layers}
     groups: dict[tuple[bool, bool], list[QuantConfig]] = {}
     for setting in table_settings(space):
-        config = space.config({**setting, **lowest}).model_copy(update={"bias_absorption": False, "migration": 0.0})
+        config = assignment_config(space, setting, lowest(space))
+        config = config.model_copy(update={"bias_absorption": False, "migration": 0.0})
         groups.setdefault(_table_key(config), []).append(config)
     identity = {name: source.identity[name] for name in ("model", "data")}
     tables = {}

@@ -76,6 +76,7 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     """
     edges = {edge for edge, _ in changes.reads}
     reads: dict[Edge, Tensor] = {}
+    # A layer is there once per precision and setting.
     names = list(dict.fromkeys(name for name, _, _ in changes.weights))
     weights, biases = (
         {name: torch.tensor(of[name]).requires_grad_() for name in names}
