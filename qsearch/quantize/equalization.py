@@ -16,7 +16,7 @@ import numpy as np
 
 from qsearch.models.graph import Graph, Model, Node, Parameters
 
-__all__ = ["Link", "equalize", "links", "reader_weight"]
+__all__ = ["Link", "equalize", "likely_maximum", "links", "reader_weight"]
 
 # Chains of layers are gone over until no factor changes by more, or so often.
 CHANGE, SWEEPS = 0.01, 40
@@ -106,6 +106,25 @@ def equalize(model: Model, channel_maximum: Mapping[str, np.ndarray]) -> Model:
         name = pair.first.name
         parameters, nodes[name] = _scaled(pair, nodes[name], parameters, factors[name])
     return Model(model.name, replace(model.graph, nodes=tuple(nodes.values())), parameters)
+
+
+def likely_maximum(model: Model) -> dict[str, np.ndarray]:
+    """What stands in for the largest magnitudes where no images are to be seen.
+
+    A batch norm's mean and four of its deviations, within the layer's clip.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Node name -> float64 (C,), for the layers with a batch norm.
+    """
+    found = {}
+    for name, (mean, deviation) in model.parameters.norm.items():
+        low, high = model.graph.by_name[name].clip or (-np.inf, np.inf)
+        ends = [np.clip(mean.astype(np.float64) + sign * 4.0 * deviation, low, high) for sign in (-1, 1)]
+        found[name] = np.abs(ends).max(0)
+    return found
 
 
 def _step(pair: Link, magnitude: Mapping[str, np.ndarray], largest: np.ndarray | None, factor: np.ndarray) -> np.ndarray:

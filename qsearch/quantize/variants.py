@@ -13,7 +13,7 @@ from qsearch.config import BiasCorrection, QuantConfig
 from qsearch.models.graph import Model
 from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import input_means
-from qsearch.quantize.equalization import equalize
+from qsearch.quantize.equalization import equalize, likely_maximum
 from qsearch.quantize.migration import migrate
 from qsearch.quantize.weights import WeightStore
 
@@ -61,7 +61,7 @@ class Variants:
         data_free = config.calibration.mode == "global_scale"
         key = (config.equalization, config.bias_absorption, config.migration, data_free)
         if key not in self._made:
-            model = self._changed(config, {} if data_free else self._seen)
+            model = self._changed(config, likely_maximum(self.plain.model) if data_free else self._seen)
             # Where a method finds nothing to do, the model is the one that is known.
             same = model.fingerprint == self.plain.model.fingerprint
             self._made[key] = self.plain if same else Variant(model, self.observe(model))
@@ -75,7 +75,7 @@ class Variants:
 
     def _changed(self, config: QuantConfig, seen: Mapping[str, np.ndarray]) -> Model:
         model = self.plain.model
-        if config.migration and seen:
+        if config.migration and config.calibration.mode != "global_scale":
             model = migrate(model, seen, config.migration)
         if config.equalization:
             model = equalize(model, seen)

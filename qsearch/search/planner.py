@@ -237,7 +237,7 @@ def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
     total = 0.0
     for name, value in setting.items():
         given = values.get(name, value)
-        total += abs(np.log10(value / given)) if name == PERCENTILE_TAIL else 100.0 * (value != given)
+        total += abs(np.log10(value / given)) if name.endswith(PERCENTILE_TAIL) else 100.0 * (value != given)
     return total
 
 

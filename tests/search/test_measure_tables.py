@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator
+from analytic import LOSS_PER_NAT, MODE_FACTOR, AnalyticEvaluator, make_graph
 
 from qsearch.build.link import CompiledModule
+from qsearch.config import WeightSettings
 from qsearch.errors import BuildError, StudyError
 from qsearch.measure.kernel_times import KernelTimes
 from qsearch.measure.memory import measure_memory
 from qsearch.quantize.program import Program
-from qsearch.search.bound_space import BoundSpace, bind_space
+from qsearch.search.bound_space import BoundSpace, Choices, bind_space
 from qsearch.search.evaluation import requirements
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
-from qsearch.search.tables.layer_tables import Tables, layer_rows, table_settings
+from qsearch.search.tables.layer_tables import MOST_SETTINGS, Tables, assignment_config, layer_rows, lowest, table_settings
 from qsearch.search.tables.measure_tables import measure_tables
 
 
@@ -174,3 +175,17 @@ def test_rows_are_the_terms_in_the_setting_that_makes_the_least_of_them() -> Non
         }
     nats = [row["divergence"] for row in rows]
     assert nats == sorted(nats, reverse=True)
+
+
+def test_settings_of_a_wide_space_are_some_of_all_the_plainest_first() -> None:
+    space = bind_space(load_space("full"), make_graph())
+    found = table_settings(space)
+    assert len(found) == MOST_SETTINGS
+    configs = [assignment_config(space, one, lowest(space)) for one in found]
+    assert len({config.content_hash() for config in configs}) == MOST_SETTINGS
+    assert configs[0].weights == WeightSettings() and not configs[0].equalization
+    # Every choice occurs.
+    for one in space.settings:
+        if isinstance(one, Choices):
+            assert {setting[one.name] for setting in found} == set(one.values)
+    assert table_settings(space) == found

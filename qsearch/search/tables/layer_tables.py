@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ __all__ = ["Tables", "assignment_config", "assignment_values", "layer_rows", "lo
 
 # Points of the percentile's range that are told apart.
 TAILS = 3
+# Combinations of settings that the planner tells apart.
+MOST_SETTINGS = 32
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,39 @@ def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:
 
 
 def table_settings(space: BoundSpace) -> list[dict[str, Any]]:
-    """Every combination of the parameters that are no layer's, the percentile's range at a few points."""
-    found: list[dict[str, Any]] = [{}]
+    """Combinations of the parameters that are no layer's, the percentile's range at a few points.
+
+    All of them, if they are not too many; else the first choices, every other choice beside first ones, and then random
+    combinations, the same for the same space.
+    """
+    values: dict[str, Sequence[Any]] = {}
     for one in space.settings:
-        values: Sequence[Any] = one.values
+        values[one.name] = one.values
         if isinstance(one, LogRange):
-            values = [float(value) for value in np.geomspace(one.low, one.high, TAILS)]
-        found = [{**setting, one.name: value} for setting in found for value in values]
+            values[one.name] = [float(value) for value in np.geomspace(one.low, one.high, TAILS)]
+    if math.prod(len(one) for one in values.values()) <= 8 * MOST_SETTINGS:
+        every = _distinct(space, (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())))
+        if len(every) <= MOST_SETTINGS:
+            return every
+    return _distinct(space, _some(values))[:MOST_SETTINGS]
+
+
+def _distinct(space: BoundSpace, settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of those that mean the same, the first."""
     kept: dict[str, dict[str, Any]] = {}
-    for setting in found:
+    for setting in settings:
         kept.setdefault(assignment_config(space, setting, lowest(space)).content_hash(), setting)
     return list(kept.values())
+
+
+def _some(values: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Some combinations of choices, the plainest first."""
+    first = {name: one[0] for name, one in values.items()}
+    yield first
+    yield from ({**first, name: value} for name, one in values.items() for value in one[1:])
+    rng = np.random.default_rng(0)
+    for _ in range(8 * MOST_SETTINGS):
+        yield {name: one[int(rng.integers(len(one)))] for name, one in values.items()}
 
 
 def lowest(space: BoundSpace) -> np.ndarray:

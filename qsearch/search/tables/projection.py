@@ -22,11 +22,13 @@ class Rounded:
 
     Attributes:
         reads: Reads and what rounds them.
-        weights: (Layer name, float32 (O, I/groups, kh, kw): the change of its weights, float32 (O,): that of its bias).
+        weights: (Layer name, float32 (O, I/groups, kh, kw): a change of its weights).
+        biases: (Layer name, float32 (O,): a change of its bias).
     """
 
     reads: tuple[tuple[Edge, Roundings], ...]
-    weights: tuple[tuple[str, Tensor, Tensor], ...]
+    weights: tuple[tuple[str, Tensor], ...]
+    biases: tuple[tuple[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Projection:
     Attributes:
         reads: float32 (reads,): movement of the outputs for each rounded read.
         weights: float32 (weights,): the same for each changed weight.
+        biases: float32 (biases,): the same for each changed bias.
     """
 
     reads: np.ndarray
     weights: np.ndarray
+    biases: np.ndarray
 
 
 def fisher_direction(logits: Tensor, signs: Tensor) -> Tensor:
@@ -76,12 +80,10 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     """
     edges = {edge for edge, _ in changes.reads}
     reads: dict[Edge, Tensor] = {}
+    own = model.parameters
     # A layer is there once per precision and setting.
-    names = list(dict.fromkeys(name for name, _, _ in changes.weights))
-    weights, biases = (
-        {name: torch.tensor(of[name]).requires_grad_() for name in names}
-        for of in (model.parameters.weight, model.parameters.bias)
-    )
+    weights = {name: torch.tensor(own.weight[name]).requires_grad_() for name in dict.fromkeys(n for n, _ in changes.weights)}
+    biases = {name: torch.tensor(own.bias[name]).requires_grad_() for name in dict.fromkeys(n for n, _ in changes.biases)}
 
     def read(node: Node, index: int, value: Tensor) -> Tensor:
         if (node.name, index) in edges:
@@ -97,14 +99,13 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     except RuntimeError:
         # An operator without a derivative, or one that cuts the path of the gradient.
         return _projected_directly(model, image, changes, (plain, direction))
-    gradients = dict(zip(reads, found, strict=False))
-    slopes = (
-        dict(zip(names, zip(found[len(reads) : -len(names)], found[-len(names) :], strict=True), strict=True)) if names else {}
-    )
+    slopes = iter(found)
+    of_reads, of_weights, of_biases = ({name: next(slopes) for name in leaves} for leaves in (reads, weights, biases))
     with torch.no_grad():
-        moved = [_dot(rounded(reads[edge], by).sub_(reads[edge]), gradients[edge]) for edge, by in changes.reads]
-        shifted = [_dot(weight, slopes[name][0]) + _dot(bias, slopes[name][1]) for name, weight, bias in changes.weights]
-    return Projection(np.array(moved, np.float32), np.array(shifted, np.float32))
+        moved = [_dot(rounded(reads[edge], by).sub_(reads[edge]), of_reads[edge]) for edge, by in changes.reads]
+        shifted = [_dot(change, of_weights[name]) for name, change in changes.weights]
+        lifted = [_dot(change, of_biases[name]) for name, change in changes.biases]
+    return Projection(*(np.array(one, np.float32) for one in (moved, shifted, lifted)))
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -132,10 +133,9 @@ def _projected_directly(model: Model, image: Tensor, changes: Rounded, outputs: 
     def only(edge: Edge, by: Roundings) -> Callable[[Node, int, Tensor], Tensor]:
         return lambda node, index, value: rounded(value, by) if (node.name, index) == edge else value
 
-    reads = [moved(read=only(edge, by)) for edge, by in changes.reads]
     own = model.parameters
-    weights = [
-        moved(weight={name: torch.tensor(own.weight[name]) + by}, bias={name: torch.tensor(own.bias[name]) + shift})
-        for name, by, shift in changes.weights
-    ]
-    return Projection(np.array(reads, np.float32), np.array(weights, np.float32))
+    return Projection(
+        np.array([moved(read=only(edge, by)) for edge, by in changes.reads], np.float32),
+        np.array([moved(weight={name: torch.tensor(own.weight[name]) + by}) for name, by in changes.weights], np.float32),
+        np.array([moved(bias={name: torch.tensor(own.bias[name]) + by}) for name, by in changes.biases], np.float32),
+    )

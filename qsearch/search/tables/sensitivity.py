@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from qsearch.config import QuantConfig
+from qsearch.config import BiasCorrection, QuantConfig, WeightSettings
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
@@ -172,7 +172,9 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
     if not len(request.images):
         raise DataError("sensitivity needs at least one image; check the data directory")
     reads, sums = _rounded_reads(request)
-    changes = Rounded(tuple(reads), _changed_weights(request))
+    changed = _changed_weights(request)
+    weights, biases = (tuple((of[0][0], by) for of, by in group.items()) for group in (changed.weights, changed.biases))
+    changes = Rounded(tuple(reads), weights, biases)
     generator = torch.Generator().manual_seed(request.seed)
     batch, found = request.model.graph.input.shape[0], []
     for start in range(0, len(request.images), batch):
@@ -184,7 +186,11 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
     pairs = len(integer_pairs(request.layers))
     activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
     activation = activation.reshape(len(request.by_ranges), pairs, len(found))
-    weight = np.stack([one.weights for one in found], 1).reshape(len(request.by_weights), pairs, len(found))
+    by_weight, by_bias = (np.stack([getattr(one, name) for one in found], 1) for name in ("weights", "biases"))
+    # One more row, of zeros: the bias that is not corrected.
+    by_bias = np.concatenate([by_bias, np.zeros((1, len(found)), np.float32)])
+    weight = np.array([[by_weight[w] + by_bias[b] for w, b in row] for row in changed.used], np.float32)
+    weight = weight.reshape(len(request.by_weights), pairs, len(found))
     return Sensitivity(dict(request.layers), request.range_keys, request.weight_keys, activation, weight)
 
 
@@ -203,14 +209,35 @@ def _rounded_reads(request: SensitivityRequest) -> tuple[dict[tuple[Edge, Roundi
     return numbers, sums
 
 
-def _changed_weights(request: SensitivityRequest) -> tuple[tuple[str, torch.Tensor, torch.Tensor], ...]:
-    """The rounding error of the weights, and the correction of the bias, of every way of rounding and pair."""
-    changes = []
+@dataclass(frozen=True)
+class _Changes:
+    """What rounding changes of weights and biases.
+
+    Attributes:
+        weights: Layer, precision and settings -> change of its weights; what several ways share is there once.
+        biases: The same and how biases are corrected -> change of its bias.
+        used: Per way of rounding and pair, the places of its change of weights and of its change of the bias, or -1.
+    """
+
+    weights: dict[tuple[Pair, WeightSettings], torch.Tensor] = field(default_factory=dict)
+    biases: dict[tuple[Pair, WeightSettings, BiasCorrection], torch.Tensor] = field(default_factory=dict)
+    used: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+def _changed_weights(request: SensitivityRequest) -> _Changes:
+    changes = _Changes()
     for config in request.by_weights.values():
         settings, means = config.resolve(request.model.graph.layer_types), request.means(config)
-        for layer, precision in integer_pairs(request.layers):
-            by, shift = weight_change(
-                request.model, (layer, precision), settings[layer].weights, request.weights, means.get(layer)
-            )
-            changes.append((layer, torch.from_numpy(by), torch.from_numpy(shift)))
-    return tuple(changes)
+        row = []
+        for pair in integer_pairs(request.layers):
+            of, mean = (pair, settings[pair[0]].weights), means.get(pair[0])
+            corrected = (*of, config.bias_correction)
+            if of not in changes.weights or (mean is not None and corrected not in changes.biases):
+                by, shift = weight_change(request.model, pair, of[1], request.weights, mean)
+                changes.weights.setdefault(of, torch.from_numpy(by))
+                if mean is not None:
+                    changes.biases[corrected] = torch.from_numpy(shift)
+            bias = list(changes.biases).index(corrected) if mean is not None else -1
+            row.append((list(changes.weights).index(of), bias))
+        changes.used.append(row)
+    return changes
