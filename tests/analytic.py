@@ -117,13 +117,15 @@ class AnalyticEvaluator:
         return Tables(latency, held, divergence, cost, self.baseline)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
-        """Measure again, a little worse; with AGAIN=worse the largest turns out to be slow and inaccurate too."""
+        """Measure again, a little worse; the environment may make it AGAIN=worse for the largest, or AGAIN=noise."""
         again = [self._measure(config, worse=0.25) for config in configs]
         if os.environ.get("AGAIN") == "worse":
             largest = max(range(len(again)), key=lambda index: again[index].memory.peak_bytes)
             slow = max(one.latency.median_ms for one in again) + 1.0
             lossy = replace(again[largest].accuracy, top1_loss_pp=99.0)
             again[largest] = replace(again[largest], latency=Latency(slow, 0.01, 5, 10), accuracy=lossy)
+        if os.environ.get("AGAIN") == "noise":
+            again[0] = replace(again[0], latency=replace(again[0].latency, noisy=True))
         return [(one.latency, one.accuracy) for one in again]
 
     def _factor(self, config: QuantConfig) -> float:

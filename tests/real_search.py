@@ -28,6 +28,7 @@ SEARCH = ("search", "--study", "real", "--budget", str(BUDGET), "--no-early-stop
 # What a process killed at another moment would have left.
 STRAYS = (
     "studies/cache/kernels/.batch-dead/kernel.o",
+    "studies/cache/kernels/.time-dead",
     "studies/cache/images/images-0.partial",
     "studies/cache/statistics/.a.npz.x",
 )

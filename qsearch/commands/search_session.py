@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import typer
@@ -38,6 +39,12 @@ from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measu
 from qsearch.search.tables.layer_tables import layer_rows
 
 __all__ = ["SearchRequest", "run_session"]
+
+NOISE_AGAIN = (
+    "{noisy} of these {front} points could not be timed well: beside float, their times spread too far even when timed for "
+    "longer, and they carry noisy_timing. End what else is running, or pin the search to an idle core (taskset -c N), and run "
+    "the same command again: it measures the front once more"
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        # The measuring process gets ready beside what comes before the first trial.
-        with evaluator.pipeline(request.jobs or default_jobs(request.settings.threads)) as pipeline:
-            _run_trials(handle, request, bound, evaluator, pipeline)
+        _run_trials(handle, request, bound, evaluator)
         _record_bound(handle, request)
         _verify(handle, evaluator)
         record_run(handle, baseline, _facts(request, evaluator, start))
@@ -137,29 +142,22 @@ def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[s
     return facts | {"limits": dict(request.limits)}
 
 
-def _run_trials(
-    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, pipeline: Pipeline | None
-) -> None:
+def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
         say(f"continuing study {handle.name} with {done} measured trials")
-    seed = request.settings.seed
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
-    planned = request.sampler == PLANNER
-    if planned:
-        handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials), constraints)
-        attach_tables(handle, layer_rows(bound, sampler.tables))
-    else:
-        handle.study.sampler = make_sampler(request.sampler, seed, trials)
+    _choose_sampler(handle, request, bound, evaluator, constraints, trials)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(
-        bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=not planned, pipeline=pipeline
+        bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=request.sampler != PLANNER
     )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
-    with TrialProgress(done, request.budget, baseline) as progress:
-        outcome = run_search(handle, problem, limits, progress.on_trial)
+    # The measuring process starts only now, as it would disturb the kernels that are timed for the planner's tables.
+    with _pipeline(request, evaluator, done) as pipeline, TrialProgress(done, request.budget, baseline) as progress:
+        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, progress.on_trial)
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")
@@ -168,6 +166,30 @@ def _run_trials(
         say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
     if outcome.stopped == "exhausted":
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
+
+
+def _choose_sampler(
+    handle: StudyHandle,
+    request: SearchRequest,
+    bound: BoundSpace,
+    evaluator: Evaluator,
+    constraints: Constraints,
+    trials: int,
+) -> None:
+    """Give a study of so many trials its sampler, with the tables that the planner needs."""
+    seed = request.settings.seed
+    if request.sampler != PLANNER:
+        handle.study.sampler = make_sampler(request.sampler, seed, trials)
+        return
+    handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials), constraints)
+    attach_tables(handle, layer_rows(bound, sampler.tables))
+
+
+def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> AbstractContextManager[Pipeline | None]:
+    """The measuring process, for as many jobs as there are to be; none where nothing is left to measure."""
+    if done >= request.budget:
+        return nullcontext()
+    return evaluator.pipeline(request.jobs or default_jobs(request.settings.threads))
 
 
 def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:
@@ -181,12 +203,14 @@ def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:
 
 
 def _verify(handle: StudyHandle, evaluator: Evaluator) -> None:
-    """Measure the front again, unless all of it was already."""
+    """Measure the front again, unless all of it was already, and without noise."""
     with handle.guard():
         front = study_front(handle.study)
-    if all(point.heldout is not None for point in front):
+    if all(point.heldout is not None and not point.heldout.latency.noisy for point in front):
         return
     say(f"measuring the {len(front)} points of the front again, in a fresh process and on held-out images")
     verdicts = evaluator.verify_front([point.config for point in front])
     with handle.guard():
         record_heldout(handle.study, front, verdicts)
+    if noisy := sum(latency.noisy for latency, _ in verdicts):
+        say(NOISE_AGAIN.format(noisy=noisy, front=len(front)))

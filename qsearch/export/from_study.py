@@ -54,7 +54,6 @@ def check_kernels(evaluator: ModelEvaluator, points: Sequence[FrontPoint]) -> No
     changed = [point for point in points if _kernels_changed(evaluator, point)]
     if not changed:
         return
-    trials = f"trial{'s' if len(changed) > 1 else ''} {', '.join(str(point.trial) for point in changed)}"
     recorded, found = changed[0].measurement.kernels_sha256, evaluator.kernels_sha256(changed[0].config)
     what = (
         f"measured with other kernels (digest {recorded[:12]}) than would be exported now ({found[:12]}): `tune` has chosen "
@@ -63,9 +62,16 @@ def check_kernels(evaluator: ModelEvaluator, points: Sequence[FrontPoint]) -> No
         else "measured before qsearch recorded which kernels it measured, so that those exported now may be others"
     )
     raise BundleError(
-        f"{trials}: {what}. Give --remeasure to measure again and bundle the new figures, or search again under another "
+        f"{_named(changed)}: {what}. Give --remeasure to measure again and bundle the new figures, or search again under another "
         "--study name"
     )
+
+
+def _named(points: Sequence[FrontPoint]) -> str:
+    """Trials by their numbers, and float, which is no trial, by its name."""
+    numbers = [str(point.number) for point in points if point.number is not None]
+    names = [f"trial{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"] if numbers else []
+    return " and ".join([*names, "the float module"] if len(numbers) < len(points) else names)
 
 
 def _kernels_changed(evaluator: ModelEvaluator, point: FrontPoint) -> bool:
@@ -74,7 +80,7 @@ def _kernels_changed(evaluator: ModelEvaluator, point: FrontPoint) -> bool:
 
 def _measured_again(evaluator: ModelEvaluator, point: FrontPoint) -> FrontPoint:
     """The same configuration with what its module shows now."""
-    evaluator.progress(f"measuring trial {point.trial} again: its kernels have changed")
+    evaluator.progress(f"measuring {_named([point])} again: its kernels have changed")
     measurement = evaluator.evaluate(point.config)
     heldout = None if point.heldout is None else Heldout(*evaluator.measure_again([point.config])[0])
     return replace(point, measurement=measurement, heldout=heldout)
@@ -124,7 +130,7 @@ def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:
     found = output_digest(logits)
     if found != measured.output_sha256:
         raise BundleError(
-            f"trial {point.trial} built now gives other outputs (digest {found[:12]}) than it was measured with "
+            f"{_named([point])} built now gives other outputs (digest {found[:12]}) than it was measured with "
             f"({measured.output_sha256[:12]}): torch, NumPy or TVM has changed since; search again under another --study name"
         )
 

@@ -96,7 +96,8 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
     ]
     if latency.ratio is not None:
         noisy = "; **too noisy to rely on**" if latency.noisy else ""
-        rows.append(f"- timing: {latency.ratio:.3f} of float in turns with it, {latency.raw_ms:.3f} ms by the clock{noisy}")
+        clock = "of the thread's processor time" if latency.threads == 1 else "on the wall"
+        rows.append(f"- timing: {latency.ratio:.3f} of float in turns with it, {latency.raw_ms:.3f} ms {clock}{noisy}")
     if measurement.kernels_sha256:
         rows.append(f"- kernels: {measurement.kernels_sha256[:12]}")
     return "\n".join(rows)

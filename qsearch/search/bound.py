@@ -59,12 +59,11 @@ def tables_bound(
     latency, divergences = model.latency, list(model.divergences)
     rows, chosen = _minima(latency, tables, divergences)
     loss_pp = model.curve(np.array([divergences[s](row[None])[0] for row, s in zip(rows, chosen, strict=True)]))
-    # Before the memory of each is planned, those that are beaten whatever it comes to are left out.
-    kept = np.flatnonzero(moocore.is_nondominated(np.stack([latency(rows), tables.weight_bytes(rows), loss_pp], 1)))
     correction = latency(rows) - tables.latency(rows)
     points = []
-    for k in kept:
-        cost = tables.cost(assignment_config(space, settings[chosen[k]], rows[k]))
+    # All of them: one that another beats in latency, weights and loss may still need the smaller arena.
+    for k, row in enumerate(rows):
+        cost = tables.cost(assignment_config(space, settings[chosen[k]], row))
         points.append((cost.latency_ms + correction[k], float(cost.peak_bytes), float(loss_pp[k])))
     found = np.array(points, np.float64).reshape(-1, len(OBJECTIVES))
     for index, name in enumerate(OBJECTIVES):

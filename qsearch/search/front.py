@@ -23,6 +23,7 @@ __all__ = [
     "FrontPoint",
     "Heldout",
     "Pick",
+    "accuracy_from_json",
     "beats_float",
     "closest_points",
     "float_point",
@@ -240,7 +241,9 @@ def record_heldout(study: optuna.Study, front: Sequence[FrontPoint], verdicts: S
 def load_heldout(study: optuna.Study) -> dict[int, Heldout]:
     """Trial number -> its second measurement, for the trials that have one."""
     return {
-        int(key.removeprefix(_HELDOUT)): Heldout(Latency(**data["latency"]), _accuracy(data["accuracy"]), data["dominated_by"])
+        int(key.removeprefix(_HELDOUT)): Heldout(
+            Latency(**data["latency"]), accuracy_from_json(data["accuracy"]), data["dominated_by"]
+        )
         for key, data in study.user_attrs.items()
         if key.startswith(_HELDOUT)
     }
@@ -251,7 +254,7 @@ def measurement_from_json(data: dict) -> Measurement:
     return Measurement(
         Latency(**data["latency"]),
         Memory(**data["memory"]),
-        _accuracy(data["accuracy"]),
+        accuracy_from_json(data["accuracy"]),
         dict(data.get("seconds", {})),
         data.get("kernels_sha256", ""),
     )
@@ -262,7 +265,8 @@ def _point(trial: FrozenTrial, heldout: Heldout | None) -> FrontPoint:
     return FrontPoint(trial.number, config, measurement_from_json(trial.user_attrs["measurement"]), heldout)
 
 
-def _accuracy(data: dict) -> Accuracy:
+def accuracy_from_json(data: dict) -> Accuracy:
+    """The inverse of Accuracy's attributes, whose interval JSON makes a list of."""
     low, high = data["top1_loss_ci_pp"]
     return Accuracy(**{**data, "top1_loss_ci_pp": (low, high)})
 

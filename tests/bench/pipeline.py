@@ -1,12 +1,13 @@
-"""Trials per minute of the two-core pipeline against the serial loop; prints JSON.
+"""Trials per minute of the two-core pipeline against the serial loop on one core and on all; prints JSON.
 
     python tests/bench/pipeline.py --model demo --trials 12 --json
     python tests/bench/pipeline.py --model efficientnet_lite0 --data ../shared/data/nips2017 --trials 12 --json
 
-Both run the same configurations through the real driver, each time into a new study in SQLite with notes and pictures, in
+All run the same configurations through the real driver, each time into a new study in SQLite with notes and pictures, in
 stretches that take turns. They are those that the sampler proposed in a search before the clock runs; it is asked all the
-same, and has its tables by then. The serial loop is one process on one core, accuracy on one worker. Kernels are compiled and
-the worker process is ready before the clock runs. Latencies of the same configuration are compared between the two.
+same, and has its tables by then. `serial` is one process on one core, accuracy on one worker; `jobs1` is what `--jobs 1`
+does, one process that scores images on every core. Kernels are compiled and the worker process is ready before the clock
+runs. Latencies of the same configuration are compared between the pipeline and one core.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from qsearch.search.samplers import PLANNER, make_sampler
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, StudyHandle, finished, study_to_search
 
-MODES = ("serial", "pipelined")
+MODES = ("serial", "jobs1", "pipelined")
 
 
 class Asking(optuna.samplers.BaseSampler):
@@ -102,7 +103,7 @@ class Bench:
             pipeline = None
             if mode == "serial":
                 stack.enter_context(_on({max(os.sched_getaffinity(0))}))
-            else:
+            elif mode == "pipelined":
                 pipeline = stack.enter_context(self.evaluator.pipeline(2))
                 assert pipeline is not None
                 pipeline.result(pipeline.measure(pipeline.pack(self.space.config(self.values[0])), None))
@@ -141,14 +142,15 @@ def report(bench: Bench, model: str) -> dict[str, Any]:
     """Trials per minute, shares of the phases, agreement of latencies."""
     count = len(bench.values)
     rates = {mode: [60 * count / one for one in bench.seconds[mode]] for mode in MODES}
-    ratios = [serial / pipelined for serial, pipelined in zip(*(bench.seconds[mode] for mode in MODES), strict=True)]
+    ratios = {mode: np.divide(bench.seconds[mode], bench.seconds["pipelined"]) for mode in MODES if mode != "pipelined"}
     return {
         "model": model,
         "trials": count,
         "early_stopping": bench.early_stopping,
         "trials_per_minute": {mode: [round(one, 1) for one in rates[mode]] for mode in MODES},
-        "ratio": round(float(np.median(ratios)), 3),
-        "ratios": [round(one, 3) for one in ratios],
+        # Of the pipeline's rate to that of each other mode.
+        "ratio": {mode: round(float(np.median(found)), 3) for mode, found in ratios.items()},
+        "ratios": {mode: [round(float(one), 3) for one in found] for mode, found in ratios.items()},
         "ms_per_trial": {mode: phases(bench, mode) for mode in MODES},
         "latency": agreement(bench),
     }
@@ -166,7 +168,7 @@ def agreement(bench: Bench) -> dict[str, float]:
     """How far the latencies of the same configuration are apart, by itself and in units of its spread."""
     apart, ratio, repeat, noisy = [], [], [], []
     for digest in bench.found["serial"].keys() & bench.found["pipelined"].keys():
-        serial, pipelined = (bench.found[mode][digest] for mode in MODES)
+        serial, pipelined = (bench.found[mode][digest] for mode in ("serial", "pipelined"))
         one, other = (float(np.median([each.latency.median_ms for each in of])) for of in (serial, pipelined))
         spread = float(np.median([each.latency.spread_ms for each in (*serial, *pipelined)]))
         apart.append(abs(one - other) / spread)

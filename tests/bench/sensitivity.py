@@ -4,7 +4,8 @@
     python tests/bench/sensitivity.py --model demo --precisions int8
 
 The table is computed from the first search images. The truth is one compiled module per layer, precision and granularity,
-run on all search images; its outputs are kept in FOLDER and not computed again.
+run on all search images; its outputs are kept in FOLDER and not computed again, as long as model, images, target, kernels
+and configuration are the same.
 
 kl                 Spearman of the table with the mean KL divergence from float's outputs, over layers and precisions:
                    `same` on the table's images, `all` on all search images; `log_spread` is the standard deviation of the
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from problems import fingerprint
 from scipy.optimize import isotonic_regression
 from scipy.special import log_softmax
 from scipy.stats import kendalltau, spearmanr
@@ -76,14 +78,16 @@ class Modules:
         )
 
     def _run(self, name: str, config: QuantConfig, images: int | None = None) -> dict[str, Any]:
-        path = self.folder / f"{name}.npz"
+        given = self.evaluator.images("search")[:images]
+        parts = {"kernels": self.evaluator.kernels_sha256(config), "config": config.content_hash(), "images": str(len(given))}
+        path = self.folder / f"{name}-{fingerprint(self.evaluator.identity | parts)[:16]}.npz"
         if not path.is_file():
             wall, cpu = time.monotonic(), time.process_time()
             module = self.evaluator.compile(config)
             machine, rows = module.open()["main"], []
             import tvm
 
-            for image in self.evaluator.images("search")[:images]:
+            for image in given:
                 rows.append(machine(tvm.runtime.tensor(np.ascontiguousarray(image[None]))).numpy())
             logits = np.concatenate(rows)
             np.savez(path, logits=logits, seconds=time.monotonic() - wall, cpu=time.process_time() - cpu)

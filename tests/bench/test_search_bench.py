@@ -12,7 +12,7 @@ from measured import MeasuredFolder
 from problems import FloatRun, Problem, TimedTables
 from search import compare
 from stopping import compare_one, summary
-from verdicts import reference_hypervolume
+from verdicts import Curves, reference_hypervolume, verdicts
 
 from qsearch.measure.measurement import Latency
 from qsearch.search.bound_space import bind_space
@@ -114,6 +114,16 @@ def test_the_planner_is_charged_for_its_tables(problem):
     (without,) = found["at_equal_time_without_compiling"]
     assert without["seconds"] == pytest.approx(by_time["seconds"] - COMPILE_SECONDS)
     assert set(by_time["runs_over"]) == {"random", "random-plain"}, "formulas take no time"
+
+
+@pytest.mark.parametrize("percent, ahead", [(79.0, False), (80.0, False), (81.0, True)])
+def test_the_planner_is_ahead_of_the_others_or_is_not(percent, ahead):
+    def constant(level):
+        return Curves(np.full((2, 25), level), np.arange(1.0, 26.0) * np.ones((2, 1)))
+
+    found = verdicts({"planner": constant(percent), "random": constant(70.0), "tpe": constant(80.0)})
+    for (one,) in (found["at_equal_trials"], found["at_equal_time"]):
+        assert one["planner_ahead"] is ahead
 
 
 def test_measurements_outlive_their_process(problem, source, tmp_path):

@@ -114,10 +114,11 @@ def _at_time(curves: Mapping[str, Curves], planner: Curves, count: int) -> dict[
 
 
 def _ranking(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Mean percent of every sampler, the best first, and whether that is the planner."""
+    """Mean percent of every sampler, the best first, and whether the planner is ahead of every other; a tie is not ahead."""
     means = {sampler: float(percent.mean()) for sampler, percent in found.items()}
     ranked = dict(sorted(means.items(), key=lambda item: -item[1]))
-    return {"planner_ahead": next(iter(ranked)) == PLANNER, "hypervolume_pct": ranked}
+    ahead = all(means[PLANNER] > mean for sampler, mean in means.items() if sampler != PLANNER)
+    return {"planner_ahead": ahead, "hypervolume_pct": ranked}
 
 
 def _spread(values: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import moocore
@@ -14,13 +15,16 @@ from optuna.trial import TrialState
 from PIL import Image
 from real_search import SMALL, completed, within
 
+from qsearch.config import QuantConfig
 from qsearch.report.table_notes import attach_tables, table_rows
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
+from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.search.tables.pairwise import PairwiseSum
 
 PLANNED = ("search", "--sampler", "planner")
 
@@ -72,6 +76,18 @@ def test_a_planned_search_continues_with_its_tables(planned: tuple[Path, dict], 
     assert json.loads(again.stdout)["bound"]["trials"] == 12
 
 
+def test_tables_are_measured_before_the_measuring_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    for name in ("tables", "pipeline"):
+        step = getattr(AnalyticEvaluator, name)
+        monkeypatch.setattr(AnalyticEvaluator, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
+    assert invoke(tmp_path, *PLANNED, "--budget", "3").exit_code == 0
+    assert steps == ["tables", "pipeline"]
+    # Nothing is left to measure: no process either.
+    assert invoke(tmp_path, *PLANNED, "--budget", "3").exit_code == 0
+    assert steps == ["tables", "pipeline", "tables"]
+
+
 def test_the_document_says_how_far_the_front_is_from_the_bound(planned: tuple[Path, dict]) -> None:
     folder, document = planned
     bound = document["bound"]
@@ -101,6 +117,35 @@ def test_the_bound_of_exact_tables_is_nearly_the_true_front() -> None:
     limited = tables_bound(space, evaluator.tables(space), [], {"top1_loss_pp": 0.5})
     assert 0 < limited.hypervolume < bound.hypervolume
     assert limited.points[:, 2].max() <= 0.5
+
+
+def test_a_prediction_that_only_its_arena_saves_is_kept() -> None:
+    """Beaten in latency, weights and loss, and yet on the front for the sake of the bytes beside the weights."""
+    evaluator, seen = AnalyticEvaluator(), {}
+    space = bind_space(load_space("default"), evaluator.graph)
+    tables = evaluator.tables(space)
+
+    def divergence(config: QuantConfig) -> PairwiseSum:
+        found = tables.divergence(config)
+        return found if config.granularity == "channel_wise" else PairwiseSum(found.unary[::-1], {})
+
+    def bound(smallest: str) -> np.ndarray:
+        def cost(config: QuantConfig) -> Cost:
+            row = np.array([[one.values.index(config.precision[one.name]) for one in space.layers]])
+            weights, nats = (
+                tables.weight_bytes(row)[0],
+                min(float(tables.divergence(config)(row)[0]), float(divergence(config)(row)[0])),
+            )
+            seen[config.content_hash()] = (tables.cost(config).latency_ms, weights, nats)
+            return replace(tables.cost(config), peak_bytes=1 if config.content_hash() == smallest else 10_000 + int(weights))
+
+        return tables_bound(space, replace(tables, divergence=divergence, cost=cost), [], {}).points
+
+    bound("none")
+    values = np.array(list(seen.values()))
+    beaten = np.flatnonzero(~moocore.is_nondominated(values))
+    assert len(beaten)
+    assert bound(list(seen)[beaten[0]])[:, 1].min() == 1
 
 
 def test_constraints_that_nothing_meets_end_with_the_closest_and_exit_code_3(tmp_path: Path) -> None:

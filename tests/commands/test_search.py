@@ -47,19 +47,23 @@ def test_document_of_search(searched: tuple[Path, dict]) -> None:
     assert set(document["baseline"]) == {"latency_ms", "peak_bytes", "top1", "top5", "images"}
     assert {"total", "float_pass", "per_trial_median", "build_median"} <= set(document["seconds"])
     assert 0 < document["hypervolume"] < 1
+    # The planner searches where no sampler is named, and no other one has a bound.
+    assert document["bound"]["trials"] == 12
     assert document["front"]
     for point in document["front"]:
         assert list(point) == [
             "trial",
             "latency_ms",
             "latency_spread_ms",
+            "noisy_timing",
             "peak_bytes",
             "top1_loss_pp",
             "top1_loss_ci_pp",
             "heldout",
             "config",
         ]
-        assert {"top1_loss_pp", "top1_loss_ci_pp", "images"} <= set(point["heldout"])
+        assert {"top1_loss_pp", "top1_loss_ci_pp", "images", "noisy_timing"} <= set(point["heldout"])
+        assert point["noisy_timing"] is point["heldout"]["noisy_timing"] is False
         assert len(point["config"]["precision"]) == 8
 
 
@@ -162,6 +166,21 @@ def test_a_machine_too_noisy_to_time_is_said_once(tmp_path: Path) -> None:
     trials = optuna.load_study(study_name="demo", storage=f"sqlite:///{tmp_path}/studies/demo.db").get_trials()
     noisy = [trial.user_attrs.get("noisy_timing", False) for trial in trials if trial.state == TrialState.COMPLETE]
     assert noisy == [False] * 2 + [True] * 4
+
+
+def test_noise_in_the_second_measurement_is_said_and_the_same_command_measures_again(tmp_path: Path) -> None:
+    result = invoke(tmp_path, "search", "--budget", "6", "--json", AGAIN="noise")
+    assert result.exit_code == 0, result.stderr
+    words = " ".join(result.stderr.split())
+    assert words.count("could not be timed well") == 1 and "1 of these" in words and "run the same command again" in words
+    document = json.loads(result.stdout)
+    points = [*document["front"], *document["dropped"]]
+    assert [point["heldout"]["noisy_timing"] for point in points].count(True) == 1
+    assert not any(point["noisy_timing"] for point in points)
+    again = invoke(tmp_path, "search", "--budget", "6", "--json")
+    assert "measuring the" in again.stderr and "could not be timed" not in again.stderr
+    assert not any(point["heldout"]["noisy_timing"] for point in json.loads(again.stdout)["front"])
+    assert "measuring the" not in invoke(tmp_path, "search", "--budget", "6", "--json").stderr
 
 
 def test_the_front_drops_what_the_second_measurement_has_dominated(tmp_path: Path) -> None:

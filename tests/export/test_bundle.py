@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from real_search import RealSearch, command, fails, refused, within
 
 from qsearch.errors import BundleError
+from qsearch.export import runner
 from qsearch.export.bundle import require_vacant
 from qsearch.models.demo import load_images
 
@@ -208,6 +211,24 @@ def test_a_bundle_runs_on_its_threads(
     manifest = runner.read_manifest(bundles[0])
     runner.open_module(bundles[0], manifest | {"target": manifest["target"] | {"threads": 4}})
     assert (os.environ["TVM_NUM_THREADS"], os.environ["TVM_BIND_THREADS"]) == (threads, "0")
+
+
+@pytest.mark.parametrize("threads, latency_ms", [(1, 2.0), (2, 4.0)])
+def test_a_module_is_timed_by_the_clock_that_the_search_used(threads: int, latency_ms: float, monkeypatch) -> None:
+    """The thread's own where it is one, which stands still half of the time here."""
+    spent = [0.0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(thread_time=lambda: spent[0]))
+
+    def time_evaluator(name: str, device: object, number: int, repeat: int) -> Callable[[object], SimpleNamespace]:
+        def timed(image: object) -> SimpleNamespace:
+            spent[0] += 2e-3 * (number + 1)
+            return SimpleNamespace(results=[4e-3] * repeat)
+
+        return timed
+
+    tvm = SimpleNamespace(cpu=lambda: None, runtime=SimpleNamespace(tensor=lambda image: image))
+    found = runner.time_module(SimpleNamespace(time_evaluator=time_evaluator), tvm, np.zeros((1, 1, 2, 2), np.float32), threads)
+    assert found == {"latency_ms": pytest.approx(latency_ms), "latency_spread_ms": pytest.approx(0.0)}
 
 
 def test_contradictions_and_occupied_directories(small: Path, bundles: list[Path]) -> None:

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from real_search import SMALL, fails, within
 
 from qsearch.build.tiles import TileChoices
 from qsearch.config import named_config
+from qsearch.errors import BundleError
+from qsearch.export import from_study
 from qsearch.kernels.cpu import candidate_tiles
 from qsearch.quantize.lower import lower
 from qsearch.report.documents import settings_of
 from qsearch.search.evaluation.objective import ModelEvaluator, prepare_evaluator
-from qsearch.search.front import study_front
+from qsearch.search.front import float_point, study_front
 from qsearch.search.study import StudyHandle, load_study
 
 EXPORT = ("export", "--study", "small", "--json")
@@ -117,6 +120,24 @@ def test_tuning_leaves_a_study_that_has_begun_as_it_is(small: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "study small has begun" in result.stderr
     assert not list((small / "studies" / "cache" / "kernels").glob("tile_*"))
+
+
+def test_float_is_named_where_its_kernels_have_changed(retuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsearch.search.front.beats_float", lambda front, baseline: False)
+    fails(retuned, 1, ("the float module: measured with other kernels", "--remeasure"), *EXPORT, "--out", str(tmp_path / "no"))
+    result = within(retuned, *EXPORT, "--out", str(tmp_path / "float"), "--remeasure")
+    assert result.returncode == 0, result.stderr
+    assert "measuring the float module again" in result.stderr
+    (row,) = json.loads(result.stdout)["bundles"]
+    assert row["trial"] is None and row["remeasured"]
+
+
+def test_outputs_that_have_changed_name_float_as_well(small: Path) -> None:
+    (point, *_) = study_front(study_of(small).study)
+    in_float = float_point(point.measurement)
+    for one, name in ((point, f"trial {point.trial}"), (in_float, "the float module")):
+        with pytest.raises(BundleError, match=f"^{name} built now gives other outputs"):
+            from_study._check_outputs(one, np.zeros((1, 2), np.float32))
 
 
 def test_float_is_exported_where_nothing_beats_it(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

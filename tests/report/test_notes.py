@@ -90,7 +90,10 @@ def test_note_text() -> None:
     measured = evaluator.evaluate(config)
     paired = replace(measured, latency=replace(measured.latency, ratio=0.5, raw_ms=4.0, noisy=True))
     text = note_text(config, paired, evaluator.baseline)
-    assert "- timing: 0.500 of float in turns with it, 4.000 ms by the clock; **too noisy to rely on**" in text
+    words = "- timing: 0.500 of float in turns with it, 4.000 ms of the thread's processor time; **too noisy to rely on**"
+    assert words in text
+    on_two = replace(paired, latency=replace(paired.latency, threads=2, noisy=False))
+    assert note_text(config, on_two, evaluator.baseline).splitlines()[-2].endswith("in turns with it, 4.000 ms on the wall")
 
 
 def test_calibration_text() -> None:

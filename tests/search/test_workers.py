@@ -16,12 +16,14 @@ import pytest
 import tvm
 from networks import images, network
 
+from qsearch.build.packed import PackedModule
 from qsearch.build.target import open_target
 from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
-from qsearch.errors import BuildError
+from qsearch.errors import BuildError, StudyError
 from qsearch.measure.accuracy import run_images
 from qsearch.quantize.variants import Variants
+from qsearch.search.evaluation import module_builder, requirements
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
@@ -70,6 +72,19 @@ def test_a_packed_module_is_the_one_linked_here_and_its_file_is_deleted_unless_k
     file.unlink()
     with pytest.raises(BuildError, match="cannot be loaded"):
         pickle.loads(text).open()
+
+
+def test_a_disk_that_fills_up_beneath_a_module_is_no_fault_of_its_configuration(
+    builder: ModuleBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(module: object, file: Path, kept: bool) -> PackedModule:
+        file.write_bytes(b"half a module")
+        monkeypatch.setattr(requirements, "LEAST_FREE_BYTES", 1 << 60)
+        return PackedModule(file, (), kept)
+
+    monkeypatch.setattr(module_builder, "pack_module", cut_off)
+    with pytest.raises(StudyError, match="the disk is full"):
+        builder.pack(INT8, tmp_path)
 
 
 def test_a_worker_measures_what_this_process_would(builder: ModuleBuilder, tmp_path: Path) -> None:

@@ -13,8 +13,15 @@ from qsearch.errors import StudyError
 
 __all__ = ["CacheFolder", "is_whole_elf"]
 
-# Scratch names of the kernel cache, the statistics record and the decoded images.
-STRAYS = ("kernels/.batch-*", "statistics/.*.npz.*", "sensitivity/.*.npz.*", "images/*.partial", "modules/*")
+# Scratch names of the kernel cache, kernel times, statistics, sensitivities, decoded images and modules.
+STRAYS = (
+    "kernels/.batch-*",
+    "kernels/.time-*",
+    "statistics/.*.npz.*",
+    "sensitivity/.*.npz.*",
+    "images/*.partial",
+    "modules/*",
+)
 
 
 def is_whole_elf(path: Path) -> bool:

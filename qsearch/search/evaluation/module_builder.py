@@ -115,6 +115,7 @@ class ModuleBuilder:
 
         Raises:
             TrialError: It cannot be quantized or built.
+            StudyError: The disk is full.
         """
         clock = Clock()
         program = self.lower(config)
@@ -122,5 +123,8 @@ class ModuleBuilder:
         module = self.build(program, linked=False)
         name = f"{'kept-' if kept else ''}{config.content_hash()[:24]}.module"
         packed = pack_module(module, folder / name, kept)
+        # TVM does not notice that the disk fills up while it writes. Half a module would fail where it is opened, and look
+        # like this configuration's fault.
+        require_room(folder)
         clock.lap("build")
         return Prepared(packed.open, measure_memory(module), module.kernels_sha256, clock.seconds)

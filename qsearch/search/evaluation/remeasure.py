@@ -18,7 +18,7 @@ from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError, StudyError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.search.evaluation.evaluator import Settings
-from qsearch.search.front import measurement_from_json
+from qsearch.search.front import accuracy_from_json, measurement_from_json
 
 __all__ = ["main", "remeasure"]
 
@@ -59,12 +59,7 @@ def remeasure(settings: Settings, baseline: Measurement, configs: Sequence[Quant
             f"the front could not be measured again in a process of its own: {reason}. Every trial is kept; the same command "
             "tries once more"
         )
-    return [(Latency(**latency), _accuracy(accuracy)) for latency, accuracy in found["verdicts"]]
-
-
-def _accuracy(data: dict[str, Any]) -> Accuracy:
-    low, high = data["top1_loss_ci_pp"]
-    return Accuracy(**data | {"top1_loss_ci_pp": (low, high)})
+    return [(Latency(**latency), accuracy_from_json(accuracy)) for latency, accuracy in found["verdicts"]]
 
 
 def main(folder: Path) -> None:
