@@ -44,10 +44,22 @@ class QuantizedWeight:
     Attributes:
         values: int8 or int16 (O, kh, kw, I/groups).
         scale: float32 (O,).
+        group: Consecutive input channels whose 4-bit integers share an entry of `group_scale`; 0 for none.
+        group_scale: uint8 (O, kh, kw, groups) in 1..15, by which the 4-bit integers of `values` were multiplied.
+        group_offset: int8, as `group_scale` or (O, 1, 1, 1) without groups, what was added to them then.
     """
 
     values: np.ndarray
     scale: np.ndarray
+    group: int = 0
+    group_scale: np.ndarray | None = None
+    group_offset: np.ndarray | None = None
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """What its groups have, by name; nothing where an output channel's scale is all there is."""
+        tables = {"group_scale": self.group_scale, "group_offset": self.group_offset}
+        return {name: table for name, table in tables.items() if table is not None}
 
     @cached_property
     def sums(self) -> np.ndarray:

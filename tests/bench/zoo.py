@@ -196,7 +196,7 @@ def run_compiled(op: Op, inputs: list[np.ndarray], cache: KernelCache) -> np.nda
     symbol = kernel_symbol(kernel, cache.target)
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:
-        constants.insert(0, kernel.pack_weight(op.constants["weight"]))
+        constants.insert(0, kernel.pack_weight(op.constants))
     output = tvm.runtime.tensor(np.zeros(op.output.size, op.output.dtype))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(array).ravel()) for array in inputs]
     arguments += [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in constants]
