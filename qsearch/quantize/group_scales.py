@@ -22,6 +22,8 @@ QMIN, QMAX, LARGEST_SCALE, LARGEST = -8, 7, 15, 127
 # step may be. Beyond fifteen steps the widest groups are cut short for the sake of the others.
 SHARES = np.linspace(0.5, 1.0, 11)
 WIDEST = np.arange(3.0, 21.0, 0.5)
+# Input channels of the smallest group: two steps of a kernel's dot products, which share their bytes.
+SMALLEST = 8
 # Weights worked on at a time.
 SLAB = 1 << 19
 
@@ -115,6 +117,9 @@ def group_weights(weight: np.ndarray, base: np.ndarray, form: GroupForm) -> Quan
     """Quantize weights in groups to 4 bits.
 
     An output channel whose squared error would be larger than with `base` alone keeps that: scales of one, no offset.
+    Where a kernel position has fewer than 8 input channels (depthwise layers have one), scales of groups would come to
+    more than their weights gain: such a layer's output channels are quantized as a whole, with an offset if groups have
+    them.
 
     Args:
         weight: float32 (O, I/groups, kh, kw).
@@ -124,10 +129,12 @@ def group_weights(weight: np.ndarray, base: np.ndarray, form: GroupForm) -> Quan
     Raises:
         QuantizeError: The groups' size is no multiple of 8.
     """
-    if form.size % 8 or form.size < 0:
+    if form.size % SMALLEST or form.size < 0:
         raise QuantizeError(
             f"weights cannot be in groups of {form.size} input channels: choose a multiple of 8, such as 16 or 32"
         )
+    if weight.shape[1] < SMALLEST:
+        form = replace(form, size=0)
     moved = weight.transpose(0, 2, 3, 1)
     rows = max(1, SLAB // max(1, int(np.prod(weight.shape[1:]))))
     parts = [_fitted(moved[i : i + rows], base[i : i + rows], form) for i in range(0, len(weight), rows)]

@@ -10,7 +10,7 @@ are uint8 or int16 unless it says otherwise):
     quantize     q = clip(rint(f32(x * inv_scale)) + zero_point, qmin, qmax)
     dequantize   x = f32(f32(q - zero_point) * scale)
     requantize   q = clip(rint(f32(f32(a - a_zp) * m)) + zero_point, qmin, qmax)
-    conv, integer (int16: a and w int16; int8: a uint8, w int8; w4a8: as int8, w within +-7 or in groups, see below)
+    conv, integer (int16: a and w int16; int8: a uint8, w int8; w4a8: as int8, w in -8..7 or in groups, see below)
                  acc = bias + sum (a * w) over int32, padded positions hold a = input zero point
                  v   = f32(f32(acc) * multiplier[o])
                  v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with an integer residual r

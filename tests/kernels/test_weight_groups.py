@@ -64,7 +64,7 @@ ANY = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=12)
+@settings(RELAXED, max_examples=8)
 @given(**ANY)
 def test_layers_are_exact(target, case, form, dtypes, seed):
     assert_exact(drawn(case, form, dtypes, seed), seed, target_named(target))
@@ -79,13 +79,13 @@ def test_many_layers_are_exact(target, case, form, dtypes, seed):
     assert_exact(clipping(op, seed) if seed % 2 else op, seed, target_named(target))
 
 
-@settings(RELAXED, max_examples=2)
+@settings(RELAXED, max_examples=1)
 @given(**ANY)
 def test_other_instruction_sets_are_exact(other_isa, case, form, dtypes, seed):  # noqa: F811
     assert_exact(drawn(case, form, dtypes, seed), seed, other_isa)
 
 
-@pytest.mark.parametrize("form", [(16, False), (0, True), (8, True)])
+@pytest.mark.parametrize("form", [(16, False), (16, True)])
 @pytest.mark.parametrize(
     ("conv", "image", "outputs"),
     [
@@ -104,8 +104,8 @@ def test_every_remainder_is_exact(conv, image, outputs, form):
     assert_exact(drawn((conv, image, outputs), form, ("uint8", "uint8"), 5), 5, target_named("host"))
 
 
-@pytest.mark.parametrize("form", [(16, False), (8, True)])
-@pytest.mark.parametrize("name", [name for name in SHARED if SHARED[name][2] != 40])
+@pytest.mark.parametrize("form", [(16, True)])
+@pytest.mark.parametrize("name", ["flat pixels", "columns that do not divide", "groups", "images"])
 def test_two_threads_are_exact(name, form, two_threads, monkeypatch):  # noqa: F811
     monkeypatch.setattr(conv_plan, "SHARED_ABOVE", 0)
     conv, image, channels, _ = SHARED[name]
