@@ -26,7 +26,7 @@ def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
     kernel, module = _compiled(op.key, target)
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:
-        constants.insert(0, kernel.pack_weight(op.constants["weight"]))
+        constants.insert(0, kernel.pack_weight(op.constants))
     output = tvm.runtime.tensor(np.zeros(op.output.size, op.output.dtype))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(a).ravel()) for a in (*inputs, *constants)]
     module["tested"](*arguments, output)

@@ -165,15 +165,16 @@ class Linker:
         symbol, kernel = self._describe(op.key)
         constants = [Constant(array) for array in kernel.pack(op.constants)]
         if kernel.pack_weight is not None:
-            constants.insert(0, self._packed_weight(kernel, op.constants["weight"]))
+            constants.insert(0, self._packed_weight(kernel, op.constants))
         shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
         yield Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
 
-    def _packed_weight(self, kernel: Kernel, weight: np.ndarray) -> Constant:
+    def _packed_weight(self, kernel: Kernel, constants: dict[str, np.ndarray]) -> Constant:
         assert kernel.pack_weight is not None
+        weight = constants["weight"]
         key = (kernel.variant, id(weight))
         if key not in self._packed:
-            self._packed[key] = weight, Constant(kernel.pack_weight(weight))
+            self._packed[key] = weight, Constant(kernel.pack_weight(constants))
         return self._packed[key][1]
 
     def _foreign_calls(self, op: Op) -> Iterator[Call]:

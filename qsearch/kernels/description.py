@@ -26,8 +26,8 @@ class Kernel:
         generate: Symbol name -> PrimFunc.
         pack: Constants of an operation other than its weight -> constant arguments in call order, flat arrays.
         workspace_bytes: Scratch memory it allocates while running.
-        pack_weight: Weight of an operation -> flat array in the order the kernel reads it; depends on the
-            variant only, so that packed weights can be kept.
+        pack_weight: Constants of an operation -> its weight, a flat array in the order the kernel reads it; depends on
+            the weight and the variant only, so that packed weights can be kept.
         writes_over: Index of an input whose memory the output may take: every element of it is read before the same
             element of the output is written, and never again. None for no input.
     """
@@ -37,5 +37,5 @@ class Kernel:
     generate: Callable[[str], Any]
     pack: Callable[[dict[str, np.ndarray]], tuple[np.ndarray, ...]]
     workspace_bytes: int = 0
-    pack_weight: Callable[[np.ndarray], np.ndarray] | None = None
+    pack_weight: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
     writes_over: int | None = None

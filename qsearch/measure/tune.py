@@ -113,7 +113,7 @@ def _runs(linker: Linker, op: Op, tiles: list[Tile]) -> list[Callable[[int], flo
     runs: list[Callable[[int], float]] = []
     for kernel, symbol in zip(kernels, symbols, strict=True):
         assert kernel.pack_weight is not None
-        constants = (kernel.pack_weight(op.constants["weight"]), *kernel.pack(op.constants))
+        constants = (kernel.pack_weight(op.constants), *kernel.pack(op.constants))
         arguments = [*tensors[:-1], *(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in constants), tensors[-1]]
         runs.append(partial(_seconds, compiled[symbol].library, symbol, arguments))
     return runs

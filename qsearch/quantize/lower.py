@@ -21,7 +21,7 @@ from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.shared_ranges import shared_ranges
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 __all__ = ["lower", "precisions", "value_affines"]
 

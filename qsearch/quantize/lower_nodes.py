@@ -14,13 +14,14 @@ from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine, dequantize, quantize
 from qsearch.quantize.assign import Assignment
 from qsearch.quantize.bias_correction import mean_error
+from qsearch.quantize.group_scales import coarsened
 from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
 from qsearch.quantize.reference import activation
+from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import (
     MAX_ACCUMULATOR,
     AccumulatorBound,
     QuantizedWeight,
-    WeightStore,
     fit_weight,
     quantize_weight,
 )
@@ -99,7 +100,6 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     precision = context.layers[node.name].precision
     dtypes = tuple(value.dtype for value in (*inputs, output))
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
-    key = replace(key, clips_channels=node.clip_high is not None)
     values = _output_scalars(context, node, output)
     unit = _unit(context, node, output)
     if precision == "fp32":
@@ -114,9 +114,12 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
         if node.residual:
             values |= _operand(context, node, 1, inputs[1], "b", unit)
         affine = context.affines[node.inputs[0], inputs[0].dtype]
-        constants = _integer_layer(context, node, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
+        prepared = _integer_weight(context, node.name, affine)
+        key = replace(key, weight_group=prepared.group, weight_offset=prepared.group_offset is not None)
+        constants = _integer_layer(context, node, prepared, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
     if node.clip_high is not None:
         constants["clip_high"] = _clip_high(context, node, output)
+        key = replace(key, clips_channels=True)
     return Op(node.name, key, tuple(value.name for value in inputs), output, constants)
 
 
@@ -130,15 +133,19 @@ def _clip_high(context: Context, node: Node, output: Value) -> np.ndarray:
     return (np.clip(whole, affine.limits.qmin, affine.limits.qmax) - affine.zero_point).astype(np.float32)
 
 
-def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) -> dict[str, np.ndarray]:
+def _integer_weight(context: Context, name: str, affine: Affine) -> QuantizedWeight:
+    """Integer weights of a layer, with which its bias fits the accumulator."""
+    prepare = _bounded_weight if context.layers[name].precision == "int16" else _prepared_weight
+    return prepare(context, name, affine, context.model.parameters.bias[name].astype(np.float64))
+
+
+def _integer_layer(context: Context, node: Node, prepared: QuantizedWeight, affine: Affine, unit: float) -> dict[str, np.ndarray]:
     """Weight, bias and multiplier of an integer layer.
 
     The input's zero point is folded into the bias: sum (a - z) w = sum a w - z sum w.
     """
     name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
-    prepare = _bounded_weight if context.layers[name].precision == "int16" else _prepared_weight
-    prepared = prepare(context, name, affine, bias)
-    if name in context.means:
+    if name in context.means and context.layers[name].precision != "int16":
         bias = bias + mean_error(node, context.model, prepared, context.means[name])
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
     corrected = np.rint(bias / scale) - affine.zero_point * prepared.sums
@@ -148,7 +155,7 @@ def _integer_layer(context: Context, node: Node, affine: Affine, unit: float) ->
             f"layer {name!r} can overflow its int32 accumulator (reach {int(reach.max())}): keep it in fp32 with --skip or `skip`"
         )
     multiplier = (scale / unit).astype(np.float32)
-    return {"weight": prepared.values, "bias": corrected.astype(np.int32), "multiplier": multiplier}
+    return {"weight": prepared.values, "bias": corrected.astype(np.int32), "multiplier": multiplier} | prepared.tables
 
 
 def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:
@@ -159,6 +166,8 @@ def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarr
     least = np.abs(bias) / (np.float64(affine.scale) * MAX_BIAS)
     if (prepared.scale >= least).all():
         return prepared
+    if prepared.tables:
+        return coarsened(weight, prepared, least.astype(np.float32))
     return quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), limits)
 
 

@@ -10,7 +10,7 @@ are uint8 or int16 unless it says otherwise):
     quantize     q = clip(rint(f32(x * inv_scale)) + zero_point, qmin, qmax)
     dequantize   x = f32(f32(q - zero_point) * scale)
     requantize   q = clip(rint(f32(f32(a - a_zp) * m)) + zero_point, qmin, qmax)
-    conv, integer (int16: a and w int16; int8: a uint8, w int8; w4a8: as int8, w within +-7)
+    conv, integer (int16: a and w int16; int8: a uint8, w int8; w4a8: as int8, w in -8..7 or in groups, see below)
                  acc = bias + sum (a * w) over int32, padded positions hold a = input zero point
                  v   = f32(f32(acc) * multiplier[o])
                  v   = f32(v + f32(f32(r - r_zero_point) * r_multiplier))          with an integer residual r
@@ -57,6 +57,14 @@ A clip per channel has the output's unit. For an integer output it is an integer
     clip_high[o] = clip(rint(high[o] / scale) + zero_point, qmin, qmax) - zero_point
 
 so that clipping before rounding gives what clipping after it would.
+
+4-bit weights may be in groups of `weight_group` consecutive input channels i at one kernel position k, the last group
+of a position the shorter; they stay integers that one multiplier per output channel serves, within +-127:
+
+    w[o, k, i] = group_scale[o, k, i // weight_group] * q[o, k, i] + group_offset[o, k, i // weight_group]
+
+with q in -8..7 and a scale in 1..15, of which no scales are all one, and no offsets all zero. Offsets without scales
+are one for each output channel. Kernels hold q in 4 bits, scales in 4 and offsets in 8, and compute with w.
 
 rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multipliers so that |v| < 2**30.
 """
@@ -113,6 +121,8 @@ class OpKey:
         residual: conv2d adds its second input.
         clipped: A float32 output is clipped to (low, high).
         clips_channels: conv2d clips every output channel at its own high end first.
+        weight_group: Input channels of a group of 4-bit weights with a scale of its own; 0 for no such scales.
+        weight_offset: 4-bit weights have an offset, in every group or else in every output channel.
         function: Name of an activation that computes in float.
         copies: concat: per input, True if its bytes are copied unchanged.
         channels: concat: which channels of all inputs, one after the other, the output holds; None for all.
@@ -138,6 +148,8 @@ class OpKey:
     padded: bool = False
     epsilon: float = 0.0
     clips_channels: bool = False
+    weight_group: int = 0
+    weight_offset: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,9 @@ class Op:
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
             conv2d: weight int8, int16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (integer layers only), clip_high float32 (O,) (where it clips per channel);
+            multiplier float32 (O,) (integer layers only), clip_high float32 (O,) (where it clips per channel),
+            group_scale uint8 and group_offset int8 (O, kh, kw, groups) or (O, 1, 1, 1) (4-bit weights in groups;
+            the weight is w, not q);
             and for all kinds, where they apply:
             integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
             floats float32 (5,): scalar multipliers, see `FLOATS`;

@@ -15,7 +15,7 @@ from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import input_means
 from qsearch.quantize.equalization import equalize, likely_maximum
 from qsearch.quantize.migration import migrate
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 __all__ = ["Variant", "Variants"]
 

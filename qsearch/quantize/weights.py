@@ -13,13 +13,12 @@ import numpy as np
 
 from qsearch.config import Granularity, WeightScale, WeightSettings
 from qsearch.errors import QuantizeError
-from qsearch.qtype import INT8, INT16, IntRange
+from qsearch.qtype import INT16, IntRange
 
 __all__ = [
     "MAX_ACCUMULATOR",
     "AccumulatorBound",
     "QuantizedWeight",
-    "WeightStore",
     "activation_limit",
     "fit_weight",
     "quantize_weight",
@@ -46,10 +45,22 @@ class QuantizedWeight:
     Attributes:
         values: int8 or int16 (O, kh, kw, I/groups).
         scale: float32 (O,).
+        group: Consecutive input channels whose 4-bit integers share an entry of `group_scale`; 0 for none.
+        group_scale: uint8 (O, kh, kw, groups) in 1..15, by which the 4-bit integers of `values` were multiplied.
+        group_offset: int8, as `group_scale` or (O, 1, 1, 1) without groups, what was added to them then.
     """
 
     values: np.ndarray
     scale: np.ndarray
+    group: int = 0
+    group_scale: np.ndarray | None = None
+    group_offset: np.ndarray | None = None
+
+    @property
+    def tables(self) -> dict[str, np.ndarray]:
+        """What its groups have, by name; nothing where an output channel's scale is all there is."""
+        tables = {"group_scale": self.group_scale, "group_offset": self.group_offset}
+        return {name: table for name, table in tables.items() if table is not None}
 
     @cached_property
     def sums(self) -> np.ndarray:
@@ -184,49 +195,3 @@ def fit_weight(
     raise QuantizeError(
         f"layer {name!r}: no weight scale keeps int16 sums within 32 bits (reach {reach.max():.3g}): keep it in fp32 with `skip`"
     )
-
-
-class WeightStore:
-    """Prepared weights by layer and rule, computed once and shared between trials.
-
-    Repeated calls return the same array objects, so that whatever is derived from them can be kept too.
-    """
-
-    def __init__(self) -> None:
-        self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
-        self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
-        self._limits: dict[str, int] = {}
-        self._floats: dict[str, np.ndarray] = {}
-
-    def quantized(
-        self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
-    ) -> QuantizedWeight:
-        """Integer weights of a layer that reads 8-bit activations."""
-        key = (name, settings, limits.qmax)
-        if key not in self._prepared:
-            scale = weight_scales(weight, limits, settings.granularity, settings.weight_scale)
-            self._prepared[key] = quantize_weight(weight, scale, limits)
-        return self._prepared[key]
-
-    def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
-        """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
-        key = (name, settings, largest)
-        if key not in self._bounded:
-            bound = AccumulatorBound(largest, MAX_ACCUMULATOR - BIAS_ROOM)
-            magnitude = np.abs(weight).reshape(len(weight), -1)
-            least = magnitude.sum(1, dtype=np.float64) * largest / bound.limit
-            start = np.maximum(magnitude.max(1) / INT16.weight.qmax, least).astype(np.float32)
-            self._bounded[key] = fit_weight(name, weight, start, settings, bound)
-        return self._bounded[key]
-
-    def activation_limit(self, name: str, weight: np.ndarray) -> int:
-        """`activation_limit` of a layer."""
-        if name not in self._limits:
-            self._limits[name] = activation_limit(weight)
-        return self._limits[name]
-
-    def floats(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """float32 weights of a layer as (O, kh, kw, I/groups)."""
-        if name not in self._floats:
-            self._floats[name] = np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
-        return self._floats[name]

@@ -35,7 +35,7 @@ from qsearch.measure.memory import measure_memory
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import LoadedModel, load_model
 from qsearch.quantize.lower import lower
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 CALIBRATION_IMAGES = 16
 

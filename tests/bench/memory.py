@@ -209,7 +209,7 @@ class Exporter:
         from qsearch.config import QuantConfig
         from qsearch.measure.memory import measure_memory
         from qsearch.quantize.lower import lower
-        from qsearch.quantize.weights import WeightStore
+        from qsearch.quantize.weight_store import WeightStore
 
         config = QuantConfig.model_validate({"default_precision": precision})
         linker = Linker(KernelCache(self.options.cache, open_target(self.options.target, 1)))

@@ -47,7 +47,7 @@ from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Op, Program
 from qsearch.quantize.reference import run_op
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 # Largest difference of float logits, relative to the largest logit.
 FLOAT_TOLERANCE = 1e-4
@@ -196,7 +196,7 @@ def run_compiled(op: Op, inputs: list[np.ndarray], cache: KernelCache) -> np.nda
     symbol = kernel_symbol(kernel, cache.target)
     constants = list(kernel.pack(op.constants))
     if kernel.pack_weight is not None:
-        constants.insert(0, kernel.pack_weight(op.constants["weight"]))
+        constants.insert(0, kernel.pack_weight(op.constants))
     output = tvm.runtime.tensor(np.zeros(op.output.size, op.output.dtype))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(array).ravel()) for array in inputs]
     arguments += [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in constants]

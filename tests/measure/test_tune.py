@@ -11,7 +11,7 @@ from qsearch.config import QuantConfig
 from qsearch.kernels.cpu import Tile, candidate_tiles, describe_kernel
 from qsearch.measure.tune import tune_programs
 from qsearch.quantize.lower import lower
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 CONFIG = QuantConfig()
 

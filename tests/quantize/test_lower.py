@@ -15,7 +15,7 @@ from qsearch.models.interpret import interpret
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower import lower, precisions
 from qsearch.quantize.reference import run_program
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 MODELS = {name: network(name)[0] for name in NETWORKS}
 RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}

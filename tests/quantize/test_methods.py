@@ -19,7 +19,7 @@ from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import clipped_normal_mean, input_means, mean_error
 from qsearch.quantize.equalization import equalize, links, reader_weight
 from qsearch.quantize.migration import migrate
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 SHAPE = (1, 3, 12, 10)
 

@@ -19,7 +19,8 @@ from qsearch.qtype import PRECISIONS
 from qsearch.quantize.assign import assign_forms
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
-from qsearch.quantize.weights import MAX_ACCUMULATOR, WeightStore, activation_limit
+from qsearch.quantize.weight_store import WeightStore
+from qsearch.quantize.weights import MAX_ACCUMULATOR, activation_limit
 
 MODELS = {name: network(name)[0] for name in NETWORKS}
 # Wide enough that nothing is clipped: what remains is rounding.

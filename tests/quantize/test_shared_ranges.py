@@ -8,7 +8,7 @@ from qsearch.config import QuantConfig
 from qsearch.models.graph import Graph, Node
 from qsearch.quantize.lower import lower
 from qsearch.quantize.shared_ranges import shared_ranges
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 IMAGE = (1, 4, 2, 2)
 

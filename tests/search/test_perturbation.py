@@ -10,7 +10,7 @@ from qsearch.config import QuantConfig, WeightSettings
 from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, weight_change
 
 SETTING = WeightSettings()

@@ -23,6 +23,7 @@ from qsearch.kernels.cpu.conv_tile import TileSource, TileWriter, unpack_nibbles
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import padded_copy
 from qsearch.kernels.cpu.vectors import kernel, loop, smallest
+from qsearch.kernels.cpu.weight_groups import GroupedChunk, unpack_groups
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -50,7 +51,7 @@ def conv2d_kernel(plan: ConvPlan) -> Kernel:
         lambda symbol: kernel(symbol, lambda: _generate(plan), overlapping=plan.writes_over_residual),
         lambda constants: pack_constants(plan, constants),
         plan.workspace_bytes,
-        lambda weight: pack_weight(plan, weight),
+        lambda constants: pack_weight(plan, constants),
         1 if plan.writes_over_residual else None,
     )
 
@@ -141,7 +142,14 @@ class _Walk:
         plan, cols = self.plan, self.plan.grid[1]
         width = plan.isa.lanes * plan.group
         weight, base = self.buffers.weight, vector * width
-        if plan.nibbles:
+        if plan.weight_groups is not None:
+            groups, scales = plan.weight_groups, plan.tables_at
+            offsets = scales + plan.packed_columns * groups.scale_bytes + columns[1] * (groups.entries * groups.lanes)
+            packed = GroupedChunk(
+                weight, tirx.floordiv(vector, 2) * width, columns[2], scales + columns[1] * groups.scale_bytes, offsets
+            )
+            weight, base = unpack_groups(groups, packed), 0
+        elif plan.nibbles:
             count = plan.chunk_vectors[0 if columns[2] == plan.tile.columns else -1]
             weight, base = unpack_nibbles(weight, vector, count, width), 0
         tile = TileWriter(

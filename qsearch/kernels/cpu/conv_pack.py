@@ -6,6 +6,8 @@ import numpy as np
 
 from qsearch.kernels.cpu.buffers import channel_constants
 from qsearch.kernels.cpu.conv_plan import ConvPlan
+from qsearch.kernels.cpu.weight_groups import WeightGroups
+from qsearch.quantize.group_scales import group_integers
 
 __all__ = ["pack_constants", "pack_weight"]
 
@@ -36,17 +38,21 @@ def _channels(plan: ConvPlan) -> tuple[np.ndarray, np.ndarray]:
     return np.where(used, channel, 0), used
 
 
-def pack_weight(plan: ConvPlan, weight: np.ndarray) -> np.ndarray:
+def pack_weight(plan: ConvPlan, constants: dict[str, np.ndarray]) -> np.ndarray:
     """Lay weights out in the order the kernel reads them: group, part, chunk of columns, step, column, lane, element.
 
     Args:
         plan: The kernel.
-        weight: int8, int16 or float32 (O, kh, kw, I/groups).
+        constants: With weight int8, int16 or float32 (O, kh, kw, I/groups), and what its groups have.
 
     Returns:
         Flat array, zero where a column or a contraction group is incomplete. For 4-bit weights a byte holds the
-        same place of two adjacent vectors, each plus eight: the earlier in its low half.
+        same place of two adjacent vectors, each plus eight: the earlier in its low half. For weights in groups, see
+        `weight_groups`.
     """
+    if plan.weight_groups is not None:
+        return _pack_groups(plan, plan.weight_groups, constants)
+    weight = constants["weight"]
     channel, used = _channels(plan)
     groups, (rows, count, steps) = plan.key.conv.groups, plan.steps
     elements = plan.segments[1]
@@ -61,6 +67,26 @@ def pack_weight(plan: ConvPlan, weight: np.ndarray) -> np.ndarray:
             chunk = run[first : first + plan.tile.columns].transpose(2, 0, 1, 3).reshape(-1, plan.isa.lanes * plan.group)
             chunks.append(_nibbles(chunk) if plan.nibbles else chunk.ravel())
     return np.concatenate(chunks)
+
+
+def _pack_groups(plan: ConvPlan, groups: WeightGroups, constants: dict[str, np.ndarray]) -> np.ndarray:
+    """4-bit integers by group, part, chunk; then scales and offsets by group, part and column."""
+    channel, _ = _channels(plan)
+    weight, scale, offset = (constants.get(name) for name in ("weight", "group_scale", "group_offset"))
+    assert weight is not None
+    integers = group_integers(weight, scale, offset, plan.key.weight_group)
+
+    def columns(table: np.ndarray) -> np.ndarray:
+        """(O, ...) -> (groups * packed columns, lanes, ...)."""
+        split = table.reshape(plan.key.conv.groups, plan.out_channels, *table.shape[1:])
+        return split[:, channel].reshape(-1, plan.isa.lanes, *table.shape[1:])
+
+    vectors, parts = columns(integers.reshape(len(integers), groups.positions, groups.channels)), []
+    for run in range(0, len(vectors), plan.columns):
+        for first in range(run, run + plan.columns, plan.tile.columns):
+            parts.append(groups.pack(vectors[first : min(first + plan.tile.columns, run + plan.columns)]))
+    tables = (None if table is None else columns(table.reshape(len(table), -1)) for table in (scale, offset))
+    return np.concatenate([*parts, groups.pack_tables(*tables)])
 
 
 def _nibbles(vectors: np.ndarray) -> np.ndarray:

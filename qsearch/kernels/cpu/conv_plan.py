@@ -10,6 +10,7 @@ import numpy as np
 from qsearch.kernels.cpu.isa import Isa
 from qsearch.kernels.cpu.padding import PaddedImage, padded_image
 from qsearch.kernels.cpu.tile import Tile, rank_tiles
+from qsearch.kernels.cpu.weight_groups import WeightGroups, weight_groups
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.program import OpKey
 
@@ -52,6 +53,11 @@ class ConvPlan:
         """True if weights are stored as 4 bits and unpacked into scratch memory."""
         return self.key.precision == "w4a8"
 
+    @cached_property
+    def weight_groups(self) -> WeightGroups | None:
+        """The groups of 4-bit weights that have scales or offsets."""
+        return weight_groups(self.key, self.isa.lanes)
+
     @property
     def group(self) -> int:
         """Elements of one contraction step."""
@@ -81,7 +87,9 @@ class ConvPlan:
     def segments(self) -> tuple[int, int, int]:
         """(count, elements, distance) of the runs of adjacent input elements within a kernel row."""
         conv, channels = self.key.conv, self.key.shapes[0][3]
-        if conv.groups == 1 and conv.dilation[1] == 1:
+        # Steps of weight groups do not reach from one kernel position into the next.
+        apart = self.weight_groups is not None and channels % self.group != 0
+        if conv.groups == 1 and conv.dilation[1] == 1 and not apart:
             return 1, conv.kernel[1] * channels, 0
         return conv.kernel[1], self.in_channels, conv.dilation[1] * channels
 
@@ -144,17 +152,25 @@ class ConvPlan:
     def chunk_vectors(self) -> list[int]:
         """Weight vectors of every chunk of columns of a part, rounded up to pairs where they are nibbles."""
         steps, found = self.step_count, []
+        if self.weight_groups is not None:
+            steps = 2 * self.weight_groups.positions * self.weight_groups.pairs
         for first in range(0, self.columns, self.tile.columns):
             vectors = steps * min(self.tile.columns, self.columns - first)
             found.append(vectors + vectors % 2 if self.nibbles else vectors)
         return found
 
     @property
-    def packed_elements(self) -> int:
-        """Elements of the packed weight."""
+    def tables_at(self) -> int:
+        """Where the scales of weight groups start in the packed weight; their offsets follow."""
         vector = self.isa.lanes * self.group
         total = self.key.conv.groups * self.parts * sum(self.chunk_vectors) * vector
         return total // 2 if self.nibbles else total
+
+    @property
+    def packed_elements(self) -> int:
+        """Elements of the packed weight."""
+        tables = self.weight_groups.table_bytes if self.weight_groups is not None else 0
+        return self.tables_at + self.packed_columns * tables
 
     @property
     def copies(self) -> bool:
@@ -261,7 +277,8 @@ class ConvPlan:
         if self.copies:
             total += self.scratch_image(self.block_rows).bytes * (self.threads if self.sharing in ("images", "rows") else 1)
         if self.nibbles:
-            total += max(self.chunk_vectors) * self.isa.lanes * self.group * (self.threads if self.sharing else 1)
+            vectors = max(self.chunk_vectors) if self.weight_groups is None else self.step_count * self.tile.columns
+            total += vectors * self.isa.lanes * self.group * (self.threads if self.sharing else 1)
         return total
 
     @property

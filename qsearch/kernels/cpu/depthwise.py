@@ -67,9 +67,9 @@ def _pack(key: OpKey, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...
     return (*(constants[name] for name in channel_constants(key)), constants["integers"], constants["floats"])
 
 
-def _pack_weight(weight: np.ndarray) -> np.ndarray:
-    """(C, kh, kw, 1) -> flat (kh, kw, C)."""
-    return np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)).ravel()
+def _pack_weight(constants: dict[str, np.ndarray]) -> np.ndarray:
+    """(C, kh, kw, 1) -> flat (kh, kw, C); 4-bit weights are held as bytes, groups applied."""
+    return np.ascontiguousarray(constants["weight"][..., 0].transpose(1, 2, 0)).ravel()
 
 
 def _generate(key: OpKey, isa: Isa, threads: int, symbol: str) -> tirx.PrimFunc:

@@ -120,9 +120,9 @@ class QuadsPlan:
     def _channels(self, block: tuple[int, int]) -> np.ndarray:
         return block[0] + channel_order(block[1]).ravel()
 
-    def pack_weight(self, weight: np.ndarray) -> np.ndarray:
+    def pack_weight(self, constants: dict[str, np.ndarray]) -> np.ndarray:
         """int8 (C, kh, kw, 1) -> by block, term, vector, lane: the weights of the four rows of a quad."""
-        conv, parts = self.key.conv, []
+        conv, weight, parts = self.key.conv, constants["weight"], []
         for block in self.blocks:
             chosen = weight[self._channels(block), :, :, 0]
             for kw, r, q in self.terms:

@@ -18,7 +18,7 @@ from qsearch.quantize.affine import Affine
 from qsearch.quantize.assign import INTEGER_FORMS, SHARED, Assignment, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 
 __all__ = ["Edge", "Ranges", "Roundings", "assigned", "rounded", "rounded_reads", "weight_change"]
 

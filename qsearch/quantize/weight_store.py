@@ -1,0 +1,85 @@
+"""Prepared weights of a model's layers, kept from trial to trial."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qsearch.config import WeightSettings
+from qsearch.qtype import INT8, INT16, W4A8, IntRange
+from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.weights import (
+    BIAS_ROOM,
+    MAX_ACCUMULATOR,
+    AccumulatorBound,
+    QuantizedWeight,
+    activation_limit,
+    fit_weight,
+    quantize_weight,
+    weight_scales,
+)
+
+__all__ = ["GROUP", "WeightStore"]
+
+# Input channels of a group of 4-bit weights. Smaller ones cost more bytes: 4 bits per group beside 4 per weight.
+GROUP = 32
+
+
+class WeightStore:
+    """Prepared weights by layer and rule, computed once and shared between trials.
+
+    Repeated calls return the same array objects, so that whatever is derived from them can be kept too.
+    """
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
+        self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
+        self._limits: dict[str, int] = {}
+        self._floats: dict[str, np.ndarray] = {}
+
+    def quantized(
+        self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
+    ) -> QuantizedWeight:
+        """Integer weights of a layer that reads 8-bit activations.
+
+        Groups and asymmetric weights are 4-bit layers' alone; others are symmetric, with a scale per channel for groups.
+        """
+        key = (name, settings, limits.qmax)
+        if key not in self._prepared:
+            self._prepared[key] = _prepared(weight, settings, limits)
+        return self._prepared[key]
+
+    def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
+        """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
+        key = (name, settings, largest)
+        if key not in self._bounded:
+            bound = AccumulatorBound(largest, MAX_ACCUMULATOR - BIAS_ROOM)
+            magnitude = np.abs(weight).reshape(len(weight), -1)
+            least = magnitude.sum(1, dtype=np.float64) * largest / bound.limit
+            start = np.maximum(magnitude.max(1) / INT16.weight.qmax, least).astype(np.float32)
+            self._bounded[key] = fit_weight(name, weight, start, settings, bound)
+        return self._bounded[key]
+
+    def activation_limit(self, name: str, weight: np.ndarray) -> int:
+        """`activation_limit` of a layer."""
+        if name not in self._limits:
+            self._limits[name] = activation_limit(weight)
+        return self._limits[name]
+
+    def floats(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """float32 weights of a layer as (O, kh, kw, I/groups)."""
+        if name not in self._floats:
+            self._floats[name] = np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
+        return self._floats[name]
+
+
+def _prepared(weight: np.ndarray, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
+    granularity = "channel_wise" if settings.granularity == "group_wise" else settings.granularity
+    scale = weight_scales(weight, limits, granularity, settings.weight_scale)
+    form = GroupForm(
+        GROUP if settings.granularity == "group_wise" else 0,
+        settings.weight_symmetry == "asymmetric",
+        settings.weight_scale == "mse",
+    )
+    if limits != W4A8.weight or not (form.size or form.offsets):
+        return quantize_weight(weight, scale, limits)
+    return group_weights(weight, scale, form)
