@@ -15,6 +15,7 @@ from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import input_means
 from qsearch.quantize.equalization import equalize, likely_maximum
 from qsearch.quantize.migration import migrate
+from qsearch.quantize.rounding.rounded_weights import RoundedWeights
 from qsearch.quantize.weight_store import WeightStore
 
 __all__ = ["Variant", "Variants"]
@@ -32,7 +33,7 @@ class Variant:
 
     model: Model
     record: StatisticsRecord
-    weights: WeightStore = field(default_factory=WeightStore)
+    weights: WeightStore
     _means: dict[BiasCorrection, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     def means(self, kind: BiasCorrection) -> Mapping[str, np.ndarray]:
@@ -48,11 +49,17 @@ class Variants:
     Args:
         model: The imported model.
         observe: Gives the statistics of a variant.
+        rounded: Gives roundings of a variant's weights that images decide; None where there are no images.
     """
 
-    def __init__(self, model: Model, observe: Callable[[Model], StatisticsRecord]) -> None:
-        self.observe = observe
-        self.plain = Variant(model, observe(model))
+    def __init__(
+        self,
+        model: Model,
+        observe: Callable[[Model], StatisticsRecord],
+        rounded: Callable[[Model], RoundedWeights] | None = None,
+    ) -> None:
+        self.observe, self.rounded = observe, rounded
+        self.plain = self._variant(model)
         self._made: dict[tuple[bool, bool, float, bool], Variant] = {}
 
     def __call__(self, config: QuantConfig) -> Variant:
@@ -64,8 +71,11 @@ class Variants:
             model = self._changed(config, likely_maximum(self.plain.model) if data_free else self._seen)
             # Where a method finds nothing to do, the model is the one that is known.
             same = model.fingerprint == self.plain.model.fingerprint
-            self._made[key] = self.plain if same else Variant(model, self.observe(model))
+            self._made[key] = self.plain if same else self._variant(model)
         return self._made[key]
+
+    def _variant(self, model: Model) -> Variant:
+        return Variant(model, self.observe(model), WeightStore(self.rounded(model) if self.rounded else None))
 
     @cached_property
     def _seen(self) -> dict[str, np.ndarray]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from qsearch.config import WeightSettings
+from qsearch.config import Granularity, WeightSettings
+from qsearch.errors import QuantizeError
 from qsearch.qtype import INT8, INT16, W4A8, IntRange
 from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.rounding.rounded_weights import RoundedWeights, WeightGrid
 from qsearch.quantize.weights import (
     BIAS_ROOM,
     MAX_ACCUMULATOR,
@@ -28,9 +30,13 @@ class WeightStore:
     """Prepared weights by layer and rule, computed once and shared between trials.
 
     Repeated calls return the same array objects, so that whatever is derived from them can be kept too.
+
+    Args:
+        rounded: Where roundings come from that images decide; None without images.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rounded: RoundedWeights | None = None) -> None:
+        self._rounded = rounded
         self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
         self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
         self._limits: dict[str, int] = {}
@@ -45,8 +51,22 @@ class WeightStore:
         """
         key = (name, settings, limits.qmax)
         if key not in self._prepared:
-            self._prepared[key] = _prepared(weight, settings, limits)
+            nearest = settings.rounding == "nearest"
+            self._prepared[key] = _nearest(weight, settings, limits) if nearest else self._of_rounded(name, settings, limits)
         return self._prepared[key]
+
+    def _of_rounded(self, name: str, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
+        """Weights whose rounding images decided."""
+        grouped = settings.granularity == "group_wise" or settings.weight_symmetry == "asymmetric"
+        if grouped and limits == W4A8.weight:
+            raise QuantizeError(
+                f"layer {name!r}: {settings.rounding} rounding knows neither groups nor asymmetric weights; use granularity "
+                "channel_wise or layer_wise and symmetric weights, or rounding nearest"
+            )
+        if self._rounded is None:
+            raise QuantizeError(f"layer {name!r}: {settings.rounding} rounding needs calibration images, and none are at hand")
+        granularity: Granularity = "layer_wise" if settings.granularity == "layer_wise" else "channel_wise"
+        return self._rounded.quantized(name, WeightGrid(limits, granularity, settings.weight_scale == "power_of_two"))
 
     def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
         """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
@@ -72,7 +92,7 @@ class WeightStore:
         return self._floats[name]
 
 
-def _prepared(weight: np.ndarray, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
+def _nearest(weight: np.ndarray, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
     granularity = "channel_wise" if settings.granularity == "group_wise" else settings.granularity
     scale = weight_scales(weight, limits, granularity, settings.weight_scale)
     form = GroupForm(

@@ -29,7 +29,12 @@ from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, prepare_evaluator
 
-W4 = {"default_precision": "w4a8", "rounding": "nearest", "weight_scale": "mse"}
+EIGHT = {"precision": "int8"}
+# 4 bits in pointwise and linear layers, and in all layers but the first and the last.
+POINTWISE = {"default_precision": "w4a8", "rules": [{"types": ["depthwise"], **EIGHT}, {"position": "first", **EIGHT}]}
+INNER = {"default_precision": "w4a8", "rules": [{"position": [0, -1], **EIGHT}]}
+NEAREST = {"weight_scale": "mse", "bias_correction": "measured"}
+SECOND = {"rounding": "second_order", "bias_correction": "measured"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"default_precision": "fp32"},
     "int8 channel_wise": {},
@@ -40,6 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "bias_correction": "measured",
     },
     "int16": {"default_precision": "int16"},
+    "w4 pointwise and linear": {**POINTWISE, "weight_scale": "mse"},
+    "w4 pointwise and linear, corrected": {**POINTWISE, **NEAREST},
+    "w4 pointwise and linear, second order": {**POINTWISE, **SECOND},
+    "w4 inner": {**INNER, "weight_scale": "mse"},
+    "w4 inner, corrected": {**INNER, **NEAREST},
+    "w4 inner, groups": {**INNER, **NEAREST, "granularity": "group_wise"},
+    "w4 inner, second order": {**INNER, **SECOND},
     "rule_driven": {
         "calibration": {"mode": "global_scale", "global_scale": 6.0},
         "skip_dense_layers": True,

@@ -26,6 +26,7 @@ from qsearch.measure.memory import measure_memory
 from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.graph import Graph, Model
 from qsearch.quantize.program import Program
+from qsearch.quantize.rounding.rounded_weights import RoundedWeights
 from qsearch.quantize.variants import Variants
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.cache_folder import CacheFolder
@@ -64,7 +65,9 @@ class ModelEvaluator:
         self._cache = CacheFolder(settings.cache_dir)
         self.seconds: dict[str, float] = {}
         start = time.monotonic()
-        self.variants = Variants(model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress))
+        self.variants = Variants(
+            model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress), self._rounded_weights
+        )
         self.record = self.variants.plain.record
         self.seconds["float_pass"] = time.monotonic() - start
         for warning in self.coverage_warnings():
@@ -74,6 +77,15 @@ class ModelEvaluator:
         self._float_logits: dict[str, np.ndarray] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
+
+    def _rounded_weights(self, model: Model) -> RoundedWeights:
+        said = {
+            clause: said_once(self.progress, f"{clause}, {what}")
+            for clause, what in (("observing layer inputs", "images"), ("rounding weights", "layers"))
+        }
+        images = partial(self.images, "calibration")
+        folder = self.settings.cache_dir / "roundings"
+        return RoundedWeights(model, images, self.dataset.fingerprint, folder, lambda clause, *counts: said[clause](*counts))
 
     def coverage_warnings(self) -> list[str]:
         """What is to be known of the calibration images, see `coverage_warnings`."""
