@@ -54,8 +54,8 @@ FP32 = Precision("fp32", FLOAT32, FLOAT32)
 INT8 = Precision("int8", UINT8, IntRange("int8", -127, 127))
 # The widest ranges: how much of them is used is bounded per tensor and channel, so that sums fit 32 bits.
 INT16 = Precision("int16", IntRange("int16", -32767, 32767), IntRange("int16", -32767, 32767))
-# Four-bit weights beside int8's activations; held one to a byte until a kernel packs them.
-W4A8 = Precision("w4a8", UINT8, IntRange("int8", -7, 7))
+# Four-bit weights beside int8's activations, all sixteen integers; held one to a byte until a kernel packs them.
+W4A8 = Precision("w4a8", UINT8, IntRange("int8", -8, 7))
 
 # From the most precise to the smallest.
 PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, INT16, INT8, W4A8)}

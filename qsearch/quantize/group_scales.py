@@ -102,7 +102,7 @@ def coarsened(weight: np.ndarray, prepared: QuantizedWeight, least: np.ndarray) 
         least: float32 (O,), the bound.
     """
     low, scale = (prepared.scale < least)[:, None, None, None], np.maximum(prepared.scale, least).astype(np.float32)
-    whole = np.clip(np.rint(weight.transpose(0, 2, 3, 1) / scale[:, None, None, None]), QMIN + 1, QMAX)
+    whole = np.clip(np.rint(weight.transpose(0, 2, 3, 1) / scale[:, None, None, None]), QMIN, QMAX)
     factor, offset = prepared.group_scale, prepared.group_offset
     return replace(
         prepared,

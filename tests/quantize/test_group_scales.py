@@ -14,7 +14,7 @@ from qsearch.build.link import Linker
 from qsearch.build.target import open_target
 from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError
-from qsearch.qtype import W4A8
+from qsearch.qtype import W4A8, IntRange
 from qsearch.quantize.group_scales import GroupForm, coarsened, group_integers, group_weights, with_integers
 from qsearch.quantize.lower import lower
 from qsearch.quantize.weight_store import GROUP, WeightStore
@@ -26,6 +26,9 @@ FORMS = [
     GroupForm(size, offsets, search) for size in (0, 8, 16, 32) for offsets in (0, 1) for search in (0, 1) if size or offsets
 ]
 RELAXED = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+# Without the sixteenth integer, which lies to one side.
+SYMMETRIC = IntRange("int8", -7, 7)
 
 
 def symmetric(weight: np.ndarray) -> QuantizedWeight:
@@ -74,7 +77,7 @@ def test_groups_are_worth_their_bytes_on_normal_weights(form, share):
     """Beside symmetric scales per channel, of the least squared error as far as a search of scales finds it."""
     weight = np.random.default_rng(0).standard_normal((16, 256, 1, 1)).astype(np.float32)
     base = symmetric(weight).scale
-    shrunk = [quantize_weight(weight, (base * factor).astype(np.float32), W4A8.weight) for factor in np.linspace(0.5, 1, 26)]
+    shrunk = [quantize_weight(weight, (base * factor).astype(np.float32), SYMMETRIC) for factor in np.linspace(0.5, 1, 26)]
     least = np.min([errors(weight, one) for one in shrunk], 0).sum()
     assert errors(weight, group_weights(weight, base, form)).sum() < share * least
 

@@ -8,8 +8,9 @@ import optuna
 import pytest
 from analytic import make_graph
 
+from qsearch.config import WeightSettings
 from qsearch.errors import SpaceError
-from qsearch.search.bound_space import bind_space
+from qsearch.search.bound_space import Choices, bind_space
 from qsearch.search.space import load_space, preset_names
 
 GRAPH = make_graph()
@@ -22,7 +23,18 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["default", "performance_optimized", "precision_preserving"])
+PRESETS = (
+    "default",
+    "full",
+    "hierarchical",
+    "memory_first",
+    "performance_optimized",
+    "precision_preserving",
+    "rule_driven",
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_bind_and_say_whom_they_are_for(name: str) -> None:
     space = load_space(name)
     assert space.name == name
@@ -32,7 +44,7 @@ def test_presets_load_bind_and_say_whom_they_are_for(name: str) -> None:
 
 
 def test_preset_names() -> None:
-    assert {"default", "performance_optimized", "precision_preserving"} <= set(preset_names())
+    assert preset_names() == list(PRESETS)
 
 
 BAD = {
@@ -48,6 +60,14 @@ BAD = {
     "number for a list of indices": ("skip_conv_layers: 0\n", ["line 2", "skip_conv_layers"]),
     "bad yaml": ("precisions: [int8\n", ["line 3", "not valid YAML"]),
     "tab": ("precisions:\n\tdefault: [int8]\n", ["line 3", "not valid YAML"]),
+    "unknown key of a rule": (
+        "rules:\n  - types: [conv]\n    granularity: [layer_wise]\n",
+        ["line 4", "granularity", "granularities"],
+    ),
+    "a rule for nothing": ("rules:\n  - precisions: [int8]\n", ["line 3", "types"]),
+    "migration out of range": ("migrations: [0.0, 1.5]\n", ["line 2", "migrations", "1.5"]),
+    "switch as text": ("equalizations: ['on']\n", ["line 2", "equalizations"]),
+    "start out of place": ("start:\n  modes: [max]\n", ["line 3", "start.modes"]),
     "key twice": ("skip: []\nskip: [classifier]\n", ["line 3", "'skip'", "line 2"]),
     "wrong version": ("version: 2\n", ["line 1", "version: 1", "2"]),
     "version as text": ("version: '1'\n", ["version: 1", "'1'"]),
@@ -159,3 +179,80 @@ def test_all_layers_skipped_leaves_one_configuration(tmp_path: Path) -> None:
     assert bound.size == 1
     assert list(bound.all_values()) == [{}]
     assert set(bound.config({}).precision.values()) == {"fp32"}
+
+
+def test_a_rule_opens_its_choices_to_the_search(tmp_path: Path) -> None:
+    text = """
+granularities: [channel_wise]
+rules:
+  - types: [dense]
+    granularities: [channel_wise, layer_wise]
+    calibration: {modes: [percentile], percentile: [99, 99.9]}
+  - position: last
+    precisions: [fp32]
+"""
+    space = bind_space(load_space(write(tmp_path, text)), GRAPH)
+    free = {one.name for one in space.parameters}
+    assert {"rule_1_granularity", "rule_1_percentile_tail"} <= free
+    assert "granularity" not in free
+    last = GRAPH.layers[-1].name
+    assert last not in free
+    lowered = {layer.name: "int8" for layer in GRAPH.layers if layer.name != last}
+    config = space.config({**lowered, "rule_1_granularity": "layer_wise", "rule_1_percentile_tail": 0.5})
+    settings = config.resolve(GRAPH.layer_types)
+    for name, kind in GRAPH.layer_types.items():
+        if settings[name].precision == "fp32":
+            continue
+        assert settings[name].weights.granularity == ("layer_wise" if kind == "dense" else "channel_wise")
+        assert settings[name].calibration.mode == ("percentile" if kind == "dense" else "max")
+
+
+def test_rules_without_effect_do_not_distinguish_configurations(tmp_path: Path) -> None:
+    text = "rules:\n  - types: [dense]\n    granularities: [channel_wise, layer_wise]\n"
+    space = bind_space(load_space(write(tmp_path, text)), GRAPH)
+    floats = {layer.name: "int8" if GRAPH.layer_types[layer.name] != "dense" else "fp32" for layer in GRAPH.layers}
+    values = [{**floats, "rule_1_granularity": name} for name in ("channel_wise", "layer_wise")]
+    assert len({space.config(one).content_hash() for one in values}) == 1
+
+
+def test_settings_that_no_layer_can_take_fall_back_to_what_it_has() -> None:
+    space = bind_space(load_space("full"), GRAPH)
+    wanted = {"granularity": "group_wise", "weight_symmetry": "asymmetric", "rounding": "second_order", "weight_scale": "mse"}
+    of = {
+        precision: space.config({**wanted, **{layer.name: precision for layer in GRAPH.layers}})
+        for precision in ("int16", "int8", "w4a8")
+    }
+    assert of["w4a8"].weights == WeightSettings("group_wise", "mse", "asymmetric", "nearest")
+    assert of["int8"].weights == WeightSettings("channel_wise", "max", "symmetric", "second_order")
+    assert of["int16"].weights == WeightSettings()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_for_a_configuration_of_its_space(name: str) -> None:
+    space = bind_space(load_space(name), GRAPH)
+    values = space.start_values()
+    for one in space.parameters:
+        if isinstance(one, Choices):
+            assert values[one.name] in one.values
+    config = space.config(values)
+    expected = {
+        "precision_preserving": ("percentile", 99.9, "channel_wise"),
+        "performance_optimized": ("max", 99.99, "layer_wise"),
+        "rule_driven": ("global_scale", 99.99, "channel_wise"),
+    }
+    if name in expected:
+        assert (config.calibration.mode, config.calibration.percentile, config.granularity) == expected[name]
+    if name == "rule_driven":
+        assert config.calibration.global_scale == 6.0
+        assert {config.precision[layer] for layer in GRAPH.dense} == {"fp32"}
+
+
+def test_a_start_beyond_its_space_is_refused(tmp_path: Path) -> None:
+    space = bind_space(load_space(write(tmp_path, "start:\n  granularity: layer_wise\n")), GRAPH)
+    with pytest.raises(SpaceError, match="line 3.*granularity is 'layer_wise', which the space does not allow"):
+        space.start_values()
+
+
+def test_spaces_from_before_rules_keep_their_hash(tmp_path: Path) -> None:
+    # Of a study that was begun before there were rules and methods.
+    assert load_space("default").content_hash() == "1ba244a7745b40243aa7a03e929d5d9f865e920cf67aaddc3ecf55c965438e59"
