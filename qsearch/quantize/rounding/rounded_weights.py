@@ -83,7 +83,7 @@ class RoundedWeights:
             QuantizeError: The layer reads more values at once than second-order rounding can treat, or is not finite.
             StudyError: The result cannot be written.
         """
-        if (name, grid) not in self._kept:
+        if not self._found(name, grid):
             if name not in self._roundable:
                 raise QuantizeError(
                     f"an output of layer {name!r} reads more than {MAX_READS} values at once, too many for the covariance that "

@@ -13,12 +13,13 @@ from qsearch.errors import StudyError
 
 __all__ = ["CacheFolder", "is_whole_elf"]
 
-# Scratch names of the kernel cache, kernel times, statistics, sensitivities, decoded images and modules.
+# Scratch names of the kernel cache, kernel times, statistics, sensitivities, roundings, decoded images and modules.
 STRAYS = (
     "kernels/.batch-*",
     "kernels/.time-*",
     "statistics/.*.npz.*",
     "sensitivity/.*.npz.*",
+    "roundings/.*.npz.*",
     "images/*.partial",
     "modules/*",
 )
