@@ -152,7 +152,7 @@ class QuantConfig(BaseModel):
         rules: What groups of layers do differently.
         activations: Of 8-bit values: a zero point wherever zero is, or in the middle of the integers (at their lower end
             for a value that is never negative).
-        weight_symmetry: Of 4-bit weights; others are symmetric.
+        weight_symmetry: Of 4-bit weights; others are symmetric, and so are those with one scale per layer.
         rounding: Of weights to integers: to the nearest, or so that the layer's output changes least.
         equalization: Equalize the weight ranges of adjacent layers first.
         bias_absorption: Move large biases into the layers that follow first.

@@ -57,16 +57,11 @@ class WeightStore:
 
     def _of_rounded(self, name: str, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
         """Weights whose rounding images decided."""
-        grouped = settings.granularity == "group_wise" or settings.weight_symmetry == "asymmetric"
-        if grouped and limits == W4A8.weight:
-            raise QuantizeError(
-                f"layer {name!r}: {settings.rounding} rounding knows neither groups nor asymmetric weights; use granularity "
-                "channel_wise or layer_wise and symmetric weights, or rounding nearest"
-            )
         if self._rounded is None:
             raise QuantizeError(f"layer {name!r}: {settings.rounding} rounding needs calibration images, and none are at hand")
         granularity: Granularity = "layer_wise" if settings.granularity == "layer_wise" else "channel_wise"
-        return self._rounded.quantized(name, WeightGrid(limits, granularity, settings.weight_scale == "power_of_two"))
+        form = _form(settings, limits)
+        return self._rounded.quantized(name, WeightGrid(limits, granularity, settings.weight_scale == "power_of_two", form))
 
     def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
         """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
@@ -92,14 +87,17 @@ class WeightStore:
         return self._floats[name]
 
 
+def _form(settings: WeightSettings, limits: IntRange) -> GroupForm | None:
+    """Groups and offsets, which 4-bit weights alone have."""
+    size = GROUP if settings.granularity == "group_wise" else 0
+    # Offsets would go with a scale of every channel.
+    offsets = settings.weight_symmetry == "asymmetric" and settings.granularity != "layer_wise"
+    if limits != W4A8.weight or not (size or offsets):
+        return None
+    return GroupForm(size, offsets, settings.weight_scale == "mse" or settings.rounding != "nearest")
+
+
 def _nearest(weight: np.ndarray, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
     granularity = "channel_wise" if settings.granularity == "group_wise" else settings.granularity
-    scale = weight_scales(weight, limits, granularity, settings.weight_scale)
-    form = GroupForm(
-        GROUP if settings.granularity == "group_wise" else 0,
-        settings.weight_symmetry == "asymmetric",
-        settings.weight_scale == "mse",
-    )
-    if limits != W4A8.weight or not (form.size or form.offsets):
-        return quantize_weight(weight, scale, limits)
-    return group_weights(weight, scale, form)
+    scale, form = weight_scales(weight, limits, granularity, settings.weight_scale), _form(settings, limits)
+    return quantize_weight(weight, scale, limits) if form is None else group_weights(weight, scale, form)

@@ -224,16 +224,13 @@ def _calibration(value: Mapping[str, Any], prefix: str, choices: CalibrationChoi
 def _weights(value: Mapping[str, Any], prefix: str, used: set[str]) -> dict[str, Any]:
     """How weights are rounded, as far as that is open or set and some layer's precision makes it count."""
     chosen = {name: value[prefix + name] for name in WEIGHTS if prefix + name in value}
-    if "w4a8" in used and (chosen.get(GRANULARITY) == "group_wise" or chosen.get("weight_symmetry") == "asymmetric"):
-        # Groups and offsets are rounded to nearest.
-        chosen.pop("rounding", None)
     if chosen.get("rounding", "nearest") != "nearest" and chosen.get(WEIGHT_SCALE) == "mse":
         # Other roundings look for scales of their own.
         chosen[WEIGHT_SCALE] = "max"
-    if "w4a8" not in used:
+    if "w4a8" not in used or chosen.get(GRANULARITY) == "layer_wise":
         chosen.pop("weight_symmetry", None)
-        if chosen.get(GRANULARITY) == "group_wise":
-            chosen[GRANULARITY] = "channel_wise"
+    if "w4a8" not in used and chosen.get(GRANULARITY) == "group_wise":
+        chosen[GRANULARITY] = "channel_wise"
     if not used & {"int8", "w4a8"}:
         chosen.pop("rounding", None)
         if chosen.get(WEIGHT_SCALE) == "mse":

@@ -35,6 +35,7 @@ POINTWISE = {"default_precision": "w4a8", "rules": [{"types": ["depthwise"], **E
 INNER = {"default_precision": "w4a8", "rules": [{"position": [0, -1], **EIGHT}]}
 NEAREST = {"weight_scale": "mse", "bias_correction": "measured"}
 SECOND = {"rounding": "second_order", "bias_correction": "measured"}
+GROUPS = {"granularity": "group_wise", "weight_symmetry": "asymmetric"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"default_precision": "fp32"},
     "int8 channel_wise": {},
@@ -50,8 +51,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w4 pointwise and linear, second order": {**POINTWISE, **SECOND},
     "w4 inner": {**INNER, "weight_scale": "mse"},
     "w4 inner, corrected": {**INNER, **NEAREST},
-    "w4 inner, groups": {**INNER, **NEAREST, "granularity": "group_wise"},
+    "w4 inner, groups": {**INNER, **NEAREST, **GROUPS},
     "w4 inner, second order": {**INNER, **SECOND},
+    "w4 inner, groups, second order": {**INNER, **SECOND, **GROUPS},
     "rule_driven": {
         "calibration": {"mode": "global_scale", "global_scale": 6.0},
         "skip_dense_layers": True,

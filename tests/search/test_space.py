@@ -222,7 +222,7 @@ def test_settings_that_no_layer_can_take_fall_back_to_what_it_has() -> None:
         precision: space.config({**wanted, **{layer.name: precision for layer in GRAPH.layers}})
         for precision in ("int16", "int8", "w4a8")
     }
-    assert of["w4a8"].weights == WeightSettings("group_wise", "mse", "asymmetric", "nearest")
+    assert of["w4a8"].weights == WeightSettings("group_wise", "max", "asymmetric", "second_order")
     assert of["int8"].weights == WeightSettings("channel_wise", "max", "symmetric", "second_order")
     assert of["int16"].weights == WeightSettings()
 

@@ -57,7 +57,7 @@ class Columns:
         return Columns(self.rows.repeat(1, times, 1), self.covariance, self.inverse, self.order, self.limits)
 
     def nearest(self, scale: Tensor) -> Tensor:
-        """Integers next to the weights; float32 (groups, R, K), `scale` float32 (groups, R, 1)."""
+        """Integers next to the weights; float32 (groups, R, K), `scale` float32 (groups, R, 1 or K)."""
         return self.clipped(self.rows / scale)
 
     def clipped(self, values: Tensor) -> Tensor:
@@ -68,6 +68,10 @@ class Columns:
         """The e C e' of every row, float32 (groups, R)."""
         error = integers * scale - self.rows
         return ((error @ self.covariance) * error).sum(-1)
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """Something of every weight, (groups, R, K), in the order of the columns."""
+        return values.gather(2, self.order[:, None].expand_as(values))
 
     def restored(self, values: Tensor) -> Tensor:
         """Columns in the order of the weights again."""
@@ -115,20 +119,20 @@ def compensated(columns: Columns, scale: Tensor) -> Tensor:
 
     Args:
         columns: The problem.
-        scale: float32 (groups, R, 1).
+        scale: float32 (groups, R, 1 or K).
 
     Returns:
         Whole float32 (groups, R, K), in the order of `columns`.
     """
-    left, inverse = columns.rows.clone(), columns.inverse
+    left, inverse, scale = columns.rows.clone(), columns.inverse, scale.expand_as(columns.rows)
     integers, size = torch.empty_like(left), left.shape[-1]
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         block, errors = left[:, :, start:stop], torch.empty_like(left[:, :, start:stop])
         for j in range(stop - start):
             at = start + j
-            integers[:, :, at] = columns.clipped(block[:, :, j] / scale[..., 0])
-            errors[:, :, j] = (block[:, :, j] - integers[:, :, at] * scale[..., 0]) / inverse[:, at, at, None]
+            integers[:, :, at] = columns.clipped(block[:, :, j] / scale[..., at])
+            errors[:, :, j] = (block[:, :, j] - integers[:, :, at] * scale[..., at]) / inverse[:, at, at, None]
             block[:, :, j + 1 :] -= errors[:, :, j, None] * inverse[:, None, at, at + 1 : stop]
         left[:, :, stop:] -= errors @ inverse[:, start:stop, stop:]
     return integers
@@ -140,13 +144,14 @@ def descended(columns: Columns, integers: Tensor, scale: Tensor, sweeps: int) ->
     Args:
         columns: The problem.
         integers: Where to start, whole float32 (groups, R, K).
-        scale: float32 (groups, R, 1).
+        scale: float32 (groups, R, 1 or K).
         sweeps: How often to go through all columns; fewer where nothing changes any more.
 
     Returns:
         Integers whose error is not above that of the start.
     """
     integers, covariance, size = integers.clone(), columns.covariance, integers.shape[-1]
+    scale = scale.expand_as(columns.rows)
     # Half the gradient of the error.
     slope = (integers * scale - columns.rows) @ covariance
     variance = covariance.diagonal(dim1=1, dim2=2)
@@ -158,8 +163,8 @@ def descended(columns: Columns, integers: Tensor, scale: Tensor, sweeps: int) ->
             for j in range(stop - start):
                 at = start + j
                 old, var = integers[:, :, at], variance[:, at, None]
-                best = columns.clipped(old - block[:, :, j] / (var * scale[..., 0]))
-                move = (best - old) * scale[..., 0]
+                best = columns.clipped(old - block[:, :, j] / (var * scale[..., at]))
+                move = (best - old) * scale[..., at]
                 # Of equals the old one, so that rounding errors never go in circles.
                 lower = move * (2 * block[:, :, j] + move * var) < 0
                 integers[:, :, at] = torch.where(lower, best, old)

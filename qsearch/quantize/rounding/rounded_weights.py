@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.calibrate.input_moments import MAX_READS, input_moments
+from qsearch.calibrate.input_moments import MAX_READS, InputMoments, input_moments
 from qsearch.config import Granularity, WeightScale
 from qsearch.errors import QuantizeError
 from qsearch.models.content import array_digest, value_digests
 from qsearch.models.graph import Model
 from qsearch.qtype import IntRange
+from qsearch.quantize.group_scales import GroupForm, group_weights
 from qsearch.quantize.rounding.rounding_file import load_rounding, rounding_path, save_rounding
-from qsearch.quantize.rounding.second_order import round_second_order
-from qsearch.quantize.weights import QuantizedWeight
+from qsearch.quantize.rounding.second_order import round_in_groups, round_second_order
+from qsearch.quantize.weights import QuantizedWeight, weight_scales
 
 __all__ = ["RoundedWeights", "WeightGrid"]
 
 # Raised whenever the same request would be answered with other numbers.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class WeightGrid:
         limits: Integer range.
         granularity: One scale per output channel, or one for the layer.
         power_of_two: Whether scales are powers of two.
+        form: Groups of 4-bit weights; None without. Their scales and offsets are those of the least squared error.
     """
 
     limits: IntRange
     granularity: Granularity = "channel_wise"
     power_of_two: bool = False
+    form: GroupForm | None = None
 
     @property
     def rule(self) -> WeightScale:
@@ -111,7 +114,7 @@ class RoundedWeights:
         moments = input_moments(self._model, self._images(), missing, progress=observed)
         for done, name in enumerate(missing, 1):
             weight = self._model.parameters.weight[name]
-            rounded = round_second_order(name, weight, moments.pop(name), grid.limits, grid.granularity, grid.rule)
+            rounded = _rounded(name, weight, moments.pop(name), grid)
             save_rounding(rounded, self._path(name, grid))
             self._kept[name, grid] = rounded
             self._progress("rounding weights", done, len(missing))
@@ -144,3 +147,10 @@ class RoundedWeights:
             "input": self._digests[node.inputs[0]],
         }
         return rounding_path(self._folder, content)
+
+
+def _rounded(name: str, weight: np.ndarray, moments: InputMoments, grid: WeightGrid) -> QuantizedWeight:
+    if grid.form is None:
+        return round_second_order(name, weight, moments, grid.limits, grid.granularity, grid.rule)
+    scale = weight_scales(weight, grid.limits, "channel_wise", "mse")
+    return round_in_groups(name, weight, moments, group_weights(weight, scale, grid.form))

@@ -39,7 +39,8 @@ def save_rounding(weight: QuantizedWeight, path: Path, shift: np.ndarray | None 
     Raises:
         StudyError: The file cannot be written.
     """
-    arrays = {"values": weight.values, "scale": weight.scale} | ({} if shift is None else {"shift": shift})
+    arrays = {"values": weight.values, "scale": weight.scale, "group": np.array(weight.group), **weight.tables}
+    arrays |= {} if shift is None else {"shift": shift}
     header = json.dumps({"format": _FORMAT, "sha256": _checksum(arrays)})
     temporary = None
     try:
@@ -71,7 +72,8 @@ def load_rounding(path: Path) -> tuple[QuantizedWeight, np.ndarray | None] | Non
             arrays = {name: archive[name] for name in archive.files if name != "header"}
         if header["format"] != _FORMAT or header["sha256"] != _checksum(arrays):
             return None
-        return QuantizedWeight(arrays["values"], arrays["scale"]), arrays.get("shift")
+        tables = (arrays.get("group_scale"), arrays.get("group_offset"))
+        return QuantizedWeight(arrays["values"], arrays["scale"], int(arrays["group"]), *tables), arrays.get("shift")
     except Exception:  # zipfile, numpy and json raise a dozen kinds on bytes that are not theirs
         return None
 

@@ -7,6 +7,8 @@ own inputs serves no better. The mean of the error is left to bias correction.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,11 +16,12 @@ from torch import Tensor
 from qsearch.calibrate.input_moments import InputMoments
 from qsearch.config import Granularity, WeightScale
 from qsearch.models.interpret import one_thread
-from qsearch.qtype import IntRange
+from qsearch.qtype import W4A8, IntRange
+from qsearch.quantize.group_scales import spread, with_integers
 from qsearch.quantize.rounding.columns import Columns, columns_of, compensated, descended
 from qsearch.quantize.weights import DEAD_SCALE, QuantizedWeight
 
-__all__ = ["output_errors", "round_second_order"]
+__all__ = ["output_errors", "round_in_groups", "round_second_order"]
 
 # What is tried, as shares of the scale that clips nothing; at more bits clipping does not pay.
 FEW_BITS_SHARES, SHARES = tuple(np.linspace(1.0, 0.45, 12)), (1.0, 0.95, 0.9)
@@ -69,6 +72,40 @@ def round_second_order(
     integers = descended(columns, integers, scale, 1)
     values = columns.restored(integers).reshape(weight.shape).permute(0, 2, 3, 1)
     return QuantizedWeight(np.ascontiguousarray(values.numpy().astype(limits.dtype)), scale.reshape(-1).numpy().copy())
+
+
+@one_thread()
+@torch.no_grad()
+def round_in_groups(name: str, weight: np.ndarray, moments: InputMoments, prepared: QuantizedWeight) -> QuantizedWeight:
+    """Round a layer's weights to the levels of groups: scales and offsets are given, the 4-bit integers are chosen.
+
+    Args:
+        name: Layer name, for messages.
+        weight: float32 (O, I/groups, kh, kw).
+        moments: Of the layer's input.
+        prepared: The weights in groups, see `group_weights`, whose integers are replaced.
+
+    Raises:
+        QuantizeError: Weights or moments are not finite, or do not belong together.
+    """
+    columns = columns_of(name, torch.tensor(weight), moments, W4A8.weight)
+    shape, unit = prepared.values.shape, prepared.scale[:, None, None, None].astype(np.float32)
+    step, offset = (
+        np.broadcast_to(np.float32(neutral) if table is None else spread(table, shape, prepared.group), shape) * unit
+        for table, neutral in ((prepared.group_scale, 1.0), (prepared.group_offset, 0.0))
+    )
+    scale, shift = (columns.ordered(_by_rows(one, columns)) for one in (step, offset))
+    moved = replace(columns, rows=columns.rows - shift)
+    integers, nearest = compensated(moved, scale), moved.nearest(scale)
+    worse = moved.errors(nearest, scale) < moved.errors(integers, scale)
+    integers = descended(moved, torch.where(worse[..., None], nearest, integers), scale, REFINEMENTS + SWEEPS)
+    values = columns.restored(integers).reshape(weight.shape).permute(0, 2, 3, 1)
+    return with_integers(prepared, values.numpy())
+
+
+def _by_rows(values: np.ndarray, columns: Columns) -> Tensor:
+    """(O, kh, kw, I/groups) as float32 (groups, R, K)."""
+    return torch.tensor(values.transpose(0, 3, 1, 2).astype(np.float32)).reshape(columns.rows.shape)
 
 
 def output_errors(weight: np.ndarray, quantized: QuantizedWeight, moments: InputMoments) -> np.ndarray:
