@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qsearch.calibrate.histogram import TensorStatistics, channel_extremes
 from qsearch.calibrate.record import StatisticsRecord
@@ -43,6 +44,8 @@ def observe(
         )
     tensors: dict[str, TensorStatistics] = {}
     early: dict[str, tuple[float, float]] = {}
+    reads: dict[str, np.ndarray] = {}
+    readers = {node.name: [one for one in model.graph.consumers[node.name] if one.is_layer] for node in model.graph.nodes}
 
     def record(node: Node, value: torch.Tensor) -> None:
         value = value.float()
@@ -51,6 +54,11 @@ def observe(
             raise CalibrationError(_not_finite(node, low, high, model))
         known = tensors.get(node.name) or TensorStatistics.empty(len(low))
         tensors[node.name] = known.extended(value, low, high)
+        for layer in readers[node.name]:
+            if layer.inputs[0] == node.name:
+                # Of values that hold windows of images along axis 0, too.
+                share = len(value) / model.graph.by_name[node.name].shape[0] * model.graph.input.shape[0] / len(images)
+                reads[layer.name] = reads.get(layer.name, 0.0) + share * tap_means(layer, value)
 
     half = (len(images) + 1) // 2
     # A batch ends at the half, so that what is known by then does not depend on the batch size either.
@@ -61,7 +69,35 @@ def observe(
             early = {name: (one.minimum, one.maximum) for name, one in tensors.items()}
         if progress is not None:
             progress(stop, len(images))
-    return StatisticsRecord(model.fingerprint, len(images), tensors, early)
+    count = len(images) * model.graph.input.shape[0]
+    return StatisticsRecord(
+        model.fingerprint, len(images), tensors, early, {name: total / count for name, total in reads.items()}
+    )
+
+
+def tap_means(layer: Node, value: torch.Tensor) -> np.ndarray:
+    """Mean of what each tap of a layer's kernel reads, over images and places, padding included.
+
+    Args:
+        layer: A convolution or linear layer.
+        value: float32, its input.
+
+    Returns:
+        float64 (I, kh, kw).
+    """
+    conv = layer.conv
+    if value.dim() != 4:
+        return value.reshape(-1, value.shape[-1]).mean(0, dtype=torch.float64).numpy()[:, None, None]
+    top, left, bottom, right = conv.padding
+    mean = F.pad(value.mean(0, dtype=torch.float64), (left, right, top, bottom))
+    taps = np.empty((value.shape[1], *conv.kernel))
+    spans = [conv.stride[axis] * (layer.shape[2 + axis] - 1) + 1 for axis in (0, 1)]
+    for y in range(conv.kernel[0]):
+        for x in range(conv.kernel[1]):
+            begin = y * conv.dilation[0], x * conv.dilation[1]
+            rows, columns = (slice(at, at + span, step) for at, span, step in zip(begin, spans, conv.stride, strict=True))
+            taps[:, y, x] = mean[:, rows, columns].mean((1, 2))
+    return taps
 
 
 def _batches(half: int, count: int, batch_size: int) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from qsearch.errors import CalibrationError
 __all__ = ["StatisticsRecord", "load_record", "save_record"]
 
 _FORMAT = "qsearch-statistics"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +35,14 @@ class StatisticsRecord:
         images: Number of images observed.
         tensors: Node name -> statistics, in graph order.
         early: Node name -> (low, high) of what the first half of the images showed, float64 each.
+        reads: Layer name -> mean of what each tap of its kernel reads, padding included, float64 (I, kh, kw).
     """
 
     model_fingerprint: str
     images: int
     tensors: dict[str, TensorStatistics]
     early: dict[str, tuple[float, float]]
+    reads: dict[str, np.ndarray]
 
     @cached_property
     def content_hash(self) -> str:
@@ -62,6 +65,7 @@ def save_record(record: StatisticsRecord, path: Path) -> None:
         "model_fingerprint": record.model_fingerprint,
         "images": record.images,
         "names": list(record.tensors),
+        "reads": {name: mean.shape for name, mean in record.reads.items()},
         "content_hash": record.content_hash,
     }
     temporary = None
@@ -100,7 +104,8 @@ def load_record(path: Path) -> StatisticsRecord:
                 )
             tensors = _tensors(header["names"], {key: archive[key] for key in archive.files})
             early = {name: (float(low), float(high)) for name, (low, high) in zip(tensors, archive["early"], strict=True)}
-            record = StatisticsRecord(header["model_fingerprint"], header["images"], tensors, early)
+            reads = _reads(header["reads"], archive["reads"])
+            record = StatisticsRecord(header["model_fingerprint"], header["images"], tensors, early, reads)
     except OSError as error:
         raise CalibrationError(f"cannot read the statistics record {path}: {error.strerror or error}") from error
     except CalibrationError:
@@ -123,8 +128,14 @@ def _arrays(record: StatisticsRecord) -> dict[str, np.ndarray]:
         "channel_minimum": np.concatenate([*(t.channel_minimum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
         "channel_maximum": np.concatenate([*(t.channel_maximum for t in tensors), np.zeros(0, np.float32)], dtype=np.float32),
         "channel_sum": np.concatenate([*(t.channel_sum for t in tensors), np.zeros(0)]),
+        "reads": np.concatenate([*(mean.reshape(-1) for mean in record.reads.values()), np.zeros(0)]),
         "early": np.array([record.early[name] for name in record.tensors], np.float64).reshape(-1, 2),
     }
+
+
+def _reads(shapes: dict[str, list[int]], values: np.ndarray) -> dict[str, np.ndarray]:
+    parts = np.split(values, np.cumsum([math.prod(shape) for shape in shapes.values()]))
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=False)}
 
 
 def _tensors(names: list[str], arrays: dict[str, np.ndarray]) -> dict[str, TensorStatistics]:

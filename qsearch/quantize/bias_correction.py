@@ -9,6 +9,7 @@ section 4.2, eq. 17). E[x] is measured, or follows from the batch norm before: w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from qsearch.quantize.weights import QuantizedWeight
 __all__ = ["input_means", "mean_error"]
 
 
-def input_means(model: Model, kind: BiasCorrection, record: StatisticsRecord | None) -> dict[str, np.ndarray]:
+def input_means(model: Model, kind: BiasCorrection, record: StatisticsRecord | None) -> Mapping[str, np.ndarray]:
     """Mean of every layer's input, as far as it is known.
 
     Args:
@@ -29,36 +30,33 @@ def input_means(model: Model, kind: BiasCorrection, record: StatisticsRecord | N
         record: Statistics of the model; for 'measured'.
 
     Returns:
-        Layer name -> float64 (I,), I the layer's input channels.
+        Layer name -> mean of what each tap of its kernel reads, padding included, float64 (I, kh, kw).
     """
     if kind == "none":
         return {}
     if kind == "measured":
         assert record is not None
-        return {node.name: record.tensors[node.inputs[0]].channel_mean for node in model.graph.layers}
+        return record.reads
     means = _analytic_means(model)
-    return {node.name: means[node.inputs[0]] for node in model.graph.layers if node.inputs[0] in means}
+    layers = [node for node in model.graph.layers if node.inputs[0] in means]
+    return {node.name: means[node.inputs[0]][:, None, None] * _coverage(node, model.graph) for node in layers}
 
 
-def mean_error(node: Node, model: Model, prepared: QuantizedWeight, mean: np.ndarray) -> np.ndarray:
+def mean_error(weight: np.ndarray, prepared: QuantizedWeight, mean: np.ndarray) -> np.ndarray:
     """How far the mean output falls short when a layer's weights are rounded.
 
     Args:
-        node: The layer.
-        model: Its model.
+        weight: float32 (O, I/groups, kh, kw).
         prepared: Its integer weights.
-        mean: Mean of its input per channel, float64 (I,).
+        mean: Mean of what each tap of the kernel reads, float64 (I, kh, kw).
 
     Returns:
         float64 (O,), to be added to the bias.
     """
-    weight = model.parameters.weight[node.name]
-    real = prepared.values.transpose(0, 3, 1, 2) * prepared.scale[:, None, None, None]
-    # Over the taps of the kernel, as far as they lie on the image.
-    error = np.einsum("oihw,hw->oi", (weight - real).astype(np.float64), _coverage(node, model.graph))
-    groups = node.conv.groups
-    per_group = error.reshape(groups, len(error) // groups, -1)
-    return np.einsum("goi,gi->go", per_group, mean.reshape(groups, -1)).reshape(-1)
+    real = prepared.values.transpose(0, 3, 1, 2) * prepared.scale[:, None, None, None].astype(np.float64)
+    groups = len(mean) // weight.shape[1]
+    error = (weight - real).reshape(groups, len(weight) // groups, -1)
+    return np.einsum("gok,gk->go", error, mean.reshape(groups, -1)).reshape(-1)
 
 
 def _coverage(node: Node, graph: Graph) -> np.ndarray:

@@ -49,7 +49,7 @@ def lower(
         config: Precisions, granularity and weight scales; its calibration is already in `ranges`.
         ranges: Node name -> (low, high) of its value, for every node.
         weights: Prepared weights, shared between trials.
-        means: Layer name -> mean of its input per channel, float64 (I,); biases are corrected where it is known.
+        means: Layer name -> mean of what its kernel reads, float64 (I, kh, kw); biases are corrected where it is known.
 
     Returns:
         The program; its input is float32 (N, C, H, W), its output float32 (N, classes).

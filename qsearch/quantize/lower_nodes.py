@@ -43,7 +43,7 @@ class Context:
         assignment: Forms of every value.
         affines: (node name, form) -> scale and zero point, for values that exist in integers.
         weights: Prepared weights.
-        means: Layer name -> mean of its input per channel, float64 (I,); biases are corrected where it is known.
+        means: Layer name -> mean of what its kernel reads, float64 (I, kh, kw); biases are corrected where it is known.
     """
 
     model: Model
@@ -146,7 +146,7 @@ def _integer_layer(context: Context, node: Node, prepared: QuantizedWeight, affi
     """
     name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
     if name in context.means and context.layers[name].precision != "int16":
-        bias = bias + mean_error(node, context.model, prepared, context.means[name])
+        bias = bias + mean_error(context.model.parameters.weight[name], prepared, context.means[name])
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
     corrected = np.rint(bias / scale) - affine.zero_point * prepared.sums
     reach = prepared.magnitudes * affine.limits.qmax + np.abs(corrected)

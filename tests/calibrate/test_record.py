@@ -80,7 +80,7 @@ def test_another_version_is_refused(record: StatisticsRecord, tmp_path: Path) ->
     path = tmp_path / "statistics.npz"
     save_record(record, path)
     change_header(path, version=99)
-    with pytest.raises(CalibrationError, match="has version 99, this qsearch reads version 2"):
+    with pytest.raises(CalibrationError, match="has version 99, this qsearch reads version 3"):
         load_record(path)
 
 

@@ -101,17 +101,17 @@ def weight_change(
         pair: The layer and its precision.
         settings: How its weights are rounded.
         weights: Prepared weights.
-        mean: Mean of its input per channel, float64 (I,), if its bias is corrected.
+        mean: Mean of what its kernel reads, float64 (I, kh, kw), if its bias is corrected.
 
     Returns:
         float32 (O, I/groups, kh, kw) and float32 (O,), to be added.
     """
     name, precision = pair
-    weight, node = model.parameters.weight[name], model.graph.by_name[name]
+    weight = model.parameters.weight[name]
     if precision == "int16":
         prepared = weights.bounded(name, weight, settings, weights.activation_limit(name, weight))
     else:
         prepared = weights.quantized(name, weight, settings, PRECISIONS[precision].weight)
     real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
-    shift = np.zeros(len(weight)) if mean is None or precision == "int16" else mean_error(node, model, prepared, mean)
+    shift = np.zeros(len(weight)) if mean is None or precision == "int16" else mean_error(weight, prepared, mean)
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2)) - weight, shift.astype(np.float32)
