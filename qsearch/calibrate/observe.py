@@ -57,7 +57,7 @@ def observe(
         for layer in readers[node.name]:
             if layer.inputs[0] == node.name:
                 # Of values that hold windows of images along axis 0, too.
-                share = len(value) / model.graph.by_name[node.name].shape[0] * model.graph.input.shape[0] / len(images)
+                share = len(value) / node.shape[0] * model.graph.input.shape[0] / len(images)
                 reads[layer.name] = reads.get(layer.name, 0.0) + share * tap_means(layer, value)
 
     half = (len(images) + 1) // 2
@@ -69,10 +69,7 @@ def observe(
             early = {name: (one.minimum, one.maximum) for name, one in tensors.items()}
         if progress is not None:
             progress(stop, len(images))
-    count = len(images) * model.graph.input.shape[0]
-    return StatisticsRecord(
-        model.fingerprint, len(images), tensors, early, {name: total / count for name, total in reads.items()}
-    )
+    return StatisticsRecord(model.fingerprint, len(images), tensors, early, reads)
 
 
 def tap_means(layer: Node, value: torch.Tensor) -> np.ndarray:
