@@ -114,8 +114,8 @@ def columns_of(name: str, weight: Tensor, moments: InputMoments, limits: IntRang
 def compensated(columns: Columns, scale: Tensor) -> Tensor:
     """Round column by column; each time the columns still to come are changed so that they make up best for it.
 
-    Optimal brain quantization with one order for all rows: Frantar and Alistarh 2022, "Optimal brain compression"
-    (arXiv:2208.11580), eq. 7, in the Cholesky form of Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), algorithm 1.
+    Optimal brain quantization (Frantar and Alistarh 2022, "Optimal brain compression", arXiv:2208.11580) with one order for
+    all rows, as Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), eq. 2 and algorithm 1, with its Cholesky form and blocks.
 
     Args:
         columns: The problem.
