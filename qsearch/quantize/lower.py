@@ -20,6 +20,7 @@ from qsearch.quantize.assign import FIRST, FLOAT, INT16_FORM, INTEGER_FORMS, SHA
 from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
 from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
+from qsearch.quantize.rounding.learned import RoundedLayer
 from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weight_store import WeightStore
 
@@ -27,6 +28,7 @@ __all__ = ["lower", "precisions", "value_affines"]
 
 Ranges = dict[str, tuple[float, float]]
 Means = Mapping[str, np.ndarray]
+Learned = Mapping[str, RoundedLayer]
 LOWERINGS = NODE_LOWERINGS | ATTENTION_LOWERINGS
 
 
@@ -40,7 +42,12 @@ def precisions(model: Model, config: QuantConfig) -> dict[str, str]:
 
 
 def lower(
-    model: Model, config: QuantConfig, ranges: Ranges, weights: WeightStore, means: Means = MappingProxyType({})
+    model: Model,
+    config: QuantConfig,
+    ranges: Ranges,
+    weights: WeightStore,
+    means: Means = MappingProxyType({}),
+    learned: Learned = MappingProxyType({}),
 ) -> Program:
     """Lower a model.
 
@@ -50,6 +57,8 @@ def lower(
         ranges: Node name -> (low, high) of its value, for every node.
         weights: Prepared weights, shared between trials.
         means: Layer name -> mean of what its kernel reads, float64 (I, kh, kw); biases are corrected where it is known.
+
+        learned: Layer name -> its rounding, of layers that do not take theirs from `weights`.
 
     Returns:
         The program; its input is float32 (N, C, H, W), its output float32 (N, classes).
@@ -62,7 +71,7 @@ def lower(
     assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
     affines = value_affines(model, assignment, ranges, weights, config.activations)
     writer = _Writer(model, assignment, affines)
-    context = Context(model, layers, assignment, affines, weights, means)
+    context = Context(model, layers, assignment, affines, weights, means, learned)
     for node in model.graph.nodes:
         writer.write(node, context)
     output = writer.forms[model.graph.output, FLOAT]

@@ -17,6 +17,7 @@ from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
 from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
 from qsearch.quantize.reference import activation
+from qsearch.quantize.rounding.learned import RoundedLayer
 from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import (
     MAX_ACCUMULATOR,
@@ -44,6 +45,7 @@ class Context:
         affines: (node name, form) -> scale and zero point, for values that exist in integers.
         weights: Prepared weights.
         means: Layer name -> mean of what its kernel reads, float64 (I, kh, kw); biases are corrected where it is known.
+        learned: Layer name -> its rounding, of layers that do not take theirs from `weights`.
     """
 
     model: Model
@@ -52,6 +54,7 @@ class Context:
     affines: dict[tuple[str, str], Affine]
     weights: WeightStore
     means: Mapping[str, np.ndarray]
+    learned: Mapping[str, RoundedLayer]
 
 
 def scalars(**values: float) -> dict[str, np.ndarray]:
@@ -145,7 +148,9 @@ def _integer_layer(context: Context, node: Node, prepared: QuantizedWeight, affi
     The input's zero point is folded into the bias: sum (a - z) w = sum a w - z sum w.
     """
     name, bias = node.name, context.model.parameters.bias[node.name].astype(np.float64)
-    if name in context.means and context.layers[name].precision != "int16":
+    if name in context.learned:
+        bias = bias + context.learned[name].shift
+    elif name in context.means and context.layers[name].precision != "int16":
         bias = bias + mean_error(context.model.parameters.weight[name], prepared, context.means[name])
     scale = prepared.scale.astype(np.float64) * np.float64(affine.scale)
     corrected = np.rint(bias / scale) - affine.zero_point * prepared.sums
@@ -162,7 +167,12 @@ def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarr
     """Integer weights; a channel whose weights are tiny beside its bias gets a scale that its bias fits."""
     weight = context.model.parameters.weight[name]
     limits = PRECISIONS[context.layers[name].precision].weight
-    prepared = context.weights.quantized(name, weight, context.layers[name].weights, limits)
+    if name in context.learned:
+        prepared = context.learned[name].weight
+    elif context.layers[name].weights.rounding == "learned":
+        raise QuantizeError(f"layer {name!r} is to be rounded as learned, and nothing was learned; see `learned_layers`")
+    else:
+        prepared = context.weights.quantized(name, weight, context.layers[name].weights, limits)
     least = np.abs(bias) / (np.float64(affine.scale) * MAX_BIAS)
     if (prepared.scale >= least).all():
         return prepared

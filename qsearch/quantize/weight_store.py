@@ -8,6 +8,8 @@ from qsearch.config import Granularity, WeightSettings
 from qsearch.errors import QuantizeError
 from qsearch.qtype import INT8, INT16, W4A8, IntRange
 from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.rounding.learned_network import LearnRequest
 from qsearch.quantize.rounding.rounded_weights import RoundedWeights, WeightGrid
 from qsearch.quantize.weights import (
     BIAS_ROOM,
@@ -55,8 +57,18 @@ class WeightStore:
             self._prepared[key] = _nearest(weight, settings, limits) if nearest else self._of_rounded(name, settings, limits)
         return self._prepared[key]
 
+    def learned(self, request: LearnRequest) -> dict[str, RoundedLayer]:
+        """Learn what a configuration asks for, see `learn_network`.
+
+        Raises:
+            QuantizeError: There are no images.
+        """
+        if self._rounded is None:
+            raise QuantizeError("learned rounding needs calibration images, and none are at hand")
+        return self._rounded.learned(request)
+
     def _of_rounded(self, name: str, settings: WeightSettings, limits: IntRange) -> QuantizedWeight:
-        """Weights whose rounding images decided."""
+        """Weights whose rounding images decided; learned ones start from those of second order."""
         if self._rounded is None:
             raise QuantizeError(f"layer {name!r}: {settings.rounding} rounding needs calibration images, and none are at hand")
         granularity: Granularity = "layer_wise" if settings.granularity == "layer_wise" else "channel_wise"

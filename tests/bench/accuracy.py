@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w4 inner, corrected": {**INNER, **NEAREST},
     "w4 inner, groups": {**INNER, **NEAREST, **GROUPS},
     "w4 inner, second order": {**INNER, **SECOND},
+    "w4 inner, learned": {**INNER, "rounding": "learned"},
     "w4 inner, groups, second order": {**INNER, **SECOND, **GROUPS},
     "rule_driven": {
         "calibration": {"mode": "global_scale", "global_scale": 6.0},

@@ -18,8 +18,8 @@ from qsearch.errors import DataError, StudyError
 from qsearch.models.import_torch import import_model
 from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.bias_correction import input_means
+from qsearch.quantize.perturbation import assigned, rounded, rounded_reads, weight_change
 from qsearch.quantize.weight_store import WeightStore
-from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, weight_change
 from qsearch.search.tables.projection import fisher_direction
 from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
 from qsearch.search.tables.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path

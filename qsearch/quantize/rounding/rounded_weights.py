@@ -17,6 +17,8 @@ from qsearch.models.content import array_digest, value_digests
 from qsearch.models.graph import Model
 from qsearch.qtype import IntRange
 from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.rounding.learned_network import LearnRequest, learn_network
 from qsearch.quantize.rounding.rounding_file import load_rounding, rounding_path, save_rounding
 from qsearch.quantize.rounding.second_order import round_in_groups, round_second_order
 from qsearch.quantize.weights import QuantizedWeight, weight_scales
@@ -60,7 +62,8 @@ class RoundedWeights:
         images: Gives the calibration images, float32 (N, C, H, W), preprocessed; called if the float pass is due.
         source: Digest of these images.
         folder: Where roundings are kept.
-        progress: Called with a clause, the layers done and their total: 'observing layer inputs', 'rounding weights'.
+        progress: Called with a clause, what is done and the total: 'observing layer inputs', 'rounding weights',
+            'learning blocks'.
     """
 
     def __init__(
@@ -118,6 +121,11 @@ class RoundedWeights:
             save_rounding(rounded, self._path(name, grid))
             self._kept[name, grid] = rounded
             self._progress("rounding weights", done, len(missing))
+
+    def learned(self, request: LearnRequest) -> dict[str, RoundedLayer]:
+        """Learn a configuration on the same images, see `learn_network`; kept beside the roundings."""
+        said = lambda done, total: self._progress("learning blocks", done, total)  # noqa: E731
+        return learn_network(request, self._images, self._source, self._folder, said)
 
     @cached_property
     def _roundable(self) -> tuple[str, ...]:

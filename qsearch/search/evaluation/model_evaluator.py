@@ -81,7 +81,11 @@ class ModelEvaluator:
     def _rounded_weights(self, model: Model) -> RoundedWeights:
         said = {
             clause: said_once(self.progress, f"{clause}, {what}")
-            for clause, what in (("observing layer inputs", "images"), ("rounding weights", "layers"))
+            for clause, what in (
+                ("observing layer inputs", "images"),
+                ("rounding weights", "layers"),
+                ("learning blocks", "blocks"),
+            )
         }
         images = partial(self.images, "calibration")
         folder = self.settings.cache_dir / "roundings"

@@ -18,6 +18,7 @@ from qsearch.measure.measurement import Memory
 from qsearch.measure.memory import measure_memory
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
+from qsearch.quantize.rounding.learned_config import learned_layers
 from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.requirements import require_room
 
@@ -73,7 +74,9 @@ class ModuleBuilder:
             TrialError: It cannot be quantized.
         """
         variant = self.variants(config)
-        return lower(variant.model, config, self.ranges(config), variant.weights, variant.means(config.bias_correction))
+        model, ranges, weights = variant.model, self.ranges(config), variant.weights
+        learned = learned_layers(model, config, ranges, weights, variant.means("measured"))
+        return lower(model, config, ranges, weights, variant.means(config.bias_correction), learned)
 
     def build(self, program: Program, linked: bool = True) -> CompiledModule:
         """Link a program, if there is room for what it may have to compile.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsearch.models.graph import Model, Node
 from qsearch.models.interpret import forward
-from qsearch.search.tables.perturbation import Edge, Roundings, rounded
+from qsearch.quantize.perturbation import Edge, Roundings, rounded
 
 __all__ = ["Projection", "Rounded", "fisher_direction", "project"]
 

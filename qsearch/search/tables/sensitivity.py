@@ -28,8 +28,8 @@ from qsearch.config import BiasCorrection, QuantConfig, WeightSettings
 from qsearch.errors import DataError
 from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
+from qsearch.quantize.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, weight_change
 from qsearch.quantize.weight_store import WeightStore
-from qsearch.search.tables.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, weight_change
 from qsearch.search.tables.projection import Rounded, project
 
 __all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "integer_pairs", "measure_sensitivity"]

@@ -9,9 +9,9 @@ from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig, WeightSettings
 from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.lower import lower
+from qsearch.quantize.perturbation import assigned, rounded, rounded_reads, weight_change
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
-from qsearch.search.tables.perturbation import assigned, rounded, rounded_reads, weight_change
 
 SETTING = WeightSettings()
 
