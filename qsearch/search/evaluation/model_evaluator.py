@@ -158,6 +158,14 @@ class ModelEvaluator:
                 "what is exported"
             ) from error
 
+    def lower(self, config: QuantConfig) -> Program:
+        """The program of a configuration.
+
+        Raises:
+            TrialError: It cannot be quantized.
+        """
+        return self._builder.lower(config)
+
     def ranges(self, config: QuantConfig) -> dict[str, tuple[float, float]]:
         """Activation ranges of a configuration's calibration."""
         return self._builder.ranges(config)
