@@ -154,9 +154,4 @@ def first_remedy(remedies: Remedies) -> Remedy | None:
     finer than a count of images does.
     """
     helping = [one for one in remedies.measured if one.helps and not one.not_best]
-
-    def cost(one: Remedy) -> tuple[bool, bool, bool, float]:
-        kind, slower = one.candidate.kind, one.latency_ratio > SAME_LATENCY
-        return kind == "precision", kind == "together", slower, nats(one.accuracy)
-
-    return min(helping, key=cost, default=None)
+    return min(helping, key=lambda one: (*one.effort, one.latency_ratio > SAME_LATENCY, nats(one.accuracy)), default=None)

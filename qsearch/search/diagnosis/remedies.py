@@ -69,6 +69,11 @@ class Remedy:
         """Whether it gains beyond what chance explains (95 %)."""
         return self.gain_ci_pp[0] > 0
 
+    @property
+    def effort(self) -> tuple[bool, bool]:
+        """Whether it raises precisions, and whether it is more than one change: what to prefer where gains are equal."""
+        return self.candidate.kind == "precision", self.candidate.kind == "together"
+
 
 @dataclass
 class Remedies:
@@ -149,8 +154,8 @@ class _Trials:
         return Remedy(candidate, after.accuracy, gain, interval, latency.ratio, after.memory)
 
     def ranked(self) -> list[Remedy]:
-        """The remedies measured so far, those that gain most first; of equal ones that nearest to float's outputs."""
-        order = sorted(self.found.measured, key=lambda one: (-one.gain_pp, nats(one.accuracy)))
+        """The remedies measured so far, those that gain most first; of equal ones the least effort, then the nearest to float."""
+        order = sorted(self.found.measured, key=lambda one: (-one.gain_pp, one.effort, nats(one.accuracy)))
         if not order:
             return []
         best = self.logits[order[0].candidate.name]
