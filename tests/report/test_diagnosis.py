@@ -69,7 +69,7 @@ def test_the_text_names_everything() -> None:
         "changes nothing here: migration 0.5",
         "would not fit into 60 seconds (--seconds): weight scale mse",
         "cannot be built: fp32 in x: no kernel",
-        'try first: calibration changed, which gains +4.00 pp (+3.00 to +5.00) at 1.00 times the latency: set {"calibration": "ch',
+        'try first: calibration changed, which gains +4.00 pp (+3.00 to +5.00) at 1.00 times the latency: set {"calibration":',
     ):
         assert expected in words
     assert words.splitlines()[-1].startswith("try first: ")
