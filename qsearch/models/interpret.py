@@ -76,9 +76,9 @@ def forward(
     model: Model,
     images: Tensor,
     *,
+    known: Mapping[str, Tensor] = MappingProxyType({}),
     read: Callable[[Node, int, Tensor], Tensor] | None = None,
     weight: Mapping[str, Tensor] | None = None,
-    known: Mapping[str, Tensor] = MappingProxyType({}),
     on_value: Callable[[Node, Tensor], None] | None = None,
 ) -> Tensor:
     """Run the model in float, parts of it replaced, recording gradients where torch does.
@@ -86,9 +86,9 @@ def forward(
     Args:
         model: The model.
         images: As for `interpret`.
+        known: Node name -> its value, which is then not computed; what only such nodes read need not be there.
         read: Called with a node, the position of one of its inputs and that input's value; gives what the node reads.
         weight: Layer name -> float32 (O, I/groups, kh, kw) in place of the model's own.
-        known: Node name -> its value, which is then not computed; what only such nodes read need not be there.
         on_value: As for `interpret`.
 
     Returns:
