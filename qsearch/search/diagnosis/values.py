@@ -108,7 +108,9 @@ def dead_channels(subject: Subject) -> list[DeadChannels]:
     for name, op in subject.layer_ops.items():
         weight, tensor = subject.model.parameters.weight[name], subject.record.tensors[name]
         zero = ~weight.reshape(len(weight), -1).any(1)
-        rounded = ~op.constants["weight"].reshape(len(weight), -1).any(1) & ~zero
+        # Of weights with an offset, integers that are all zero still stand for something.
+        whole = [op.constants[key].reshape(len(weight), -1).any(1) for key in ("weight", "group_offset") if key in op.constants]
+        rounded = ~np.any(whole, 0) & ~zero
         constant = (tensor.channel_minimum == tensor.channel_maximum) & ~zero
         for kind, dead in (("zero_weights", zero), ("rounded_away", rounded), ("constant", constant & ~rounded)):
             if dead.any():
