@@ -109,9 +109,9 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
     coverage = diagnosis.coverage
     for warning in coverage.warnings:
         yield f"calibration: {warning}"
-    if coverage.growth and not any("still grow" in one for one in coverage.warnings):
+    if coverage.growth:
         most = _some([f"{name!r} {share:+.0%}" for name, share in coverage.growth.items()])
-        yield f"calibration: the second half of the {coverage.images} images widened ranges by little, most {most}"
+        yield f"calibration: the second half of the {coverage.images} images widened most the ranges of {most}"
 
 
 def _some(words: Sequence[str]) -> str:

@@ -66,6 +66,7 @@ def test_the_text_names_everything() -> None:
         "all weights are zero: 'blocks.0.conv' 2 of 16",
         "never changed on the calibration images: 'blocks.1.conv' 1 of 8",
         "10 of the 20 classes",
+        "the second half of the 128 images widened most the ranges of 'blocks.1.conv' +50%",
         "changes nothing here: migration 0.5",
         "would not fit into 60 seconds (--seconds): weight scale mse",
         "cannot be built: fp32 in x: no kernel",
