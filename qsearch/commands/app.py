@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from qsearch.commands.dashboard import dashboard
+from qsearch.commands.diagnose import diagnose
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
@@ -26,7 +27,7 @@ from qsearch.errors import QSearchError
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, tables, tune, export, verify, run, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, diagnose, tables, tune, export, verify, run, dashboard)
 
 
 # What an environment may do to any command, and what helps.

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -75,6 +76,7 @@ def forward(
     model: Model,
     images: Tensor,
     *,
+    known: Mapping[str, Tensor] = MappingProxyType({}),
     read: Callable[[Node, int, Tensor], Tensor] | None = None,
     weight: Mapping[str, Tensor] | None = None,
     bias: Mapping[str, Tensor] | None = None,
@@ -85,6 +87,7 @@ def forward(
     Args:
         model: The model.
         images: As for `interpret`.
+        known: Node name -> its value, which is then not computed; what only such nodes read need not be there.
         read: Called with a node, the position of one of its inputs and that input's value; gives what the node reads.
         weight: Layer name -> float32 (O, I/groups, kh, kw) in place of the model's own.
         bias: Layer name -> float32 (O,) in place of the model's own.
@@ -104,12 +107,15 @@ def forward(
     last_use = {name: node.name for node in graph.nodes for name in node.inputs}
     values: dict[str, Tensor] = {}
     for node in graph.nodes:
-        inputs = [values[name] if read is None else read(node, i, values[name]) for i, name in enumerate(node.inputs)]
-        value = _computed(node, inputs, graph, parameters, images)
+        if node.name in known:
+            value = known[node.name]
+        else:
+            inputs = [values[name] if read is None else read(node, i, values[name]) for i, name in enumerate(node.inputs)]
+            value = _computed(node, inputs, graph, parameters, images)
         if on_value is not None:
             on_value(node, value)
         values[node.name] = value
-        for name in {*node.inputs, node.name}:
+        for name in {*node.inputs, node.name} & values.keys():
             if last_use.get(name, node.name) == node.name and name != graph.output:
                 del values[name]
     return values[graph.output]

@@ -1,0 +1,190 @@
+"""`diagnose`: why a configuration lost accuracy, and which remedy gains how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Storage, Target, Threads, Weights
+from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+
+if TYPE_CHECKING:
+    from qsearch.config import QuantConfig
+    from qsearch.search.diagnosis.diagnosis import Diagnosis
+    from qsearch.search.evaluation.evaluator import Settings
+
+__all__ = ["diagnose"]
+
+
+def diagnose(
+    study: Annotated[
+        str | None, typer.Option(help="Study that holds the trial; model, images and target are the study's.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial.", show_default="the front's knee")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration: a JSON file, or a precision for every layer such as int8.")
+    ] = None,
+    model: Model = "demo",
+    weights: Weights = None,
+    data: Data = None,
+    target: Target = "llvm",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    preprocessing: Preprocessing = None,
+    convert_channels: ConvertChannels = False,
+    storage: Storage = None,
+    images: Annotated[int, typer.Option(min=1, help="Search images that the errors of layers are found with.")] = 8,
+    worst: Annotated[int, typer.Option(min=1, help="Layers, of those that cost most, to try higher precisions in.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1.0, help="After so long no further remedy is tried.")] = 120.0,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write a picture of the diagnosis to.")] = None,
+    save: Annotated[Path | None, typer.Option(help="JSON file for the configuration with the remedy to try first.")] = None,
+    json: Json = False,
+) -> None:
+    """Say why a configuration lost accuracy: layers, clipping, dead channels, calibration; and measure what would help."""
+    from qsearch.config import named_config
+    from qsearch.errors import UsageError
+    from qsearch.search.evaluation.evaluator import Settings
+
+    if (study is None) == (config is None):
+        raise UsageError("give either --study, with or without --trial, or --config with --model")
+    own = {"--model": model != "demo", "--weights": weights, "--data": data, "--target": target != "llvm", "--seed": seed}
+    own |= {"--threads": threads != 1, "--preprocessing": preprocessing, "--convert-channels": convert_channels}
+    if study is None:
+        if trial is not None or storage is not None:
+            raise UsageError("--trial and --storage are of a study: give --study too")
+        settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+        subject = _Subject(settings, named_config(config or ""), f"{config} of {model}")
+    elif given := [option for option, value in own.items() if value]:
+        raise UsageError(
+            f"{' and '.join(given)} contradict --study, which says what it searched: leave them out, or give --config"
+        )
+    else:
+        subject = _of_study(study, storage, trial)
+    _check_files(plot, save)
+    found, target_description = _find(subject, images, seconds, worst)
+    _write(found, subject.title, plot, save)
+    if json:
+        from qsearch.report.diagnosis_document import diagnosis_document
+
+        head = {"model": subject.settings.model, "study": study, "trial": subject.trial, "target": target_description}
+        print_json(head | diagnosis_document(found))
+        return
+    _print(found, subject.title, seconds)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be diagnosed.
+
+    Attributes:
+        settings: Model, images and target.
+        config: The configuration.
+        title: What to call it.
+        study: The study it is of; None for a file.
+        trial: Its number there.
+        parts: Name of a part (model, data, target) -> fingerprint, as the study keeps them.
+    """
+
+    settings: Settings
+    config: QuantConfig
+    title: str
+    study: str | None = None
+    trial: int | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def _find(subject: _Subject, images: int, seconds: float, worst: int) -> tuple[Diagnosis, str]:
+    """The diagnosis, and what it was compiled for."""
+    with stdout_reserved():
+        from qsearch.export.from_study import check_identity
+        from qsearch.search.diagnosis.diagnosis import DiagnosisLimits
+        from qsearch.search.diagnosis.diagnosis import diagnose as find
+        from qsearch.search.evaluation.objective import prepare_evaluator
+
+        evaluator = prepare_evaluator(subject.settings, say)
+        if subject.study is not None:
+            check_identity(subject.study, subject.parts, evaluator.identity)
+        return find(evaluator, subject.config, DiagnosisLimits(images, seconds, worst)), evaluator.target.description
+
+
+def _check_files(plot: Path | None, save: Path | None) -> None:
+    """Refuse files that cannot be written, before anything is measured."""
+    from qsearch.errors import UsageError
+
+    for option, file, suffix, example in (("--plot", plot, ".png", "diagnosis.png"), ("--save", save, ".json", "better.json")):
+        if file is not None and (file.suffix.lower() != suffix or file.is_dir() or not file.parent.is_dir()):
+            kind = suffix[1:].upper()
+            raise UsageError(f"{option}: expected a {kind} file in a directory that exists, such as {example}, got {file}")
+
+
+def _of_study(name: str, storage: str | None, trial: int | None) -> _Subject:
+    """A trial of a study, the front's knee by default."""
+    from qsearch.report.documents import settings_of
+    from qsearch.search.front import pick, study_front, study_point
+    from qsearch.search.study import load_study, recorded_parts
+
+    handle = load_study(name, storage)
+    with handle.guard():
+        if trial is not None:
+            _require_complete(handle.study, trial)
+            point = study_point(handle.study, trial)
+        else:
+            point = pick(study_front(handle.study), "knee")
+        title, parts = f"trial {point.trial} of study {name}", recorded_parts(handle.study)
+        return _Subject(settings_of(handle), point.config, title, name, point.trial, parts)
+
+
+def _require_complete(study: object, number: int) -> None:
+    """Say why a trial that did not complete has nothing to be compared with."""
+    import optuna
+
+    from qsearch.errors import StudyError
+
+    assert isinstance(study, optuna.Study)
+    found = next((one for one in study.get_trials(deepcopy=False) if one.number == number), None)
+    if found is None or found.state == optuna.trial.TrialState.COMPLETE:
+        return
+    way_out = "`front` lists the completed ones; or give a configuration of your own with --config"
+    if found.state == optuna.trial.TrialState.FAIL:
+        raise StudyError(f"trial {number} failed: {found.user_attrs.get('error', 'no reason was kept')}; {way_out}")
+    if "stopped_early" in found.user_attrs:
+        reason = found.user_attrs["stopped_early"]
+        raise StudyError(f"trial {number} was stopped early ({reason}), so that its loss is not known; {way_out}")
+    raise StudyError(f"trial {number} is {found.state.name.lower()}, not complete; {way_out}")
+
+
+def _write(found: Diagnosis, title: str, plot: Path | None, save: Path | None) -> None:
+    from qsearch.errors import UsageError
+
+    if plot is not None:
+        from qsearch.report.diagnosis_pictures import draw_diagnosis
+
+        try:
+            draw_diagnosis(found, title).save(plot, format="PNG", optimize=True)
+        except OSError as error:
+            raise UsageError(f"--plot: {plot} cannot be written: {error.strerror or error}; give another file") from error
+        say(f"picture of the diagnosis -> {plot}")
+    if save is not None and found.first is None:
+        say(f"no remedy helps for certain: {save} is not written")
+    elif save is not None and found.first is not None:
+        import json
+
+        text = json.dumps(found.first.candidate.config.to_json(), indent=1) + "\n"
+        try:
+            save.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--save: {save} cannot be written: {error.strerror or error}; give another file") from error
+        say(f"configuration with {found.first.candidate.name} -> {save}")
+
+
+def _print(found: Diagnosis, title: str, seconds: float) -> None:
+    from qsearch.report.diagnosis_tables import diagnosis_text
+
+    for part in diagnosis_text(found, title, seconds):
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            print_table(part)
