@@ -13,7 +13,6 @@ from qsearch.errors import BundleError, StudyMismatchError
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
-from qsearch.quantize.lower import lower
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 
@@ -109,7 +108,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         before = point.measurement.kernels_sha256[:12] or "unknown"
         remark = f"measured again at export: the kernels of the search's measurement (digest {before}) were others"
         point, baseline = _measured_again(evaluator, point), evaluator.baseline
-    program = lower(evaluator.model, point.config, evaluator.ranges(point.config), evaluator.weights)
+    program = evaluator.lower(point.config)
     logits = evaluator.logits(evaluator.build(program), "search")
     _check_outputs(point, logits)
     content = BundleContent(

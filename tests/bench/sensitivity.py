@@ -104,7 +104,7 @@ def table_of(
         evaluator.model,
         evaluator.images("search")[: arguments.images],
         evaluator.ranges,
-        evaluator.weights,
+        evaluator.variants.plain.weights,
         lambda config: {},
         {layer.name: ("fp32", *arguments.precisions) for layer in evaluator.graph.layers},
         [QuantConfig.model_validate({"granularity": granularity}) for granularity in granularities],

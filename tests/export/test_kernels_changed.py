@@ -18,7 +18,6 @@ from qsearch.config import named_config
 from qsearch.errors import BundleError
 from qsearch.export import from_study
 from qsearch.kernels.cpu import candidate_tiles
-from qsearch.quantize.lower import lower
 from qsearch.report.documents import settings_of
 from qsearch.search.evaluation.objective import ModelEvaluator, prepare_evaluator
 from qsearch.search.front import float_point, study_front
@@ -51,7 +50,7 @@ def retuned(small: Path) -> Iterator[Path]:
     evaluator, written = evaluator_of(small), set()
     choices = TileChoices(evaluator.linker.cache.directory, evaluator.target)
     for config in map(named_config, ("fp32", "int8")):
-        for op in lower(evaluator.model, config, evaluator.ranges(config), evaluator.weights).ops:
+        for op in evaluator.lower(config).ops:
             tiles = candidate_tiles(op.key, evaluator.target.isa, 1, 2)
             if len(tiles) > 1:
                 choices.put(op.key, tiles[1])

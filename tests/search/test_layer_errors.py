@@ -20,7 +20,7 @@ from qsearch.quantize.assign import assign_forms
 from qsearch.quantize.lower import lower, value_affines
 from qsearch.quantize.program import INTEGERS
 from qsearch.quantize.reference import run_op, run_program
-from qsearch.quantize.weights import WeightStore
+from qsearch.quantize.weight_store import WeightStore
 from qsearch.search.diagnosis.layer_errors import layer_errors, unrounded
 from qsearch.search.diagnosis.subject import Subject
 from qsearch.search.diagnosis.values import clipped_values, dead_channels

@@ -73,7 +73,7 @@ class ModelEvaluator:
         for warning in self.coverage_warnings():
             progress(warning)
         self._builder = ModuleBuilder(self.variants, dataset.preprocessing.value_range, target, settings.cache_dir)
-        self.linker, self.weights = self._builder.linker, self.variants.plain.weights
+        self.linker = self._builder.linker
         self._float_logits: dict[str, np.ndarray] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
