@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import typer
@@ -32,6 +32,7 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.planner import PlannerSampler
+from qsearch.search.profile import Profile
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
@@ -81,6 +82,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
     """
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say)
+    request = _for_task(request, evaluator.profile)
     bound = bind_space(request.space, evaluator.graph)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
@@ -99,6 +101,14 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         if document["front"]:
             say(front_words(document))
         return document, study_table(handle, baseline)
+
+
+def _for_task(request: SearchRequest, profile: Profile) -> SearchRequest:
+    """The request with the defaults of what the model is for."""
+    stopping = request.early_stopping and profile.task == "classification"
+    if stopping != request.early_stopping:
+        say("no trial is stopped early: mAP is no mean over images, so that some of them say nothing certain of all")
+    return replace(request, space=profile.space(request.space), early_stopping=stopping)
 
 
 def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:

@@ -119,6 +119,7 @@ def _baseline(baseline: Measurement) -> dict[str, Any]:
         "top1": accuracy.top1,
         "top5": accuracy.top5,
         "images": accuracy.images,
+        "metric": accuracy.metric,
     }
 
 

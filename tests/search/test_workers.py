@@ -21,6 +21,7 @@ from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError
 from qsearch.measure.accuracy import run_images
+from qsearch.measure.task import ClassificationScorer
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
@@ -70,7 +71,7 @@ def test_a_worker_measures_what_this_process_would(builder: ModuleBuilder, tmp_p
     given, fp32 = images(40), QuantConfig(default_precision="fp32")
     logits = run_images(builder.prepare(fp32).open, given)
     reference = builder.pack(fp32, tmp_path, kept=True)
-    measurer = ModuleMeasurer(reference.open, 3.0, partial(images, 40), logits.argmax(1), logits, 1)
+    measurer = ModuleMeasurer(reference.open, 3.0, partial(images, 40), ClassificationScorer(logits.argmax(1)), logits, 1)
     packed = builder.pack(INT8, tmp_path)
     worker = Worker(replace(measurer, processors=Processors(*map(frozenset, split()))).open)
     try:
