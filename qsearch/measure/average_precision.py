@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qsearch.data.boxes import ImageBoxes
 from qsearch.measure.boxes import Detections, overlaps
 
-__all__ = ["THRESHOLDS", "Matched", "average_precision", "match_all", "paired_interval"]
+__all__ = ["THRESHOLDS", "Matched", "average_precision", "match_all", "paired_interval", "resampled"]
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Intersections over union from which a box counts as found (Lin et al., "Microsoft COCO", 2014)."""
@@ -66,30 +66,39 @@ def average_precision(matched: Sequence[Matched], weights: NDArray[np.float64]) 
     total, counted = np.zeros(len(weights)), np.zeros(len(weights))
     for one in matched:
         things = weights @ one.things
-        seen = weights[:, one.image]
+        weight = weights[:, one.image]
+        seen = np.maximum(np.cumsum(weight, 1), 1)
         for found in one.found:
-            total += _interpolated(np.cumsum(seen * found, 1), np.cumsum(seen, 1), things)
+            total += _interpolated(np.cumsum(weight * found, 1), seen, things)
         counted += things > 0
     return total / np.maximum(counted * len(THRESHOLDS), 1)
 
 
-def paired_interval(float_matched: Sequence[Matched], matched: Sequence[Matched], images: int) -> tuple[float, float]:
-    """95 % interval of what is lost, percentage points, by the paired bootstrap over images (Efron 1979), percentiles.
-
-    Both see the same resamples, always the same ones, so that what images share cancels and equal outputs lose
-    exactly nothing.
+def resampled(matched: Sequence[Matched], images: int) -> NDArray[np.float64]:
+    """Mean average precision of images drawn with replacement, as many as there are, again and again.
 
     Args:
-        float_matched: Of the float module.
-        matched: Of another module on the same images.
-        images: How many.
+        matched: Per class.
+        images: How many images there are.
+
+    Returns:
+        float64 (RESAMPLES,); the same draws at every call.
     """
-    random = np.random.default_rng(0)
-    lost = []
-    for _ in range(RESAMPLES // CHUNK):
-        weights = random.multinomial(images, np.full(images, 1 / images), CHUNK).astype(np.float64)
-        lost.append(average_precision(float_matched, weights) - average_precision(matched, weights))
-    low, high = np.percentile(100.0 * np.concatenate(lost), [2.5, 97.5])
+    random, share = np.random.default_rng(0), np.full(images, 1 / images)
+    chunks = (random.multinomial(images, share, CHUNK).astype(np.float64) for _ in range(RESAMPLES // CHUNK))
+    return np.concatenate([average_precision(matched, weights) for weights in chunks])
+
+
+def paired_interval(float_resampled: NDArray[np.float64], own_resampled: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of what is lost, percentage points, by the paired bootstrap over images (Efron 1979), percentiles.
+
+    Both saw the same draws, so that what images share cancels, and equal outputs lose exactly nothing.
+
+    Args:
+        float_resampled: Of the float module, from `resampled`.
+        own_resampled: Of another module on the same images.
+    """
+    low, high = np.percentile(100.0 * (float_resampled - own_resampled), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -133,7 +142,7 @@ def _interpolated(right: NDArray[np.float64], seen: NDArray[np.float64], things:
 
     Args:
         right: Detections that found something, so far; float64 (resamples, n).
-        seen: Detections so far, float64 (resamples, n).
+        seen: Detections so far, at least 1; float64 (resamples, n).
         things: float64 (resamples,).
 
     Returns:
@@ -141,8 +150,7 @@ def _interpolated(right: NDArray[np.float64], seen: NDArray[np.float64], things:
     """
     if not right.shape[1]:
         return np.zeros(len(right))
-    precision = np.divide(right, seen, out=np.zeros_like(right), where=seen > 0)
-    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    best = np.maximum.accumulate((right / seen)[:, ::-1], 1)[:, ::-1]
     recall = right / np.maximum(things, 1)[:, None]
     places = np.stack([np.searchsorted(row, RECALLS) for row in recall])
     reached = np.take_along_axis(best, np.minimum(places, best.shape[1] - 1), 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from qsearch.data.boxes import ImageBoxes
 from qsearch.measure.accuracy import compare_accuracy, output_digest
-from qsearch.measure.average_precision import Matched, match_all, paired_interval
+from qsearch.measure.average_precision import match_all, paired_interval, resampled
 from qsearch.measure.boxes import decode_outputs
 from qsearch.measure.mean_average_precision import mean_average_precision
 from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Accuracy
@@ -92,31 +92,32 @@ class DetectionScorer:
 
     def compare(self, outputs: np.ndarray, float_outputs: np.ndarray) -> Accuracy:
         """Score outputs, float32 (N, positions, channels) each, in percentage points of mAP."""
-        float_score, float_matched = self._float(float_outputs)
+        float_score, float_resampled = self._float(float_outputs)
         detections = decode_outputs(outputs, self.head, self.side)
         score, at_half = mean_average_precision(detections, self.truths)
         return Accuracy(
             top1=score,
             top5=at_half,
             top1_loss_pp=float_score - score,
-            top1_loss_ci_pp=paired_interval(float_matched, match_all(detections, self.truths), self.count),
+            top1_loss_ci_pp=paired_interval(float_resampled, resampled(match_all(detections, self.truths), self.count)),
             images=self.count,
             output_sha256=output_digest(outputs),
             divergence=box_divergence(float_outputs, outputs),
             metric=MEAN_AVERAGE_PRECISION,
         )
 
-    def _float(self, outputs: np.ndarray) -> tuple[float, list[Matched]]:
-        """Float's own score and matches, computed once for the outputs that every trial is compared with."""
+    def _float(self, outputs: np.ndarray) -> tuple[float, np.ndarray]:
+        """Float's own score, and that of resampled images; computed once for the outputs that every trial is compared with."""
         digest = output_digest(outputs)
         if digest not in self._kept:
             detections = decode_outputs(outputs, self.head, self.side)
             self._kept.clear()
-            self._kept[digest] = mean_average_precision(detections, self.truths)[0], match_all(detections, self.truths)
+            score, _ = mean_average_precision(detections, self.truths)
+            self._kept[digest] = score, resampled(match_all(detections, self.truths), self.count)
         return self._kept[digest]
 
     @cached_property
-    def _kept(self) -> dict[str, tuple[float, list[Matched]]]:
+    def _kept(self) -> dict[str, tuple[float, np.ndarray]]:
         return {}
 
 

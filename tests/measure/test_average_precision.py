@@ -7,7 +7,7 @@ import pytest
 
 from qsearch.data.boxes import ImageBoxes
 from qsearch.errors import UsageError
-from qsearch.measure.average_precision import average_precision, match_all, paired_interval
+from qsearch.measure.average_precision import average_precision, match_all, paired_interval, resampled
 from qsearch.measure.boxes import Detections
 from qsearch.measure.mean_average_precision import mean_average_precision
 
@@ -77,16 +77,16 @@ def test_counting_an_image_twice_is_having_it_twice() -> None:
 def test_intervals() -> None:
     detections, truths = random_images(60, 1.0)
     worse, _ = random_images(60, 3.0)
-    good, bad = match_all(detections, truths), match_all(worse, truths)
-    assert paired_interval(good, good, 60) == (0.0, 0.0)
-    low, high = paired_interval(good, bad, 60)
+    good, bad = resampled(match_all(detections, truths), 60), resampled(match_all(worse, truths), 60)
+    assert paired_interval(good, good) == (0.0, 0.0)
+    low, high = paired_interval(good, bad)
     lost = 100 * (once(detections, truths) - once(worse, truths))
     assert 0 < low < lost < high < 100
-    assert paired_interval(bad, good, 60) == pytest.approx((-high, -low))
+    assert paired_interval(bad, good) == pytest.approx((-high, -low))
     # Four times the images, half the width.
     many, many_truths = random_images(240, 1.0)
     many_worse, _ = random_images(240, 3.0)
-    narrow = paired_interval(match_all(many, many_truths), match_all(many_worse, many_truths), 240)
+    narrow = paired_interval(*(resampled(match_all(one, many_truths), 240) for one in (many, many_worse)))
     assert 0.3 < (narrow[1] - narrow[0]) / (high - low) < 0.8
 
 
