@@ -12,6 +12,9 @@ from qsearch.commands.terminal import print_json
 
 __all__ = ["run"]
 
+# Mean average precision wants the weak boxes as well; a person does not.
+LEAST_SHOWN = 0.3
+
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that export wrote.")],
@@ -35,9 +38,11 @@ def run(
         return
     if head is not None:
         for path, row in zip(images, rows, strict=True):
-            for entry in row:
-                edges = " ".join(f"{edge:.1f}" for edge in entry["box"])
+            shown = [entry for entry in row if entry["score"] >= LEAST_SHOWN]
+            for entry in shown:
+                edges = ", ".join(f"{edge:.1f}" for edge in entry["box"])
                 typer.echo(f"{path}: {entry['name']} {100 * entry['score']:.1f} % at {edges}")
+            typer.echo(f"{path}: {len(shown)} boxes, and {len(row) - len(shown)} below {LEAST_SHOWN:.0%} that --json lists")
         return
     for path, row in zip(images, rows, strict=True):
         best = ", ".join(f"{entry['name']} {100 * entry['probability']:.1f} %" for entry in row)

@@ -154,7 +154,7 @@ def outputs(bundle, images):
 def predict(bundle, images, best=5):
     """The best classes of every image, with softmax probabilities."""
     if (bundle / DETECTION).exists():
-        raise BundleProblem(f"{bundle} holds a detector, which classifies nothing: its outputs are read as {DETECTION} says")
+        raise BundleProblem(f"{bundle} holds a detector, which classifies nothing: give outputs X.npy Y.npy instead of predict")
     classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
     rows = []
     for logits in outputs(bundle, images):

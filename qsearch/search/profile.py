@@ -18,11 +18,15 @@ from qsearch.models.graph import Graph
 from qsearch.models.zoo import LoadedModel
 from qsearch.search.space import SearchSpace
 
-__all__ = ["Profile", "check_outputs", "for_task", "last_layers", "task_profile"]
+__all__ = ["HOW_TO_DECLARE", "Profile", "check_outputs", "for_task", "last_layers", "task_profile"]
 
 # Precisions that a precise layer may take, and the one it takes where nothing is searched.
 PRECISE: tuple[PrecisionName, ...] = ("fp32", "int16")
 PRECISE_DEFAULT: PrecisionName = "int16"
+HOW_TO_DECLARE = (
+    "put DETECTION = {'strides': [8, 16]} beside its factory, or the same as JSON into the .pt2 archive's extra file "
+    "detection.json; qsearch.models.detection tells what else it may say"
+)
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,8 @@ def for_task(loaded: LoadedModel, task: Task | None) -> LoadedModel:
     if task == "classification":
         return replace(loaded, detection=None)
     if task == "detection" and loaded.detection is None:
-        raise UnsupportedModelError(f"model {loaded.name!r} does not say how its output is read as boxes: {_ADVICE}")
+        raise UnsupportedModelError(f"model {loaded.name!r} does not say how its output is read as boxes: {HOW_TO_DECLARE}")
     return loaded
-
-
-_ADVICE = (
-    "put DETECTION = {'strides': [8, 16]} beside its factory, or the same as JSON into the .pt2 archive's extra file "
-    "detection.json; qsearch.models.detection tells what else it may say"
-)
 
 
 def check_outputs(graph: Graph, loaded: LoadedModel) -> int:
@@ -96,7 +94,8 @@ def check_outputs(graph: Graph, loaded: LoadedModel) -> int:
         return loaded.detection.check_output(loaded.name, shape, graph.input.shape[2:])  # type: ignore[arg-type]
     if len(shape) != 2:
         raise UnsupportedModelError(
-            f"model {loaded.name!r} returns shape {shape}; a classifier returns (batch, classes). If it is a detector, {_ADVICE}"
+            f"model {loaded.name!r} returns shape {shape}; a classifier returns (batch, classes). "
+            f"If it is a detector, {HOW_TO_DECLARE}"
         )
     return shape[1]
 

@@ -1,5 +1,7 @@
 """One interface for what a module is worth, whatever it is for."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,12 @@ def test_a_detector_loses_mean_average_precision(outputs: np.ndarray, monkeypatc
     assert len(asked) == 3
     assert np.array_equal(asked[0][0].boxes, decode_outputs(outputs, HEAD, SIDE)[0].boxes)
     assert np.array_equal(asked[1][0].boxes, decode_outputs(other, HEAD, SIDE)[0].boxes)
+
+
+def test_a_scorer_goes_to_another_process(outputs: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "mean_average_precision", lambda detections, truths: (50.0, 80.0))
+    one = scorer(outputs)
+    assert pickle.loads(pickle.dumps(one)).compare(outputs, outputs) == one.compare(outputs, outputs)
 
 
 def test_a_run_of_a_detector_cannot_be_bounded_by_a_part_of_it(outputs: np.ndarray) -> None:

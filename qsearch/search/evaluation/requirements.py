@@ -9,11 +9,12 @@ from pathlib import Path
 from qsearch.build.target import Target, open_target, require_runnable
 from qsearch.build.threads import use_threads
 from qsearch.data import Dataset, Preprocessing, load_dataset
-from qsearch.data.box_listing import load_box_dataset
+from qsearch.data.box_listing import BOXES_FILE, load_box_dataset
 from qsearch.errors import DataError, StudyError, UnsupportedModelError
 from qsearch.measure.mean_average_precision import require_torchmetrics
 from qsearch.models.zoo import LoadedModel
 from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.profile import HOW_TO_DECLARE
 
 __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_dataset", "open_local_target", "require_room"]
 
@@ -50,6 +51,11 @@ def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preproc
     if loaded.detection is not None:
         require_torchmetrics()
         return load_box_dataset(source, preprocessing, loaded.classes, settings.seed, settings.convert_channels)
+    if settings.data is not None and (settings.data / BOXES_FILE).exists() and not (settings.data / "labels.csv").exists():
+        raise DataError(
+            f"{settings.data} holds {BOXES_FILE}, images for a detector, which model {settings.model!r} does not say it is. If "
+            f"it is one, {HOW_TO_DECLARE}"
+        )
     return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
 
 
