@@ -120,7 +120,7 @@ def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     data += [f"preprocessing {settings.preprocessing}"] if settings.preprocessing else []
     if request.limits:
         # Left out where there are none, as studies made before there were constraints have it.
-        parts["constraints"] = limits_text(request.limits)
+        parts["constraints"] = limits_text(request.limits, evaluator.baseline.accuracy.metric)
     labels = {"model": settings.model, "data": ", ".join(data), "space": request.space.name}
     return Identity(parts, labels)
 

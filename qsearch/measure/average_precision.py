@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from qsearch.data.boxes import ImageBoxes
 from qsearch.measure.boxes import Detections, overlaps
 
-__all__ = ["THRESHOLDS", "Matched", "average_precision", "match_all", "paired_interval", "resampled"]
+__all__ = ["RECALLS", "THRESHOLDS", "Matched", "average_precision", "match_all", "paired_interval", "resampled"]
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Intersections over union from which a box counts as found (Lin et al., "Microsoft COCO", 2014)."""
 
 RECALLS = np.linspace(0.0, 1.0, 101)
+"""Recalls at which precision is looked up."""
+
 RESAMPLES = 200
 # Of resamples at once: bounds the memory.
 CHUNK = 50

@@ -11,6 +11,8 @@ from qsearch.models.detection import DetectionHead
 
 __all__ = ["Detections", "decode_outputs", "overlaps", "suppress"]
 
+# The strongest so many of an image are looked at for suppression, whose time grows with their square.
+MOST_CANDIDATES = 1000
 # Beyond this many e-folds of a stride a distance leaves every image.
 LARGEST_LOGARITHM = 12.0
 
@@ -104,7 +106,7 @@ def _positions(head: DetectionHead, side: tuple[int, int]) -> tuple[NDArray[np.f
 def _strongest(edges: NDArray[np.float32], scores: NDArray[np.float64], head: DetectionHead) -> Detections:
     positions, classes = np.nonzero(scores >= head.least_score)
     found = scores[positions, classes]
-    order = np.argsort(-found, kind="stable")
+    order = np.argsort(-found, kind="stable")[:MOST_CANDIDATES]
     boxes, classes, found = edges[positions[order]], classes[order], found[order]
     kept = suppress(boxes, classes, head.most_overlap)[: head.most_boxes]
     return Detections(boxes[kept], classes[kept], found[kept].astype(np.float32))

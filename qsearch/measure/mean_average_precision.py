@@ -8,6 +8,7 @@ from typing import Any
 
 from qsearch.data.boxes import ImageBoxes
 from qsearch.errors import UsageError
+from qsearch.measure.average_precision import RECALLS, THRESHOLDS
 from qsearch.measure.boxes import Detections
 from qsearch.models.torchvision_import import import_torchvision
 
@@ -48,7 +49,8 @@ def mean_average_precision(detections: Sequence[Detections], truths: Sequence[Im
     import torch
     from torchmetrics.detection import MeanAveragePrecision
 
-    metric: Any = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
+    # COCO's own thresholds: the defaults are rounded to float32, and a recall of exactly 0.1 falls short of them.
+    metric: Any = MeanAveragePrecision("xyxy", "bbox", iou_thresholds=THRESHOLDS.tolist(), rec_thresholds=RECALLS.tolist())
     given = [
         {"boxes": torch.from_numpy(one.boxes), "scores": torch.from_numpy(one.scores), "labels": torch.from_numpy(one.classes)}
         for one in detections

@@ -10,6 +10,8 @@ from qsearch.errors import UnsupportedModelError
 
 __all__ = ["DetectionHead", "Distances"]
 
+# Boxes of an image that COCO's evaluation looks at.
+MOST_COUNTED = 100
 Distances = Literal["exp", "linear"]
 
 
@@ -32,7 +34,7 @@ class DetectionHead:
         heads: Names or globs of layers that the detection profile keeps precise besides the last ones before the output.
         least_score: Boxes that score less are dropped.
         most_overlap: Of two boxes of one class that overlap more (intersection over union) the weaker one is dropped.
-        most_boxes: The strongest so many boxes of an image are kept.
+        most_boxes: The strongest so many boxes of an image are kept; mean average precision looks at no more than 100.
     """
 
     strides: tuple[int, ...]
@@ -58,7 +60,8 @@ class DetectionHead:
             value = getattr(self, name)
             share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
             _require(name, value, share, "a number from 0 to 1")
-        _require("most_boxes", self.most_boxes, _is_positive(self.most_boxes), "a positive integer")
+        counted = _is_positive(self.most_boxes) and self.most_boxes <= MOST_COUNTED
+        _require("most_boxes", self.most_boxes, counted, f"an integer from 1 to {MOST_COUNTED}")
 
     @property
     def fixed_channels(self) -> int:

@@ -23,7 +23,7 @@ from qsearch.search.front import (
     measurement_from_json,
     study_front,
 )
-from qsearch.search.study import OBJECTIVES, StudyHandle, finished, measured_trials
+from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names
 
 __all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
 
@@ -47,7 +47,7 @@ def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any
         study.set_user_attr(_RUN, dict(run))
         if baseline.accuracy.metric == MEAN_AVERAGE_PRECISION:
             # Only what the dashboard calls it: attributes keep the name of the first task's loss.
-            study.set_metric_names([name.replace("top1", MEAN_AVERAGE_PRECISION) for name in OBJECTIVES])
+            study.set_metric_names(objective_names(baseline.accuracy.metric))
 
 
 def record_bound(handle: StudyHandle, bound: TablesBound) -> None:

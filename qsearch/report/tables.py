@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from qsearch.config import QuantConfig
-from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Accuracy, Latency, Measurement
+from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.report.notes import calibration_text
 from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
@@ -67,8 +67,6 @@ def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
     with handle.guard():
         front, closest = study_front(handle.study), closest_points(handle.study)
         limits = recorded_parts(handle.study).get("constraints")
-    if limits and baseline.accuracy.metric == MEAN_AVERAGE_PRECISION:
-        limits = limits.replace("top1_loss_pp", "mAP_loss_pp")
     if closest:
         return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are")
     return front_table(front, baseline, f"front of study {handle.name}")

@@ -1,7 +1,11 @@
 """Task profiles: what a model is for chooses what is searched by default, and what counts as loss.
 
-A classifier is searched as its space says. Of a detector the layers that give boxes and classes stay precise: a
-distance in pixels has no neighbour class that would absorb its error. What a space or a configuration names itself wins.
+A classifier is searched as its space says. Of a detector the layers that give boxes and classes stay precise: with them
+the built-in one loses nothing at int8 that its interval would show, without them 0.6 points of mAP, and 8 instead of 4
+with 4-bit weights. What a space or a configuration names itself wins.
+
+Nothing is chosen by the statistics of the inputs. A more precise first layer, the obvious candidate for inputs of one
+channel or a wide range, changed neither the built-in networks nor EfficientNet-Lite0 at int8 by more than their intervals.
 """
 
 from __future__ import annotations

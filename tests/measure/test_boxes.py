@@ -74,6 +74,7 @@ def test_suppression_spares_other_classes_and_what_only_a_suppressed_box_overlap
         ({"strides": [8.0]}, "strides must be"),
         ({"strides": [8], "distances": "log"}, "'exp' or 'linear', got 'log'"),
         ({"strides": [8], "least_score": 2}, "least_score must be a number from 0 to 1, got 2"),
+        ({"strides": [8], "most_boxes": 300}, "most_boxes must be an integer from 1 to 100, got 300"),
         ({"strides": [8], "heads": "head"}, "heads must be a list"),
         ("strides", "expected strides"),
     ],
