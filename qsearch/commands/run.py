@@ -42,7 +42,8 @@ def run(
             for entry in shown:
                 edges = ", ".join(f"{edge:.1f}" for edge in entry["box"])
                 typer.echo(f"{path}: {entry['name']} {100 * entry['score']:.1f} % at {edges}")
-            typer.echo(f"{path}: {len(shown)} boxes, and {len(row) - len(shown)} below {LEAST_SHOWN:.0%} that --json lists")
+            weaker = len(row) - len(shown)
+            typer.echo(f"{path}: boxes found: {len(shown)}; below {100 * LEAST_SHOWN:.0f} %, with --json: {weaker} more")
         return
     for path, row in zip(images, rows, strict=True):
         best = ", ".join(f"{entry['name']} {100 * entry['probability']:.1f} %" for entry in row)

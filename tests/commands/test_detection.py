@@ -11,11 +11,18 @@ import pytest
 from PIL import Image
 from real_search import command, fails, within
 
+from qsearch.config import QuantConfig
 from qsearch.data.boxes import ImageBoxes
+from qsearch.export import runner
+from qsearch.export.from_study import export_point
+from qsearch.export.verify import verify_bundle
 from qsearch.measure import mean_average_precision, task
 from qsearch.measure.average_precision import average_precision, match_all
 from qsearch.measure.boxes import Detections
 from qsearch.search.evaluation import requirements
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.objective import prepare_evaluator
+from qsearch.search.front import FrontPoint
 
 # Squares are told by their brightness, and are as wide as they are bright.
 NETWORK = """
@@ -84,7 +91,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_user_s_detector_is_evaluated_by_mean_average_precision(folder: Path) -> None:
+def test_a_user_s_detector_is_evaluated_and_exported(folder: Path) -> None:
     result = within(folder, "evaluate", "--model", "finder:build", "--data", "data", "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
@@ -92,6 +99,23 @@ def test_a_user_s_detector_is_evaluated_by_mean_average_precision(folder: Path) 
     assert [row["metric"] for row in document["rows"]] == ["mAP", "mAP"]
     assert all(row["top1"] > 90 for row in document["rows"])
     assert "task: detection, the loss is that of mAP; box, score stay at int16 or fp32" in result.stderr
+    evaluator = prepare_evaluator(Settings("finder:build", data=folder / "data", cache_dir=folder / "studies" / "cache"), print)
+    config = QuantConfig(precision={"mean": "int8", "box": "int16", "score": "int16"})
+    point = FrontPoint(0, config, evaluator.evaluate(config))
+    assert point.measurement.accuracy.metric == "mAP"
+    export_point(evaluator, point, evaluator.baseline, folder / "bundle")
+    assert verify_bundle(folder / "bundle")["mismatching_bits"] == 0
+    assert "detection.json" in (folder / "bundle" / "README.md").read_text()
+    with (folder / "data" / "boxes.csv").open(newline="") as stream:
+        name, label, *edges = list(csv.reader(stream))[2]
+    found = json.loads(within(folder, "run", "bundle", f"data/{name}", "--json").stdout)[0]["boxes"]
+    assert [box["name"] for box in found] == [label]
+    assert found[0]["box"] == pytest.approx(list(map(float, edges)), abs=0.1)
+    shown = within(folder, "run", "bundle", f"data/{name}").stdout
+    assert "square" in shown
+    assert "boxes found: 1; below 30 %" in shown
+    with pytest.raises(runner.BundleProblem, match="outputs X.npy Y.npy instead of predict"):
+        runner.predict(folder / "bundle", np.zeros((1, 1, 16, 24), np.float32))
 
 
 def test_what_does_not_fit_the_task_is_refused(folder: Path) -> None:
