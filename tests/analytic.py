@@ -24,6 +24,7 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.workers import Measure, Worker
+from qsearch.search.profile import Profile
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
@@ -54,6 +55,7 @@ class AnalyticEvaluator:
     def __init__(self, layers: int = 8, identity: dict[str, str] | None = None, blocks: bool = False) -> None:
         """Draw the layers' costs."""
         self.blocks = blocks
+        self.profile = Profile()
         self.graph = make_graph(layers)
         self.seconds = {"float_pass": 0.25}
         self.identity = identity or {"model": "m" * 64, "data": "d" * 64, "target": "llvm"}

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
+from qsearch.commands.options import (
+    ConvertChannels,
+    Data,
+    Json,
+    Model,
+    Preprocessing,
+    Seed,
+    Target,
+    Task,
+    Threads,
+    Weights,
+    checked_task,
+)
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 __all__ = ["evaluate"]
@@ -29,6 +41,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="search or heldout: which images.")] = "search",
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
+    task: Task = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
 ) -> None:
@@ -46,7 +59,9 @@ def evaluate(
         raise UsageError("--precision names nothing: use for example fp32,int8")
     configs = {name: named_config(name) for name in names}
     spaces = {name.strip(): load_space(name.strip()) for name in (preset or "").split(",") if name.strip()}
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+    settings = Settings(
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+    )
     with stdout_reserved():
         from dataclasses import asdict
 
@@ -56,21 +71,24 @@ def evaluate(
 
         evaluator = prepare_evaluator(settings, say)
         for name, space in spaces.items():
-            bound = bind_space(space, evaluator.graph)
+            bound = bind_space(evaluator.profile.space(space), evaluator.graph)
             configs[name] = bound.config(bound.start_values())
         shared = evaluator.dataset.search_half_calibrating
         if split == "search" and shared:
             say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
         part = "search_half" if split == "search" else split
+        if evaluator.profile.precise:
+            # A file says itself what each layer is.
+            configs = {
+                name: config if name.endswith(".json") else evaluator.profile.config(config) for name, config in configs.items()
+            }
         rows = []
         for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
             shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
-            rows.append(
-                EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, accuracy.top1, accuracy.top5, accuracy.images)
-            )
+            scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric)
+            rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores))
     if json:
-        print_json(
-            {"model": model, "target": evaluator.target.description, "split": split, "rows": [asdict(row) for row in rows]}
-        )
+        facts = {"model": model, "target": evaluator.target.description, "split": split, "task": evaluator.profile.task}
+        print_json(facts | {"rows": [asdict(row) for row in rows]})
         return
     print_table(evaluate_table(rows, f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"))

@@ -19,7 +19,9 @@ def export(
     storage: Storage = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Number of the trial; default: --pick.")] = None,
     pick: Annotated[str | None, typer.Option(help="knee, fastest, smallest or most-accurate.", show_default="knee")] = None,
-    max_loss_pp: Annotated[float | None, typer.Option(help="Pick only among points that lose at most this much top-1.")] = None,
+    max_loss_pp: Annotated[
+        float | None, typer.Option(help="Pick only among points that lose at most so many percentage points.")
+    ] = None,
     all_points: Annotated[bool, typer.Option("--all", help="Export every point of the front.")] = False,
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure trials whose kernels have changed again, and say so in the bundle.")

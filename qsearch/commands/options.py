@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -18,16 +18,20 @@ __all__ = [
     "Storage",
     "Study",
     "Target",
+    "Task",
     "Threads",
     "Weights",
+    "checked_task",
     "default_study",
 ]
 
-Model = Annotated[str, typer.Option(help="demo, efficientnet_lite0, torchvision:NAME, package.module:factory, or a .pt2 file.")]
+Model = Annotated[
+    str, typer.Option(help="demo, demo_detector, efficientnet_lite0, torchvision:NAME, package.module:factory, or a .pt2 file.")
+]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint to load instead of the model's own weights.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Directory of images: one folder per class, or labels.csv. Default: the model's own images."),
+    typer.Option(help="Directory of images: one folder per class, labels.csv, or boxes.csv. Default: the model's own images."),
 ]
 Target = Annotated[
     str, typer.Option(help="CPU to compile for: host (or llvm), portable, or an LLVM name such as icelake-server.")
@@ -37,12 +41,33 @@ ConvertChannels = Annotated[
     bool, typer.Option("--convert-channels", help="Convert grey images to colour, or the reverse, where the model needs it.")
 ]
 Preprocessing = Annotated[Path | None, typer.Option(help="File that overrides the model's preprocessing.")]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="classification or detection: what is lost, top-1 or mAP, and which layers stay precise.",
+        show_default="from the model",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Study = Annotated[str, typer.Option(help="Name of the study.")]
 Storage = Annotated[
     str | None, typer.Option(help="SQLAlchemy URL of the study's database.", show_default="sqlite:///studies/STUDY.db")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
+
+
+def checked_task(name: str | None) -> Any:
+    """The task of that name; None for what the model says.
+
+    Raises:
+        UsageError: There is no such task.
+    """
+    from qsearch.errors import UsageError
+    from qsearch.measure.measurement import Task as Tasks
+
+    if name is not None and name not in get_args(Tasks):
+        raise UsageError(f"unknown task {name!r}: use {' or '.join(get_args(Tasks))}, or leave it out")
+    return name
 
 
 def default_study(model: str) -> str:

@@ -15,8 +15,10 @@ from qsearch.commands.options import (
     Seed,
     Storage,
     Target,
+    Task,
     Threads,
     Weights,
+    checked_task,
     default_study,
 )
 from qsearch.commands.terminal import INFEASIBLE, print_json, print_table, say, stdout_reserved
@@ -40,7 +42,9 @@ def search(
     tune: Annotated[float, typer.Option(min=0.0, help="Before a new study, time register tiles for so many seconds.")] = 0.0,
     max_latency_ms: Annotated[float | None, typer.Option(help="Constraint: largest latency wanted, milliseconds.")] = None,
     max_bytes: Annotated[float | None, typer.Option(help="Constraint: most memory wanted, bytes.")] = None,
-    max_loss_pp: Annotated[float | None, typer.Option(help="Constraint: most top-1 lost, percentage points.")] = None,
+    max_loss_pp: Annotated[
+        float | None, typer.Option(help="Constraint: most top-1, or a detector's mAP, lost, percentage points.")
+    ] = None,
     early_stopping: Annotated[
         bool, typer.Option(help="End a trial as soon as its first images show that it can reach neither front nor constraints.")
     ] = True,
@@ -54,6 +58,7 @@ def search(
         ),
     ] = None,
     preprocessing: Preprocessing = None,
+    task: Task = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
 ) -> None:
@@ -76,7 +81,9 @@ def search(
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     check_jobs(jobs, threads)
     chosen = load_space(space)
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+    settings = Settings(
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+    )
 
     from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model

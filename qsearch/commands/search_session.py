@@ -33,6 +33,7 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.planner import PlannerSampler
+from qsearch.search.profile import Profile
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
@@ -88,6 +89,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
     """
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say)
+    request = _for_task(request, evaluator.profile)
     bound = bind_space(request.space, evaluator.graph)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
@@ -106,6 +108,14 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         return document, study_table(handle, baseline)
 
 
+def _for_task(request: SearchRequest, profile: Profile) -> SearchRequest:
+    """The request with the defaults of what the model is for."""
+    stopping = request.early_stopping and profile.task == "classification"
+    if stopping != request.early_stopping:
+        say("no trial is stopped early: mAP is no mean over images, so that some of them say nothing certain of all")
+    return replace(request, space=profile.space(request.space), early_stopping=stopping)
+
+
 def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     settings = request.settings
     parts = {**evaluator.identity, "space": request.space.content_hash(), "objective": OBJECTIVE_VERSION}
@@ -115,7 +125,7 @@ def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
     data += [f"preprocessing {settings.preprocessing}"] if settings.preprocessing else []
     if request.limits:
         # Left out where there are none, as studies made before there were constraints have it.
-        parts["constraints"] = limits_text(request.limits)
+        parts["constraints"] = limits_text(request.limits, evaluator.baseline.accuracy.metric)
     labels = {"model": settings.model, "data": ", ".join(data), "space": request.space.name}
     return Identity(parts, labels)
 

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
+from qsearch.commands.options import (
+    ConvertChannels,
+    Data,
+    Json,
+    Model,
+    Preprocessing,
+    Seed,
+    Target,
+    Task,
+    Threads,
+    Weights,
+    checked_task,
+)
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 __all__ = ["tables"]
@@ -22,6 +34,7 @@ def tables(
     space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
+    task: Task = None,
     convert_channels: ConvertChannels = False,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write a picture of the tables to.")] = None,
     json: Json = False,
@@ -34,7 +47,9 @@ def tables(
     if plot is not None and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot: expected a PNG file in a directory that exists, such as tables.png, got {plot}")
     chosen = load_space(space)
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+    settings = Settings(
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+    )
 
     from qsearch.search.bound_space import bind_space
     from qsearch.search.evaluation.objective import open_evaluator
@@ -43,7 +58,7 @@ def tables(
 
     with stdout_reserved():
         evaluator = open_evaluator(settings, say)
-        bound = bind_space(chosen, evaluator.graph)
+        bound = bind_space(evaluator.profile.space(chosen), evaluator.graph)
         measured = measure_tables(evaluator, bound, say)
     rows = layer_rows(bound, measured)
     if not rows:

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Target, Threads, Weights
+from qsearch.commands.options import (
+    ConvertChannels,
+    Data,
+    Json,
+    Model,
+    Preprocessing,
+    Seed,
+    Target,
+    Task,
+    Threads,
+    Weights,
+    checked_task,
+)
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 if TYPE_CHECKING:
@@ -28,6 +40,7 @@ def tune(
     seconds: Annotated[float, typer.Option(min=0.0, help="Begin no kernel after this time.")] = 300.0,
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
+    task: Task = None,
     convert_channels: ConvertChannels = False,
     json: Json = False,
 ) -> None:
@@ -41,7 +54,9 @@ def tune(
         raise UsageError("--precision names nothing: use for example fp32,int8")
     for name in names:
         named_config(name)
-    settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
+    settings = Settings(
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+    )
     with stdout_reserved():
         found = tune_model(settings, names, seconds)
     if json:

@@ -16,6 +16,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from PIL import Image
 
+from qsearch.data.boxes import ImageBoxes, boxes_in_input
 from qsearch.data.decode import convert_channels
 from qsearch.data.labels import Classes, Labels
 from qsearch.data.listing import Listing, list_csv, list_folders
@@ -69,7 +70,10 @@ class Dataset:
         sizes = [size for size, _ in self.listing.versions]
         listed = [self.listing.names, sizes, self.listing.labels.indices, self.classes]
         parts = [self.split.calibration, self.split.search, self.split.heldout]
-        return _sha256([listed, parts, self.preprocessing.to_json(), self.convert])
+        known = [listed, parts, self.preprocessing.to_json(), self.convert]
+        if self.listing.boxes is not None:
+            known.append([[one.boxes.tolist(), one.classes.tolist()] for one in self.listing.boxes])
+        return _sha256(known)
 
     @property
     def search_half_calibrating(self) -> int:
@@ -89,6 +93,16 @@ class Dataset:
     def labels(self, part: Part) -> NDArray[np.int64]:
         """Return the class indices, int64 (N,)."""
         return np.array([self.listing.labels.indices[index] for index in self.indices(part)], np.int64)
+
+    def boxes(self, part: Part) -> tuple[ImageBoxes, ...]:
+        """Return what is on each image, in pixels of the model's input.
+
+        Raises:
+            DataError: the images have a class each, and no boxes.
+        """
+        if self.listing.boxes is None:
+            raise DataError(f"data {self.name!r} has no boxes to score a detector with: give --data a directory with boxes.csv")
+        return tuple(boxes_in_input(self.listing.boxes[index], self.preprocessing) for index in self.indices(part))
 
     def images(self, part: Part, cache: Path, progress: Progress | None = None) -> NDArray[np.float32]:
         """Return a part's preprocessed images, decoding them if the cache does not hold them.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from qsearch.data.preprocessing import Preprocessing
 from qsearch.errors import DataError
 
-__all__ = ["convert_channels", "decode", "open_image"]
+__all__ = ["convert_channels", "decode", "image_size", "open_image"]
 
 _GREY_MODES = {"1", "L", "LA", "La"}
 _COLOUR_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -53,10 +55,26 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: the file is missing, truncated or not an image.
     """
+    with _readable(path), Image.open(path) as image:
+        image.load()
+        return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read an image's (width, height), pixels, off its header.
+
+    Raises:
+        DataError: the file is missing or not an image.
+    """
+    with _readable(path), Image.open(path) as image:
+        return image.size
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of what Pillow raises which file it is about."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        yield
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; correct the path") from None
     except _DAMAGED as error:

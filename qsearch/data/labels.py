@@ -31,7 +31,9 @@ class Labels:
     splits: tuple[str, ...] | None
 
 
-def map_labels(labels: Sequence[str], classes: Classes, places: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def map_labels(
+    labels: Sequence[str], classes: Classes, places: Sequence[str], least: int = 2
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Map the labels of a source onto the model's classes.
 
     The first rule that applies: the labels are the model's class names; they are integers, then they are class indices;
@@ -41,15 +43,16 @@ def map_labels(labels: Sequence[str], classes: Classes, places: Sequence[str]) -
         labels: as written, one per image.
         classes: of the model.
         places: where each label was read, for messages.
+        least: how many classes must occur; a detector may know but one.
 
     Returns:
-        Class index per image, and the class names in the model's order.
+        Class index per label, and the class names in the model's order.
 
     Raises:
-        DataError: fewer than two classes occur, or a label is none of the model's.
+        DataError: too few classes occur, or a label is none of the model's.
     """
     known = set(labels)
-    if len(known) < 2:
+    if len(known) < least:
         raise DataError(f"all images have the class {labels[0]!r} ({places[0]}); top-1 needs images of at least two classes")
     if isinstance(classes, tuple) and known <= set(classes):
         return _by_name(labels, classes, places), classes

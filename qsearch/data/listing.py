@@ -10,11 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from qsearch.data.boxes import ImageBoxes
 from qsearch.data.decode import open_image
 from qsearch.data.labels import Classes, Labels, map_labels
 from qsearch.errors import DataError
 
-__all__ = ["SPLITS", "Listing", "list_csv", "list_folders"]
+__all__ = ["SPLITS", "Listing", "check_splits", "list_csv", "list_folders", "listing_of", "resolve_image"]
 
 SPLITS = ("calibration", "search", "heldout")
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -30,6 +31,7 @@ class Listing:
         labels: Classes and parts.
         versions: Size in bytes and time of change in nanoseconds per image.
         open: Decodes image number i; raises DataError.
+        boxes: What is on each image, for a detector; None where images have a class each.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Listing:
     labels: Labels
     versions: tuple[tuple[int, int], ...]
     open: Callable[[int], Image.Image]
+    boxes: tuple[ImageBoxes, ...] | None = None
 
 
 def list_folders(folder: Path, classes: Classes) -> Listing:
@@ -63,7 +66,7 @@ def list_folders(folder: Path, classes: Classes) -> Listing:
         files += [(path, directory.name) for path in images]
     labels, names = map_labels([label for _, label in files], classes, [str(path.parent) for path, _ in files])
     relative = tuple(f"{path.parent.name}/{path.name}" for path, _ in files)
-    return _listing(folder.resolve().name, [path for path, _ in files], relative, Labels(labels, names, None))
+    return listing_of(folder.resolve().name, [path for path, _ in files], relative, Labels(labels, names, None))
 
 
 def list_csv(table: Path, classes: Classes) -> Listing:
@@ -82,14 +85,27 @@ def list_csv(table: Path, classes: Classes) -> Listing:
     """
     rows = sorted(_read_rows(table), key=lambda row: row["path"])
     places = [f"{table} line {row['line']}" for row in rows]
-    paths = [_resolve(table, row["path"], place) for row, place in zip(rows, places, strict=True)]
+    paths = [resolve_image(table, row["path"], place) for row, place in zip(rows, places, strict=True)]
     _reject_duplicates(paths, rows, places)
     splits = tuple(row["split"] for row in rows) if rows and "split" in rows[0] else None
-    for split, place in zip(splits or (), places, strict=False):
+    check_splits(splits or (), places)
+    labels, names = map_labels([row["label"] for row in rows], classes, places)
+    return listing_of(table.parent.resolve().name, paths, tuple(row["path"] for row in rows), Labels(labels, names, splits))
+
+
+def check_splits(splits: Sequence[str], places: Sequence[str]) -> None:
+    """Refuse parts that there are none of.
+
+    Args:
+        splits: As written; none for a source without them.
+        places: Where each was read, for messages.
+
+    Raises:
+        DataError: A part is unknown.
+    """
+    for split, place in zip(splits, places, strict=False):
         if split not in SPLITS:
             raise DataError(f"{place}: split must be one of {', '.join(SPLITS)}; got {split!r}")
-    labels, names = map_labels([row["label"] for row in rows], classes, places)
-    return _listing(table.parent.resolve().name, paths, tuple(row["path"] for row in rows), Labels(labels, names, splits))
 
 
 def _read_rows(table: Path) -> list[dict[str, str]]:
@@ -125,7 +141,12 @@ def _check_columns(table: Path, columns: list[str]) -> None:
         raise DataError(f"{table} has the unknown column {lookalikes[0]!r}; name it 'split', or rename it if it is not one")
 
 
-def _resolve(table: Path, name: str, place: str) -> Path:
+def resolve_image(table: Path, name: str, place: str) -> Path:
+    """The file that a table names: relative to the table's folder, or to that folder's parent.
+
+    Raises:
+        DataError: There is none.
+    """
     for folder in (table.parent, table.parent.parent):
         if (folder / name).is_file():
             return folder / name
@@ -143,7 +164,7 @@ def _reject_duplicates(paths: Sequence[Path], rows: Sequence[dict[str, str]], pl
             raise DataError(f"{places[index]}: {path} is already named on line {rows[first]['line']}{where}; keep one row")
 
 
-def _listing(name: str, paths: Sequence[Path], names: tuple[str, ...], labels: Labels) -> Listing:
+def listing_of(name: str, paths: Sequence[Path], names: tuple[str, ...], labels: Labels) -> Listing:
     """Add to names and labels what the file system knows."""
     states = [path.stat() for path in paths]
     versions = tuple((state.st_size, state.st_mtime_ns) for state in states)

@@ -93,12 +93,20 @@ class Preprocessing:
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image after resizing, pixels."""
         if self.resize is None:
-            return image
-        short, long = sorted(image.size)
+            return width, height
+        short, long = sorted((width, height))
         longer = int(self.resize * long / short)
-        size = (self.resize, longer) if image.width <= image.height else (longer, self.resize)
+        return (self.resize, longer) if width <= height else (longer, self.resize)
+
+    def crop_corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top edge of the crop in a resized image, pixels."""
+        return round((width - self.crop[1]) / 2.0), round((height - self.crop[0]) / 2.0)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        size = self.resized(*image.size)
         return image if size == image.size else image.resize(size, _FILTERS[self.interpolation])
 
     def _cropped(self, image: Image.Image) -> Image.Image:
@@ -108,7 +116,7 @@ class Preprocessing:
                 f"the image has {image.width}x{image.height} pixels{' after resizing' if self.resize else ''}, "
                 f"the crop needs {width}x{height}; set the preprocessing's resize to at least {max(self.crop)}"
             )
-        top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)
+        left, top = self.crop_corner(*image.size)
         return image.crop((left, top, left + width, top + height))
 
     def to_json(self) -> dict[str, Any]:

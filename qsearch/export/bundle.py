@@ -36,10 +36,10 @@ PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 README = """# A qsearch bundle
 
 `model.so` is a compiled, quantized model for {target}. It takes float32 images ({shape}), preprocessed as
-`preprocessing.json` says, and gives logits. It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
+`preprocessing.json` says, and gives {output}. It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 
     python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
-    python run.py . predict X.npy    classify float32 images of shape {shape}
+{predict}
 
 | file | what it is |
 |---|---|
@@ -47,9 +47,12 @@ README = """# A qsearch bundle
 | config.json | the quantization configuration |
 | preprocessing.json, classes.json | from picture to input, from logit to name |
 | metrics.json | what was measured of this very module |
-| recorded_inputs.npy, recorded_outputs.npy | images and the logits that the module must give for them |
+| recorded_inputs.npy, recorded_outputs.npy | images and the outputs that the module must give for them |
 | manifest.json | target, versions, SHA-256 of every file |
 """
+PREDICT = "    python run.py . predict X.npy    classify float32 images of shape {shape}"
+DETECTOR_OUTPUT = "a box and logits at every position of a grid, read as `detection.json` says"
+DETECTOR_PREDICT = "    python run.py . outputs X.npy Y.npy    the outputs for float32 images of shape {shape}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class BundleContent:
         classes: Class names in output order; may be shorter than the output.
         metrics: What was measured, with `latency_ms` at the top level, and `remark` where there is something to say of it.
         inputs: Recorded images, float32 (N, C, H, W).
-        outputs: Logits the measured module gave for them, float32 (N, classes).
+        outputs: What the measured module gave for them, float32 (N, ...).
+        detection: JSON form of how a detector's output is read; None for a classifier.
     """
 
     config: QuantConfig
@@ -71,6 +75,7 @@ class BundleContent:
     metrics: dict[str, Any]
     inputs: np.ndarray
     outputs: np.ndarray
+    detection: dict[str, Any] | None = None
 
 
 def write_bundle(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
@@ -145,12 +150,16 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     _write_json(directory / "preprocessing.json", content.preprocessing)
     _write_json(directory / "classes.json", list(content.classes))
     _write_json(directory / "metrics.json", content.metrics)
+    if content.detection is not None:
+        _write_json(directory / runner.DETECTION, content.detection)
     np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
     np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
     shutil.copyfile(runner.__file__, directory / "run.py")
     versions = _versions()
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
-    text = README.format(target=linker.target.description, shape=shape, tvm=versions.get("apache-tvm", ""))
+    output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
+    words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
+    text = README.format(target=linker.target.description, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
     _write_manifest(directory, linker.target, versions, content.metrics)
 

@@ -118,6 +118,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         metrics=_metrics(point, baseline) | ({"remark": remark} if remark else {}),
         inputs=evaluator.images("search")[:RECORDED_IMAGES],
         outputs=logits[:RECORDED_IMAGES],
+        detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
     module_bytes = (directory / "model.so").stat().st_size
@@ -151,5 +152,6 @@ def _metrics(point: FrontPoint, baseline: Measurement) -> dict[str, Any]:
             "top1_loss_pp": accuracy.top1_loss_pp,
             "top1_loss_ci_pp": list(accuracy.top1_loss_ci_pp),
             "images": accuracy.images,
+            "metric": accuracy.metric,
         }
     return metrics

@@ -4,6 +4,7 @@ This file is copied into every bundle as run.py and stands alone; `verify` runs 
 
     python run.py BUNDLE                 check the files, replay the recorded outputs, time the module
     python run.py BUNDLE predict X.npy   print the best classes for float32 images (N, C, H, W), preprocessed
+    python run.py BUNDLE outputs X.npy Y.npy   write what the module gives for them to a file
 
 A module for several threads wants an idle machine: its threads wait for work by yielding their processor, and beside
 another busy process it may be ten times slower than on one thread.
@@ -25,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 WRONG_MACHINE = 3
+# A detector's bundle has this file.
+DETECTION = "detection.json"
 FORMAT = 1
 
 
@@ -106,7 +109,7 @@ def processor_count():
 
 
 def run_images(machine, tvm, images):
-    """Logits, float32 (N, classes), of float32 images (N, C, H, W), one by one."""
+    """Outputs, float32 (N, ...), of float32 images (N, C, H, W), one by one."""
     function = machine["main"]
     return np.concatenate([function(tvm.runtime.tensor(np.ascontiguousarray(image[None]))).numpy() for image in images])
 
@@ -152,14 +155,21 @@ def time_module(machine, tvm, image, threads):
     return {"latency_ms": float(middle), "latency_spread_ms": float((high - low) / 2)}
 
 
-def predict(bundle, images, best=5):
-    """The best classes of every image, with softmax probabilities."""
+def outputs(bundle, images):
+    """What the module gives for images, float32 (N, ...)."""
     manifest = read_manifest(bundle)
     check_machine(manifest)
-    classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
     machine, tvm = open_module(bundle, manifest)
+    return run_images(machine, tvm, images.astype(np.float32, copy=False))
+
+
+def predict(bundle, images, best=5):
+    """The best classes of every image, with softmax probabilities."""
+    if (bundle / DETECTION).exists():
+        raise BundleProblem(f"{bundle} holds a detector, which classifies nothing: give outputs X.npy Y.npy instead of predict")
+    classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
     rows = []
-    for logits in run_images(machine, tvm, images.astype(np.float32, copy=False)):
+    for logits in outputs(bundle, images):
         weights = np.exp(logits.astype(np.float64) - logits.max())
         order = np.argsort(-logits, kind="stable")[:best]
         rows.append(
@@ -179,6 +189,10 @@ def main(arguments):
     try:
         if len(arguments) >= 3 and arguments[1] == "predict":
             print(json.dumps(predict(bundle, np.load(arguments[2], allow_pickle=False))))
+            return 0
+        if len(arguments) >= 4 and arguments[1] == "outputs":
+            np.save(arguments[3], outputs(bundle, np.load(arguments[2], allow_pickle=False)), allow_pickle=False)
+            print(json.dumps({"outputs": arguments[3]}))
             return 0
         result = verify(bundle)
     except BundleProblem as problem:

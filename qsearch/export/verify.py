@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from qsearch.data import Preprocessing
-from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError
+from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError, UnsupportedModelError
 from qsearch.export import runner
+from qsearch.measure.boxes import decode_outputs
+from qsearch.models.detection import DetectionHead
 
-__all__ = ["predict_images", "read_bundle_preprocessing", "verify_bundle"]
+__all__ = ["detect_images", "predict_images", "read_bundle_detection", "read_bundle_preprocessing", "verify_bundle"]
 
 TIMEOUT_S = 600
 
@@ -61,6 +63,50 @@ def predict_images(directory: Path, images: np.ndarray) -> list[list[dict[str, A
         path = Path(scratch) / "images.npy"
         np.save(path, images, allow_pickle=False)
         return _run_fresh(directory, "predict", str(path))
+
+
+def detect_images(directory: Path, images: np.ndarray, head: DetectionHead) -> list[list[dict[str, Any]]]:
+    """What a detector's bundle sees on preprocessed images.
+
+    Args:
+        directory: The bundle.
+        images: float32 (N, C, H, W).
+        head: Of `read_bundle_detection`.
+
+    Returns:
+        Per image, best first: class, name, score, box (left, top, right, bottom; pixels of the module's input).
+
+    Raises:
+        BundleError: As `verify_bundle`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
+        np.save(given, images, allow_pickle=False)
+        _run_fresh(directory, "outputs", str(given), str(found))
+        outputs = np.load(found, allow_pickle=False)
+    classes = json.loads((directory / "classes.json").read_text(encoding="utf-8"))
+    return [
+        [
+            {"class": int(one), "name": runner.name_of(classes, int(one)), "score": float(score), "box": list(map(float, box))}
+            for one, score, box in zip(seen.classes, seen.scores, seen.boxes, strict=True)
+        ]
+        for seen in decode_outputs(outputs, head, images.shape[2:])  # type: ignore[arg-type]
+    ]
+
+
+def read_bundle_detection(directory: Path) -> DetectionHead | None:
+    """How the output of a bundle's module is read as boxes; None for a classifier.
+
+    Raises:
+        BundleError: The file is damaged.
+    """
+    path = directory / runner.DETECTION
+    if not path.exists():
+        return None
+    try:
+        return DetectionHead.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, UnsupportedModelError) as error:
+        raise BundleCorruptError(f"{path} is damaged: {error}") from error
 
 
 def read_bundle_preprocessing(directory: Path) -> Preprocessing:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
-__all__ = ["Accuracy", "Latency", "Measurement", "Memory"]
+__all__ = ["MEAN_AVERAGE_PRECISION", "TOP1", "Accuracy", "Latency", "Measurement", "Memory", "Task"]
+
+Task = Literal["classification", "detection"]
+"""What a model is for."""
+
+TOP1, MEAN_AVERAGE_PRECISION = "top-1", "mAP"
+# What the second figure of each metric is called.
+_SECOND = {TOP1: "top-5", MEAN_AVERAGE_PRECISION: "mAP@50"}
 
 
 @dataclass(frozen=True)
@@ -60,15 +68,18 @@ class Memory:
 class Accuracy:
     """Accuracy of a module against float on the same images.
 
+    Of a detector, told by `metric`, the same fields hold the mean average precision, 100 times as large.
+
     Attributes:
-        top1: Percent of images whose best class is right.
-        top5: Percent of images whose label is among the best five.
-        top1_loss_pp: Float top-1 minus this module's, percentage points.
+        top1: Percent of images whose best class is right; of a detector mAP at overlaps from 0.5 to 0.95.
+        top5: Percent of images whose label is among the best five; of a detector mAP at an overlap of 0.5.
+        top1_loss_pp: Float's top-1, or mAP, minus this module's, percentage points.
         top1_loss_ci_pp: 95 % interval of the loss, paired image by image.
         images: Number of images.
         output_sha256: Digest of every output byte, in image order.
         divergence: Mean Kullback-Leibler divergence of this module's class probabilities from float's, nats; None in
             records of older versions.
+        metric: What `top1` is for a person: top-1 or mAP.
     """
 
     top1: float
@@ -78,6 +89,12 @@ class Accuracy:
     images: int
     output_sha256: str
     divergence: float | None = None
+    metric: str = TOP1
+
+    @property
+    def second_metric(self) -> str:
+        """What `top5` is for a person."""
+        return _SECOND[self.metric]
 
 
 @dataclass(frozen=True)

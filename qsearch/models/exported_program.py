@@ -20,7 +20,7 @@ from qsearch.models.checkpoint import first_line
 
 __all__ = ["LoadedProgram", "load_exported_program"]
 
-PREPROCESSING_FILE, CLASSES_FILE = "preprocessing.json", "classes.json"
+PREPROCESSING_FILE, CLASSES_FILE, DETECTION_FILE = "preprocessing.json", "classes.json", "detection.json"
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class LoadedProgram:
         shape: (C, H, W) of its input.
         preprocessing: JSON form of a `Preprocessing`, from the archive's extra file `preprocessing.json`; None without it.
         classes: class names, from the extra file `classes.json`; None without it.
+        detection: JSON form of a `DetectionHead`, from the extra file `detection.json`; None without it.
     """
 
     program: ExportedProgram
     shape: tuple[int, int, int]
     preprocessing: Any
     classes: tuple[str, ...] | None
+    detection: Any = None
 
 
 def load_exported_program(path: Path) -> LoadedProgram:
@@ -56,7 +58,7 @@ def load_exported_program(path: Path) -> LoadedProgram:
         raise UnsupportedModelError(f"{path} does not exist; expected a file written by torch.export.save")
     if not zipfile.is_zipfile(path):
         raise UnsupportedModelError(f"{path} is not a .pt2 archive or is damaged; write it again with torch.export.save")
-    extra = {PREPROCESSING_FILE: "", CLASSES_FILE: ""}
+    extra = {PREPROCESSING_FILE: "", CLASSES_FILE: "", DETECTION_FILE: ""}
     try:
         with _careful_loading():
             program = torch.export.load(path, extra_files=extra)
@@ -68,7 +70,8 @@ def load_exported_program(path: Path) -> LoadedProgram:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UnsupportedModelError(f"{path}: {CLASSES_FILE} must be a list of class names")
     preprocessing = _extra(path, extra, PREPROCESSING_FILE)
-    return LoadedProgram(program, _input_shape(path, program), preprocessing, None if names is None else tuple(names))
+    classes, detection = None if names is None else tuple(names), _extra(path, extra, DETECTION_FILE)
+    return LoadedProgram(program, _input_shape(path, program), preprocessing, classes, detection)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ IMPORT_TOLERANCE = 1e-3
 
 
 def import_model(name: str, module: nn.Module | torch.export.ExportedProgram, shape: tuple[int, int, int, int]) -> Model:
-    """Import a classifier.
+    """Import a classifier or a detector.
 
     Args:
         name: Name of the model, for messages and reports.
@@ -131,8 +131,11 @@ def _output(name: str, builder: Builder, program: torch.export.ExportedProgram) 
     if len(results) != 1 or results[0] not in builder.values:
         raise UnsupportedModelError(f"model {name!r} returns {len(results)} tensors; wrap it so that it returns the logits alone")
     value = results[0].meta["val"]
-    if value.dim() != 2:
-        raise UnsupportedModelError(f"model {name!r} returns shape {tuple(value.shape)}; a classifier returns (batch, classes)")
+    if value.dim() not in (2, 3):
+        raise UnsupportedModelError(
+            f"model {name!r} returns shape {tuple(value.shape)}; a classifier returns (batch, classes), a detector "
+            "(batch, positions, 4 + classes)"
+        )
     return builder.values[results[0]]
 
 

@@ -18,6 +18,7 @@ from qsearch.data import Preprocessing
 from qsearch.errors import DataError, UnsupportedModelError
 from qsearch.models import efficientnet_lite
 from qsearch.models.checkpoint import first_line, hash_tensors, load_weights, read_state, reject_non_finite
+from qsearch.models.detection import DetectionHead
 from qsearch.models.exported_program import load_exported_program
 from qsearch.models.torchvision_import import imagenet_classes, import_torchvision
 
@@ -29,8 +30,8 @@ IMAGENET_PREPROCESSING = Preprocessing(
 """Assumed for models that do not say how their images are prepared."""
 
 DOWNLOAD = "download"
-_BUILT_IN = ("demo", "efficientnet_lite0")
-_FORMS = "demo, efficientnet_lite0, torchvision:NAME, package.module:factory, or a .pt2 file"
+_BUILT_IN = ("demo", "demo_detector", "efficientnet_lite0")
+_FORMS = "demo, demo_detector, efficientnet_lite0, torchvision:NAME, package.module:factory, or a .pt2 file"
 _RANDOM_SEED = 0
 _WARMING_PASSES, _WARMING_IMAGES = 2, 4
 
@@ -41,10 +42,11 @@ class LoadedModel:
 
     Attributes:
         name: What the user called it.
-        module: In evaluation mode: float32 (N, C, H, W) to logits, float32 (N, classes).
+        module: In evaluation mode: float32 (N, C, H, W) to logits, float32 (N, classes), or to what `detection` describes.
         preprocessing: From image to input.
         classes: Class names in the order of the logits; None where the model does not know them.
         fingerprint: SHA-256 of weights and structure.
+        detection: How a detector's output is read; None for a classifier.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LoadedModel:
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     fingerprint: str
+    detection: DetectionHead | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ class _Found:
     module: nn.Module | ExportedProgram
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None
+    detection: DetectionHead | None = None
 
 
 def load_model(source: str, weights: str | Path | None = None, num_classes: int | None = None) -> LoadedModel:
     """Load a float model.
 
     Args:
-        source: `demo`, `efficientnet_lite0`, `torchvision:NAME`, `package.module:factory` or a `.pt2` file.
+        source: `demo`, `demo_detector`, `efficientnet_lite0`, `torchvision:NAME`, `package.module:factory` or a `.pt2` file.
         weights: a file with a state dict; for torchvision also "download"; None for the model's own weights, which for
             torchvision are random numbers.
         num_classes: width of the last layer; None for the model's own.
@@ -79,8 +83,8 @@ def load_model(source: str, weights: str | Path | None = None, num_classes: int 
         UnsupportedModelError: the model or its weights cannot be found or used.
     """
     kind, _, rest = source.partition(":")
-    if source == "demo":
-        found = _load_demo(weights, num_classes)
+    if source in ("demo", "demo_detector"):
+        found = _load_demo(source, weights, num_classes)
     elif source == "efficientnet_lite0":
         found = _load_efficientnet_lite0(weights, num_classes)
     elif kind == "torchvision" and rest:
@@ -107,7 +111,8 @@ def _checked(source: str, found: _Found) -> LoadedModel:
     else:
         tensors, structure = module.eval().state_dict(), repr(module)
     reject_non_finite(tensors, source)
-    return LoadedModel(source, module, found.preprocessing, found.classes, hash_tensors(tensors, structure))
+    fingerprint = hash_tensors(tensors, structure)
+    return LoadedModel(source, module, found.preprocessing, found.classes, fingerprint, found.detection)
 
 
 def _require_classes(source: str, num_classes: int | None, own: int) -> None:
@@ -115,13 +120,12 @@ def _require_classes(source: str, num_classes: int | None, own: int) -> None:
         raise UnsupportedModelError(f"{source} has {own} classes, {num_classes} were asked for; leave the number out")
 
 
-def _load_demo(weights: str | Path | None, num_classes: int | None) -> _Found:
+def _load_demo(source: str, weights: str | Path | None, num_classes: int | None) -> _Found:
     # Not at the top: most runs load another model.
-    from qsearch.models import demo
-
-    _require_classes("demo", num_classes, len(demo.CLASSES))
-    module = load_weights(demo.DemoNet(), read_state(Path(weights)), str(weights)) if weights else demo.build()
-    return _Found(module, demo.PREPROCESSING, demo.CLASSES)
+    home = importlib.import_module(f"qsearch.models.{source}")
+    _require_classes(source, num_classes, len(home.CLASSES))
+    module = load_weights(home.build(), read_state(Path(weights)), str(weights)) if weights else home.build()
+    return _Found(module, home.PREPROCESSING, home.CLASSES, _detection_from(getattr(home, "DETECTION", None), source))
 
 
 def _load_efficientnet_lite0(weights: str | Path | None, num_classes: int | None) -> _Found:
@@ -204,7 +208,7 @@ def _settle_batch_norm(module: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def _load_factory(module_name: str, attribute: str, weights: str | Path | None, num_classes: int | None) -> _Found:
-    """Call the user's function; `PREPROCESSING` and `CLASSES` beside it describe the images."""
+    """Call the user's function; `PREPROCESSING`, `CLASSES` and a detector's `DETECTION` beside it describe images and output."""
     source = f"{module_name}:{attribute}"
     if os.getcwd() not in sys.path:
         # As with `python -m`: the user's own files are importable.
@@ -225,7 +229,8 @@ def _load_factory(module_name: str, attribute: str, weights: str | Path | None, 
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = _preprocessing_from(preprocessing, source)
     classes = getattr(home, "CLASSES", None)
-    return _Found(module, preprocessing, None if classes is None else tuple(map(str, classes)))
+    head = _detection_from(getattr(home, "DETECTION", None), source)
+    return _Found(module, preprocessing, None if classes is None else tuple(map(str, classes)), head)
 
 
 def _import_home(module_name: str) -> Any:
@@ -250,8 +255,9 @@ def _load_file(path: Path, weights: str | Path | None, num_classes: int | None) 
         raise UnsupportedModelError(f"{path} brings its own weights and classes; leave --weights and the number of classes out")
     loaded = load_exported_program(path)
     channels, height, width = loaded.shape
+    head = _detection_from(loaded.detection, str(path))
     if loaded.preprocessing is not None:
-        return _Found(loaded.program, _preprocessing_from(loaded.preprocessing, str(path)), loaded.classes)
+        return _Found(loaded.program, _preprocessing_from(loaded.preprocessing, str(path)), loaded.classes, head)
     colour = (IMAGENET_PREPROCESSING.mean, IMAGENET_PREPROCESSING.std) if channels == 3 else ((0.5,), (0.5,))
     preprocessing = Preprocessing(
         # 256 to 224, the customary margin, at any size.
@@ -262,13 +268,22 @@ def _load_file(path: Path, weights: str | Path | None, num_classes: int | None) 
         channels=3 if channels == 3 else 1,
         interpolation="bilinear",
     )
-    return _Found(loaded.program, preprocessing, loaded.classes)
+    return _Found(loaded.program, preprocessing, loaded.classes, head)
 
 
 def _preprocessing_from(data: Any, source: str) -> Preprocessing:
     try:
         return Preprocessing.from_json(data)
     except DataError as error:
+        raise UnsupportedModelError(f"{source}: {error}") from error
+
+
+def _detection_from(data: Any, source: str) -> DetectionHead | None:
+    if data is None or isinstance(data, DetectionHead):
+        return data
+    try:
+        return DetectionHead.from_json(data)
+    except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{source}: {error}") from error
 
 

@@ -38,7 +38,7 @@ def draw_diagnosis(diagnosis: Diagnosis, title: str) -> Image.Image:
     layers, remedies = sorted(diagnosis.layers, key=lambda one: one.position), diagnosis.remedies.measured
     text, heading = ImageFont.load_default(TEXT), ImageFont.load_default(TITLE)
     low, high = diagnosis.accuracy.top1_loss_ci_pp
-    words = f"{title}: {diagnosis.accuracy.top1_loss_pp:+.2f} pp of top-1 lost ({low:+.2f} to {high:+.2f})"
+    words = f"{title}: {diagnosis.accuracy.top1_loss_pp:+.2f} pp of {diagnosis.accuracy.metric} lost ({low:+.2f} to {high:+.2f})"
     panels, span = _panels(diagnosis, layers), len(layers) * NARROWEST
     long = [heading.getlength(words), *(text.getlength(said) for said, _, _ in panels), NARROWEST_REMEDIES if remedies else 0]
     width = LEFT + max(span, math.ceil(max(long))) + 2 * MARGIN
@@ -145,7 +145,8 @@ def _draw_remedies(draw: ImageDraw.ImageDraw, remedies: Sequence[Remedy], place:
     def across(value: float) -> int:
         return LEFT + round((value - least) / max(most - least, 1e-9) * span)
 
-    draw.text((LEFT, top), "remedies: top-1 gained, percentage points, with 95 % intervals", fill=INK, font=font)
+    words = f"remedies: {remedies[0].accuracy.metric} gained, percentage points, with 95 % intervals"
+    draw.text((LEFT, top), words, fill=INK, font=font)
     floor = top + HEADING + len(remedies) * ROW
     for value, words in axis.ticks:
         draw.line((across(value), top + HEADING, across(value), floor + 4), fill=INK if value == 0 else FAINT)

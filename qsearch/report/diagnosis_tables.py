@@ -40,8 +40,8 @@ def _loss_words(diagnosis: Diagnosis) -> str:
     accuracy = diagnosis.accuracy
     low, high = accuracy.top1_loss_ci_pp
     return (
-        f"top-1 {accuracy.top1:.2f} %, loss {accuracy.top1_loss_pp:+.2f} pp (95 % interval {low:+.2f} to {high:+.2f}) on "
-        f"{accuracy.images} search images; outputs {nats(accuracy):.4f} nats from float's; "
+        f"{accuracy.metric} {accuracy.top1:.2f} %, loss {accuracy.top1_loss_pp:+.2f} pp "
+        f"(95 % interval {low:+.2f} to {high:+.2f}) on {accuracy.images} search images; outputs {nats(accuracy):.4f} nats from float's; "
         f"{byte_text(diagnosis.memory.peak_bytes)}"
     )
 

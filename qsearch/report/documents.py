@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError
-from qsearch.measure.measurement import Measurement
+from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Measurement
 from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluation.evaluator import Settings
@@ -23,7 +23,7 @@ from qsearch.search.front import (
     measurement_from_json,
     study_front,
 )
-from qsearch.search.study import StudyHandle, finished, measured_trials
+from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names
 
 __all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
 
@@ -45,6 +45,9 @@ def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any
         if _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, baseline.to_json())
         study.set_user_attr(_RUN, dict(run))
+        if baseline.accuracy.metric == MEAN_AVERAGE_PRECISION:
+            # Only what the dashboard calls it: attributes keep the name of the first task's loss.
+            study.set_metric_names(objective_names(baseline.accuracy.metric))
 
 
 def record_bound(handle: StudyHandle, bound: TablesBound) -> None:
@@ -119,6 +122,7 @@ def _baseline(baseline: Measurement) -> dict[str, Any]:
         "top1": accuracy.top1,
         "top5": accuracy.top5,
         "images": accuracy.images,
+        "metric": accuracy.metric,
     }
 
 

@@ -85,10 +85,11 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
         "|---|---|---|",
         f"| latency, ms | {latency.median_ms:.3f} ± {latency.spread_ms:.3f} | {baseline.latency.median_ms:.3f} |",
         f"| memory | {byte_text(memory.peak_bytes)} | {byte_text(baseline.memory.peak_bytes)} |",
-        f"| top-1, % | {accuracy.top1:.2f} | {baseline.accuracy.top1:.2f} |",
-        f"| top-5, % | {accuracy.top5:.2f} | {baseline.accuracy.top5:.2f} |",
+        f"| {accuracy.metric}, % | {accuracy.top1:.2f} | {baseline.accuracy.top1:.2f} |",
+        f"| {accuracy.second_metric}, % | {accuracy.top5:.2f} | {baseline.accuracy.top5:.2f} |",
         "",
-        f"Top-1 loss **{accuracy.top1_loss_pp:+.2f} pp** (95 % interval {low:+.2f} to {high:+.2f}) "
+        f"{accuracy.metric.replace('top', 'Top')} loss **{accuracy.top1_loss_pp:+.2f} pp** "
+        f"(95 % interval {low:+.2f} to {high:+.2f}) "
         f"on {accuracy.images} images; **{baseline.latency.median_ms / latency.median_ms:.2f} times** as fast as float.",
         "",
         "- layers: " + ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items())),

@@ -28,9 +28,11 @@ class EvaluateRow:
         latency_ms: Median, milliseconds.
         peak_bytes: Weights, activations and workspace.
         speedup: Float's latency over this one's.
-        top1: Percent.
-        top5: Percent.
+        top1: Percent of `metric`.
+        top5: Percent of `second_metric`.
         images: Number of images.
+        metric: What `top1` is: top-1, or mAP of a detector.
+        second_metric: What `top5` is: top-5, or mAP@50.
     """
 
     precision: str
@@ -40,11 +42,14 @@ class EvaluateRow:
     top1: float
     top5: float
     images: int
+    metric: str = "top-1"
+    second_metric: str = "top-5"
 
 
 def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
     """The plain comparison of precisions."""
-    table = _table(title, ("precision",), ("latency ms", "memory", "speed-up", "top-1 %", "top-5 %"))
+    scores = (f"{rows[0].metric} %", f"{rows[0].second_metric} %")
+    table = _table(title, ("precision",), ("latency ms", "memory", "speed-up", *scores))
     for row in rows:
         table.add_row(
             row.precision,
@@ -93,7 +98,7 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     The columns of the second measurement are empty until there was one. Points that another one dominates by it are
     dropped: they come last, marked with the other's number.
     """
-    numbers = ("latency ms", "again", "speed-up", "memory", "top-1 loss pp", "held-out pp")
+    numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
     table = _table(title, ("trial",), numbers, ("layers", "calibration"))
     table.add_row(
         "float",

@@ -15,8 +15,8 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from qsearch.errors import UsageError
-from qsearch.measure.measurement import Measurement
-from qsearch.search.study import LOSS_BOUND_PP, OBJECTIVES
+from qsearch.measure.measurement import TOP1, Measurement
+from qsearch.search.study import LOSS_BOUND_PP, OBJECTIVES, objective_names
 
 __all__ = ["Constraints", "checked_limits", "is_feasible", "limits_text", "mark_feasibility", "violation"]
 
@@ -69,9 +69,15 @@ def checked_limits(max_latency_ms: float | None, max_bytes: float | None, max_lo
     return limits
 
 
-def limits_text(limits: Mapping[str, float]) -> str:
-    """Limits for people: 'latency_ms <= 2, top1_loss_pp <= 1'; 'none' where there are none."""
-    return ", ".join(f"{name} <= {limit:.10g}" for name, limit in limits.items()) or "none"
+def limits_text(limits: Mapping[str, float], metric: str = TOP1) -> str:
+    """Limits for people: 'latency_ms <= 2, top1_loss_pp <= 1'; 'none' where there are none.
+
+    Args:
+        limits: Objective -> largest value.
+        metric: What is lost; of a detector mAP, and the third objective is then called mAP_loss_pp.
+    """
+    names = dict(zip(OBJECTIVES, objective_names(metric), strict=True))
+    return ", ".join(f"{names[name]} <= {limit:.10g}" for name, limit in limits.items()) or "none"
 
 
 def mark_feasibility(trial: optuna.Trial, constraints: Constraints, values: Sequence[float]) -> None:

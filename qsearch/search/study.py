@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError, StudyMismatchError
+from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION
 from qsearch.search.storage import checked_name, database_file, driver_lock, open_storage, shown_url, storage_errors, storage_url
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "finished",
     "load_study",
     "measured_trials",
+    "objective_names",
     "reap_trials",
     "recorded_parts",
     "requeue",
@@ -42,6 +44,11 @@ _IDENTITY = "identity"
 _DIGEST = re.compile(r"\w{32,}")
 
 optuna.logging.set_verbosity(logging.WARNING)
+
+
+def objective_names(metric: str) -> list[str]:
+    """What people call the objectives: of a detector the third is mAP_loss_pp; records keep the name of `OBJECTIVES`."""
+    return [name.replace("top1", metric) if metric == MEAN_AVERAGE_PRECISION else name for name in OBJECTIVES]
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_efficientnet_lite0_on_photographs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("dmo", r"unknown model 'dmo': expected demo, efficientnet_lite0, .*did you mean 'demo'"),
+        ("dmo", r"unknown model 'dmo': expected demo, demo_detector, efficientnet_lite0, .*did you mean 'demo'"),
         ("resnet50", r"unknown model 'resnet50': expected .*torchvision:NAME"),
         ("torchvision:resnet5O", r"no classification model 'resnet5O'; did you mean resnet50"),
         ("no_such_package:build", r"no Python module 'no_such_package' here: .*PYTHONPATH"),

@@ -22,6 +22,7 @@ from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, StudyError
 from qsearch.measure.accuracy import run_images
+from qsearch.measure.task import ClassificationScorer
 from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation import module_builder, requirements
 from qsearch.search.evaluation.module_builder import ModuleBuilder
@@ -91,7 +92,7 @@ def test_a_worker_measures_what_this_process_would(builder: ModuleBuilder, tmp_p
     given, fp32 = images(40), QuantConfig(default_precision="fp32")
     logits = run_images(builder.prepare(fp32).open, given)
     reference = builder.pack(fp32, tmp_path, kept=True)
-    measurer = ModuleMeasurer(reference.open, 3.0, partial(images, 40), logits.argmax(1), logits, 1)
+    measurer = ModuleMeasurer(reference.open, 3.0, partial(images, 40), ClassificationScorer(logits.argmax(1)), logits, 1)
     packed = builder.pack(INT8, tmp_path)
     worker = Worker(replace(measurer, processors=Processors(*map(frozenset, split()))).open)
     try:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from qsearch.config import QuantConfig
 from qsearch.errors import UsageError
+from qsearch.measure.accuracy import mean_divergence
 from qsearch.measure.measurement import Accuracy, Memory
+from qsearch.measure.task import box_divergence
 from qsearch.search.diagnosis.candidates import candidates
 from qsearch.search.diagnosis.layer_errors import LayerError, layer_errors
 from qsearch.search.diagnosis.remedies import Remedies, Remedy, measure, measure_remedies, nats
@@ -136,7 +138,8 @@ def _layers(evaluator: ModelEvaluator, subject: Subject, limits: DiagnosisLimits
         each = (time.monotonic() - start) / done
         return done < LEAST_IMAGES or each * (done + 1) <= LAYERS_SHARE * limits.seconds
 
-    return layer_errors(subject, images, go_on)
+    divergence = box_divergence if evaluator.profile.task == "detection" else mean_divergence
+    return layer_errors(subject, images, go_on, divergence)
 
 
 def _coverage(evaluator: ModelEvaluator, subject: Subject) -> Coverage:

@@ -12,7 +12,6 @@ import numpy as np
 
 from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
-from qsearch.measure.accuracy import compare_accuracy
 from qsearch.measure.latency import measure_paired
 from qsearch.measure.measurement import Accuracy, Memory
 from qsearch.measure.memory import measure_memory
@@ -104,7 +103,7 @@ def measure(evaluator: ModelEvaluator, program: Program) -> Measured:
 
 
 def _score(evaluator: ModelEvaluator, logits: np.ndarray, against: np.ndarray) -> Accuracy:
-    return compare_accuracy(logits, against, evaluator.dataset.labels("search"))
+    return evaluator.scorer(PART).compare(logits, against)
 
 
 def nats(accuracy: Accuracy) -> float:

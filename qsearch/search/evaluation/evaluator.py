@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qsearch.config import QuantConfig
-from qsearch.measure.measurement import Accuracy, Latency, Measurement
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Task
 from qsearch.models.graph import Graph
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.profile import Profile
 from qsearch.search.tables.layer_tables import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
@@ -53,6 +54,7 @@ class Settings:
         seed: Of every random choice: the split of the images, the sampler.
         cache_dir: Where kernels and statistics are kept between runs.
         threads: Threads a module runs on.
+        task: What the model is for; None for what the model itself says.
     """
 
     model: str = "demo"
@@ -64,6 +66,7 @@ class Settings:
     seed: int = 0
     cache_dir: Path = CACHE
     threads: int = 1
+    task: Task | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""
@@ -89,6 +92,11 @@ class Evaluator(Protocol):
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of model, data and target, by these names."""
+        ...
+
+    @property
+    def profile(self) -> Profile:
+        """The defaults of what the model is for."""
         ...
 
     @property

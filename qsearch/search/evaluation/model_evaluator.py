@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from qsearch.calibrate.coverage import coverage_warnings
 from qsearch.config import QuantConfig
 from qsearch.data import Dataset, Part
 from qsearch.errors import TrialError, UnsupportedModelError
-from qsearch.measure.accuracy import compare_accuracy, run_images
+from qsearch.measure.accuracy import run_images
 from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.memory import measure_memory
+from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
 from qsearch.measure.tune import TunedKernel, tune_programs
+from qsearch.models.detection import DetectionHead
 from qsearch.models.graph import Graph, Model
 from qsearch.quantize.program import Program
 from qsearch.quantize.rounding.rounded_weights import RoundedWeights
@@ -40,6 +43,7 @@ from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import split_processors
 from qsearch.search.loop.workers import Worker
+from qsearch.search.profile import task_profile
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.measure_tables import measure_tables
 
@@ -57,9 +61,19 @@ class ModelEvaluator:
         dataset: Its images.
         target: What to compile for.
         progress: Called whenever a slow step begins.
+        head: How a detector's output is read; None for a classifier.
     """
 
-    def __init__(self, settings: Settings, model: Model, dataset: Dataset, target: Target, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model,
+        dataset: Dataset,
+        target: Target,
+        progress: Progress,
+        head: DetectionHead | None = None,
+    ) -> None:
+        self.head, self.profile = head, task_profile(model.graph, head)
         self.settings, self.model, self.dataset, self.target, self.progress = settings, model, dataset, target, progress
         # Kept open as long as the evaluator lives: it tells other processes that the cache is in use.
         self._cache = CacheFolder(settings.cache_dir)
@@ -75,6 +89,7 @@ class ModelEvaluator:
         self._builder = ModuleBuilder(self.variants, dataset.preprocessing.value_range, target, settings.cache_dir)
         self.linker = self._builder.linker
         self._float_logits: dict[str, np.ndarray] = {}
+        self._scorers: dict[str, Scorer] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
 
@@ -104,12 +119,13 @@ class ModelEvaluator:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of model, data and target."""
-        return {
+        """Fingerprints of model, data and target; of a detector also how its output is read."""
+        found = {
             "model": self.model.fingerprint,
             "data": self.dataset.fingerprint,
             "target": self.target.description,
         }
+        return found if self.head is None else found | {"detection": json.dumps(self.head.to_json(), sort_keys=True)}
 
     @property
     def baseline(self) -> Measurement:
@@ -130,7 +146,7 @@ class ModelEvaluator:
             longer = TimingSettings(repeats=4 * TimingSettings.repeats)
             latency = measure_latency(prepared.open(), self.images("search")[:1], longer, self.target.threads)
             logits = self.float_logits("search")
-        accuracy = compare_accuracy(logits, logits, self.dataset.labels("search"))
+        accuracy = self.scorer("search").compare(logits, logits)
         self.refer_to(Measurement(latency, prepared.memory, accuracy, prepared.seconds, prepared.kernels_sha256))
 
     def refer_to(self, baseline: Measurement) -> None:
@@ -199,9 +215,9 @@ class ModelEvaluator:
     def measurer(self) -> ModuleMeasurer:
         """What measures modules against the baseline."""
         if self._measurer is None:
-            images, labels = partial(self.images, "search"), self.dataset.labels("search")
+            images, scorer = partial(self.images, "search"), self.scorer("search")
             logits, reference_ms = self.float_logits("search"), self.baseline.latency.median_ms
-            self._measurer = ModuleMeasurer(lambda: self._reference, reference_ms, images, labels, logits, self.target.threads)
+            self._measurer = ModuleMeasurer(lambda: self._reference, reference_ms, images, scorer, logits, self.target.threads)
         return self._measurer
 
     @contextmanager
@@ -267,7 +283,18 @@ class ModelEvaluator:
 
     def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
         """Accuracy of a module on a part of the images."""
-        return compare_accuracy(self.logits(module, part), self.float_logits(part), self.dataset.labels(part))  # type: ignore[arg-type]
+        return self.scorer(part).compare(self.logits(module, part), self.float_logits(part))
+
+    def scorer(self, part: str) -> Scorer:
+        """What tells how good outputs on a part of the images are."""
+        if part not in self._scorers:
+            side = self.dataset.preprocessing.crop
+            self._scorers[part] = (
+                ClassificationScorer(self.dataset.labels(part))  # type: ignore[arg-type]
+                if self.head is None
+                else DetectionScorer(self.head, self.dataset.boxes(part), side)  # type: ignore[arg-type]
+            )
+        return self._scorers[part]
 
     def logits(self, module: CompiledModule, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.measure.accuracy import compare_accuracy, run_blocks
+from qsearch.measure.accuracy import run_blocks
 from qsearch.measure.clock import Clock
 from qsearch.measure.image_blocks import image_blocks, run_until
 from qsearch.measure.latency import measure_paired
 from qsearch.measure.measurement import Measurement
+from qsearch.measure.task import Scorer
 from qsearch.search.evaluation.module_builder import Prepared
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.processors import Processors
@@ -30,7 +31,7 @@ class ModuleMeasurer:
         open_reference: Makes a virtual machine of the float module.
         reference_ms: The latency that all others are counted against, milliseconds.
         open_images: Maps the images, float32 (N, C, H, W).
-        labels: int64 (N,).
+        scorer: Of these images.
         float_logits: float32 (N, classes) of the float module.
         threads: Threads a module runs on.
         processors: Who runs where.
@@ -39,7 +40,7 @@ class ModuleMeasurer:
     open_reference: Callable[[], Any]
     reference_ms: float
     open_images: Callable[[], np.ndarray]
-    labels: np.ndarray
+    scorer: Scorer
     float_logits: np.ndarray
     threads: int
     processors: Processors = Processors()
@@ -77,16 +78,18 @@ class ModuleMeasurer:
             (latency,) = measure_paired(self.reference, machines, self.images[:1], self.reference_ms, threads=self.threads)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
-        accuracy = compare_accuracy(self.logits(prepared, check), self.float_logits, self.labels)
+        accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
         clock.lap("accuracy")
         return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
 
     def logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
         """What a module computes, float32 (N, classes), unless the check stops it before the first or after a block."""
-        if check is None:
-            blocks, check = [np.arange(len(self.labels))], lambda *known: None
-        else:
+        if check is not None:
             check()
-            blocks = image_blocks(self.float_logits, self.labels)
+        labels = self.scorer.labels
+        if check is None or labels is None:
+            (logits,) = run_blocks(prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads)
+            return logits
+        blocks = image_blocks(self.float_logits, labels)
         parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads)
-        return run_until(parts, blocks, self.float_logits, self.labels, check)
+        return run_until(parts, blocks, self.float_logits, labels, check)

@@ -13,6 +13,7 @@ from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Progress, Settings
 from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
 from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target
+from qsearch.search.profile import check_outputs, for_task
 
 __all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator"]
 
@@ -39,15 +40,18 @@ def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
     target = open_local_target(settings.target, settings.threads)
     progress(f"loading model {settings.model}")
-    loaded = load_model(settings.model, settings.weights)
+    loaded = for_task(load_model(settings.model, settings.weights), settings.task)
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing
     dataset = open_dataset(settings, loaded, preprocessing)
     progress(f"importing model {settings.model}")
     model = import_model(settings.model, loaded.module, (1, *preprocessing.shape))
-    check_classes(model, loaded.classes, dataset)
+    check_classes(model.name, check_outputs(model.graph, loaded), loaded.classes, dataset)
     if model.graph.foreign:
         progress(foreign_notice(model.graph))
-    return ModelEvaluator(settings, model, dataset, target, progress)
+    evaluator = ModelEvaluator(settings, model, dataset, target, progress, loaded.detection)
+    if loaded.detection is not None or settings.task is not None:
+        progress(evaluator.profile.sentence)
+    return evaluator
 
 
 def foreign_notice(graph: Graph) -> str:

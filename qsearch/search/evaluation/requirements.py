@@ -9,10 +9,12 @@ from pathlib import Path
 from qsearch.build.target import Target, open_target, require_runnable
 from qsearch.build.threads import use_threads
 from qsearch.data import Dataset, Preprocessing, load_dataset
+from qsearch.data.box_listing import BOXES_FILE, load_box_dataset
 from qsearch.errors import DataError, StudyError, UnsupportedModelError
-from qsearch.models.graph import Model
+from qsearch.measure.mean_average_precision import require_torchmetrics
 from qsearch.models.zoo import LoadedModel
 from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.profile import HOW_TO_DECLARE
 
 __all__ = ["LEAST_FREE_BYTES", "check_classes", "open_dataset", "open_local_target", "require_room"]
 
@@ -42,17 +44,27 @@ def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preproc
     Raises:
         DataError: There are none, or they cannot be used.
     """
-    if settings.data is None and settings.model != "demo":
+    built_in = settings.model in ("demo", "demo_detector")
+    if settings.data is None and not built_in:
         raise DataError(f"model {settings.model!r} brings no images: pass a directory of labelled images with --data")
-    source = "demo" if settings.data is None else settings.data
+    source = settings.model if settings.data is None else settings.data
+    if loaded.detection is not None:
+        require_torchmetrics()
+        return load_box_dataset(source, preprocessing, loaded.classes, settings.seed, settings.convert_channels)
+    if settings.data is not None and (settings.data / BOXES_FILE).exists() and not (settings.data / "labels.csv").exists():
+        raise DataError(
+            f"{settings.data} holds {BOXES_FILE}, images for a detector, which model {settings.model!r} does not say it is. If "
+            f"it is one, {HOW_TO_DECLARE}"
+        )
     return load_dataset(source, preprocessing, loaded.classes, seed=settings.seed, convert_channels=settings.convert_channels)
 
 
-def check_classes(model: Model, classes: tuple[str, ...] | None, dataset: Dataset) -> None:
+def check_classes(name: str, outputs: int, classes: tuple[str, ...] | None, dataset: Dataset) -> None:
     """Refuse labels that the model has no output for, and class names that cannot be told which output is theirs.
 
     Args:
-        model: The model.
+        name: The model's.
+        outputs: How many classes it tells apart.
         classes: Its class names; None where it brings none.
         dataset: The images.
 
@@ -60,24 +72,26 @@ def check_classes(model: Model, classes: tuple[str, ...] | None, dataset: Datase
         DataError: A label is out of range, or names and outputs do not match.
         UnsupportedModelError: The model's class names are not those of its outputs.
     """
-    outputs = model.graph.by_name[model.graph.output].shape[1]
     if classes is not None and len(classes) != outputs:
         raise UnsupportedModelError(
-            f"model {model.name!r} brings {len(classes)} class names for {outputs} outputs; give it one name per output, or none"
+            f"model {name!r} brings {len(classes)} class names for {outputs} outputs; give it one name per output, or none"
         )
-    indices = dataset.listing.labels.indices
-    stray = next((position for position, index in enumerate(indices) if index >= outputs), None)
+    listing = dataset.listing
+    indices = list(enumerate(listing.labels.indices))
+    if listing.boxes is not None:
+        indices = [(place, int(index)) for place, image in enumerate(listing.boxes) for index in image.classes]
+    stray = next(((place, index) for place, index in indices if index >= outputs), None)
     if stray is not None:
-        label, where = dataset.classes[indices[stray]], f"{dataset.name}/{dataset.listing.names[stray]}"
+        label, where = dataset.classes[stray[1]], f"{dataset.name}/{listing.names[stray[0]]}"
         raise DataError(
-            f"{where}: label {label!r} is out of range; model {model.name!r} has {outputs} outputs, classes 0 to {outputs - 1}. "
+            f"{where}: label {label!r} is out of range; model {name!r} has {outputs} outputs, classes 0 to {outputs - 1}. "
             "Correct the label or remove the image"
         )
     numbered = dataset.classes == tuple(str(index) for index in range(len(dataset.classes)))
     if classes is None and not numbered and len(dataset.classes) != outputs:
         raise DataError(
             f"data {dataset.name!r} names {len(dataset.classes)} classes ({dataset.classes[0]!r} and so on), but model "
-            f"{model.name!r} has {outputs} outputs without names; label the images by output, 0 to {outputs - 1}"
+            f"{name!r} has {outputs} outputs without names; label the images by output, 0 to {outputs - 1}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
-from qsearch.measure.measurement import Measurement
+from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Measurement
 from qsearch.search.loop.early_stopping import Bound
 from qsearch.search.study import OBJECTIVES
 
@@ -36,7 +36,7 @@ def trial_attributes(config: QuantConfig, measurement: Measurement) -> dict[str,
     return {
         "measurement": measurement.to_json(),
         **dict(zip(OBJECTIVES, objective_values(measurement), strict=True)),
-        "top1": measurement.accuracy.top1,
+        "mAP" if measurement.accuracy.metric == MEAN_AVERAGE_PRECISION else "top1": measurement.accuracy.top1,
         "images": measurement.accuracy.images,
         **({"noisy_timing": True} if measurement.latency.noisy else {}),
         **_layer_counts(config),

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qsearch.measure.task import BOX_DEVIATION
 from qsearch.models.graph import Model, Node
 from qsearch.models.interpret import forward
 from qsearch.quantize.perturbation import Edge, Roundings, rounded
 
-__all__ = ["Projection", "Rounded", "fisher_direction", "project"]
+__all__ = ["Projection", "Rounded", "box_direction", "fisher_direction", "project"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,24 @@ def fisher_direction(logits: Tensor, signs: Tensor) -> Tensor:
     return torch.zeros_like(p).scatter(1, order, drawn - p * below).float()
 
 
+def box_direction(outputs: Tensor, signs: Tensor) -> Tensor:
+    """Like `fisher_direction`, of a detector: v' dz squared is on average twice the divergence that `box_divergence` measures.
+
+    A logit says yes or no on its own, with variance p (1 - p); a number of a box is normal with deviation BOX_DEVIATION,
+    and counts by the strongest probability of its position.
+
+    Args:
+        outputs: float32 (N, positions, 4 + logits).
+        signs: float32 of the same shape, independent signs.
+
+    Returns:
+        float32 of the same shape.
+    """
+    p = outputs[..., 4:].double().sigmoid()
+    boxes = (p.amax(-1, keepdim=True).sqrt() / BOX_DEVIATION).expand(*p.shape[:-1], 4)
+    return (torch.cat([boxes, (p * (1 - p)).sqrt()], -1) * signs).float()
+
+
 def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Generator) -> Projection:
     """Measure every change on one image (or one batch of the graph's own size).
 
@@ -93,7 +112,8 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
 
     logits = forward(model, image.clone().requires_grad_(), read=read, weight=weights, bias=biases)
     plain = logits.detach()
-    direction = fisher_direction(plain, _signs(plain.shape, generator))
+    drawn = fisher_direction if plain.dim() == 2 else box_direction
+    direction = drawn(plain, _signs(plain.shape, generator))
     try:
         found = torch.autograd.grad((logits * direction).sum(), [*reads.values(), *weights.values(), *biases.values()])
     except RuntimeError:
