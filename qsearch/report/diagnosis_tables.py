@@ -41,7 +41,8 @@ def _loss_words(diagnosis: Diagnosis) -> str:
     low, high = accuracy.top1_loss_ci_pp
     return (
         f"{accuracy.metric} {accuracy.top1:.2f} %, loss {accuracy.top1_loss_pp:+.2f} pp "
-        f"(95 % interval {low:+.2f} to {high:+.2f}) on {accuracy.images} search images; outputs {nats(accuracy):.4f} nats from float's; "
+        f"(95 % interval {low:+.2f} to {high:+.2f}) on {accuracy.images} search images; "
+        f"outputs {nats(accuracy):.4f} nats from float's; "
         f"{byte_text(diagnosis.memory.peak_bytes)}"
     )
 
