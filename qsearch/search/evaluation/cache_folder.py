@@ -14,7 +14,12 @@ from qsearch.errors import StudyError
 __all__ = ["CacheFolder", "is_whole_elf"]
 
 # Scratch names of the kernel cache, the statistics record and the decoded images.
-STRAYS = ("kernels/.batch-*", "statistics/.*.npz.*", "sensitivity/.*.npz.*", "images/*.partial", "modules/*")
+STRAYS = (
+    "kernels/.batch-*",
+    *(f"{folder}/.*.npz.*" for folder in ("statistics", "sensitivity", "roundings")),
+    "images/*.partial",
+    "modules/*",
+)
 
 
 def is_whole_elf(path: Path) -> bool:
