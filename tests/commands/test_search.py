@@ -44,7 +44,7 @@ def test_document_of_search(searched: tuple[Path, dict]) -> None:
     assert document["storage"] == "sqlite:///studies/demo.db"
     assert document["trials"]["complete"] == 12
     assert document["trials"]["failed"] == 1
-    assert set(document["baseline"]) == {"latency_ms", "peak_bytes", "top1", "top5", "images"}
+    assert set(document["baseline"]) == {"latency_ms", "peak_bytes", "top1", "top5", "images", "metric"}
     assert {"total", "float_pass", "per_trial_median", "build_median"} <= set(document["seconds"])
     assert 0 < document["hypervolume"] < 1
     # The planner searches where no sampler is named, and no other one has a bound.
