@@ -104,8 +104,18 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
     return "\n".join(rows)
 
 
+# What a value that says too little alone is of; what is on or off.
+_OF = {
+    "weight_symmetry": "weights",
+    "activations": "activations",
+    "rounding": "rounding",
+    "bias_correction": "bias correction",
+}
+_SWITCHES = {"equalization": "equalized", "bias_absorption": "biases absorbed"}
+
+
 def calibration_text(config: QuantConfig) -> str:
-    """Calibration and weight scales of a configuration in a few words."""
+    """Calibration, weight scales and methods of a configuration in a few words."""
     if set(config.precision.values()) == {"fp32"}:
         return "none, all fp32"
     calibration = config.calibration
@@ -114,8 +124,20 @@ def calibration_text(config: QuantConfig) -> str:
         mode += f" {calibration.percentile:.7g}"
     elif mode == "global_scale":
         mode += f" {calibration.global_scale:g}"
-    scales = "" if config.weight_scale == "max" else f", {config.weight_scale}"
-    return f"{mode}, {config.granularity}{scales}"
+    words = [mode, config.granularity]
+    plain = QuantConfig()
+    if config.weight_scale != "max":
+        words.append("mse scales" if config.weight_scale == "mse" else config.weight_scale)
+    for name, of in _OF.items():
+        value = getattr(config, name)
+        if value != getattr(plain, name):
+            words.append(f"{value.replace('_', ' ')} {of}")
+    words += [text for name, text in _SWITCHES.items() if getattr(config, name)]
+    if config.migration:
+        words.append(f"migration {config.migration:g}")
+    if config.rules:
+        words.append(f"{len(config.rules)} rule{'s' if len(config.rules) > 1 else ''}")
+    return ", ".join(words)
 
 
 def write_note(trial: optuna.Trial, text: str) -> None:

@@ -126,3 +126,20 @@ def test_tables(tmp_path: Path) -> None:
     assert "none, all fp32" in text
     text = text_of(evaluate_table([EvaluateRow("int8", 1.234, 56_700, 2.5, 91.5, 99.25, 500)], "demo, 500 images"))
     assert all(part in text for part in ("int8", "1.234", "56.7 kB", "2.50x", "91.50", "99.25"))
+
+
+def test_methods_are_told_in_words() -> None:
+    config = QuantConfig.model_validate(
+        {
+            "granularity": "group_wise",
+            "weight_symmetry": "asymmetric",
+            "rounding": "second_order",
+            "bias_correction": "measured",
+            "equalization": True,
+            "migration": 0.5,
+            "rules": [{"position": "last", "precision": "int8"}],
+        }
+    )
+    assert calibration_text(config) == (
+        "max, group_wise, asymmetric weights, second order rounding, measured bias correction, equalized, migration 0.5, 1 rule"
+    )
