@@ -178,7 +178,10 @@ def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarr
         return prepared
     if prepared.tables:
         return coarsened(weight, prepared, least.astype(np.float32))
-    return quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), limits)
+    # The other channels keep their integers, which need not be the nearest.
+    raised = quantize_weight(weight, np.maximum(prepared.scale, least.astype(np.float32)), limits)
+    low = (prepared.scale < raised.scale)[:, None, None, None]
+    return QuantizedWeight(np.where(low, raised.values, prepared.values), raised.scale)
 
 
 def _bounded_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:

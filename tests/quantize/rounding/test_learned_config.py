@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from scipy.special import log_softmax
 
 from qsearch.calibrate.observe import observe
 from qsearch.calibrate.ranges import activation_ranges
-from qsearch.config import QuantConfig
+from qsearch.config import QuantConfig, WeightSettings
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model
 from qsearch.models.interpret import call_foreign, interpret
+from qsearch.qtype import W4A8
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.reference import run_program
@@ -92,3 +94,24 @@ def test_what_was_learned_is_found_again(variants: Variants, tmp_path: Path) -> 
     # Rounding of 8 and of 4 bits and learning, the first time only.
     assert counts == [3, 3]
     np.testing.assert_array_equal(*outputs)
+
+
+def test_a_channel_whose_bias_needs_a_larger_scale_leaves_the_others_as_they_were_rounded(tmp_path: Path) -> None:
+    parameters = MODEL.parameters
+    layer = next(node.name for node in MODEL.graph.layers if node.op == "conv2d" and node.conv.kernel == (1, 1))
+    weight, bias = parameters.weight[layer].copy(), parameters.bias[layer].copy()
+    weight[1] *= 1e-9
+    bias[1] = 5.0
+    model = Model(
+        "dead",
+        MODEL.graph,
+        replace(parameters, weight={**parameters.weight, layer: weight}, bias={**parameters.bias, layer: bias}),
+    )
+    of = Variants(model, lambda given: observe(given, DATA, 8), lambda given: RoundedWeights(given, lambda: DATA, "d", tmp_path))
+    made = program(of, rounding="second_order")
+    (op,) = (op for op in made.ops if op.name == layer)
+    settings = WeightSettings(rounding="second_order")
+    kept = of.plain.weights.quantized(layer, weight, settings, W4A8.weight)
+    others = np.arange(len(weight)) != 1
+    np.testing.assert_array_equal(op.constants["weight"][others], kept.values[others])
+    assert not op.constants["weight"][1].any()
