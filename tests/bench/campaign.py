@@ -212,6 +212,6 @@ def _values_of(space: BoundSpace, config: QuantConfig) -> dict[str, Any]:
         GRANULARITY: config.granularity,
         WEIGHT_SCALE: config.weight_scale,
     }
-    return {one.name: settings[one.name] for one in space.settings} | {
-        one.name: config.precision[one.name] for one in space.layers
-    }
+    # The others are named as in the configuration.
+    found = {one.name: settings.get(one.name, getattr(config, one.name, None)) for one in space.settings}
+    return found | {one.name: config.precision[one.name] for one in space.layers}
