@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w4 pointwise and linear": {**POINTWISE, "weight_scale": "mse"},
     "w4 pointwise and linear, corrected": {**POINTWISE, **NEAREST},
     "w4 pointwise and linear, second order": {**POINTWISE, **SECOND},
+    "w4 pointwise and linear, groups, second order": {**POINTWISE, **SECOND, **GROUPS},
     "w4 inner": {**INNER, "weight_scale": "mse"},
     "w4 inner, corrected": {**INNER, **NEAREST},
     "w4 inner, groups": {**INNER, **NEAREST, **GROUPS},
