@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from analytic import make_graph
 
-from qsearch.config import QuantConfig
+from qsearch.config import LayerRule, LayerType, QuantConfig
 from qsearch.errors import UnsupportedModelError
 from qsearch.models.detection import DetectionHead
 from qsearch.models.graph import Conv, Graph, Node
@@ -75,15 +75,21 @@ def replace_layers(space: SearchSpace, layers: dict) -> SearchSpace:
     return space.model_copy(update={"precisions": space.precisions.model_copy(update={"layers": layers})})
 
 
+def precisions(config: QuantConfig, layers: dict[str, LayerType]) -> dict[str, str]:
+    return {name: one.precision for name, one in config.resolve(layers).items()}
+
+
 def test_precise_layers_are_int16_in_a_configuration_unless_it_names_them() -> None:
     profile = Profile("detection", ("box.1", "class.0"))
-    convolutions = ("backbone", "box.0", "box.1", "class.0")
+    layers: dict[str, LayerType] = dict.fromkeys(("backbone", "box.0", "box.1", "class.0"), "conv")
     config = profile.config(QuantConfig(default_precision="w4a8", precision={"class.0": "int8"}))
     found = {"backbone": "w4a8", "box.0": "w4a8", "box.1": "int16", "class.0": "int8"}
-    assert config.resolve(convolutions, ()) == found
+    assert precisions(config, layers) == found
     skipping = profile.config(QuantConfig(skip=("box.*",)))
-    assert skipping.resolve(convolutions, ()) == {"backbone": "int8", "box.0": "fp32", "box.1": "fp32", "class.0": "int16"}
+    assert precisions(skipping, layers) == {"backbone": "int8", "box.0": "fp32", "box.1": "fp32", "class.0": "int16"}
     assert profile.config(QuantConfig(default_precision="fp32")).precision == {}
+    ruled = profile.config(QuantConfig(rules=(LayerRule(layers=("class.*",), precision="int8"),)))
+    assert precisions(ruled, layers)["class.0"] == "int8"
     assert "box.1, class.0 stay at int16 or fp32" in profile.sentence
 
 
