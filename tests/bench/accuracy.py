@@ -11,6 +11,7 @@ ONNX Runtime and NNCF by their own recommended settings, on the same calibration
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -69,10 +70,13 @@ def peer_rows(options: argparse.Namespace, seed: int, folder: Path) -> list[dict
 
     evaluator = open_model(options, seed)
     images = evaluator.images("calibration")
-    export_onnx(load_model(options.model, None).module.eval(), images[:1], folder / "float.onnx")
+    with contextlib.redirect_stdout(sys.stderr):
+        export_onnx(load_model(options.model, None).module.eval(), images[:1], folder / "float.onnx")
     rows = []
     for peer, (make, _) in PEERS.items():
-        run = RUNS[peer](make(folder, "int8", images))
+        # The makers print.
+        with contextlib.redirect_stdout(sys.stderr):
+            run = RUNS[peer](make(folder, "int8", images))
         rows.append(
             counted(evaluator, f"{peer} int8", seed, lambda part: np.stack([run(x[None]) for x in evaluator.images(part)]))
         )  # noqa: B023
