@@ -26,7 +26,7 @@ from qsearch.quantize.weights import QuantizedWeight, weight_scales
 __all__ = ["RoundedWeights", "WeightGrid"]
 
 # Raised whenever the same request would be answered with other numbers.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ def round_second_order(
         for _ in range(REFINEMENTS):
             integers = descended(columns, integers, scale, SWEEPS)
             scale = _refitted(columns, integers, scale, shared)
-    integers = descended(columns, integers, scale, 1)
+    integers, nearest = descended(columns, integers, scale, 1), columns.nearest(scale)
+    # The scale has moved since the integers were begun with.
+    worse = columns.errors(nearest, scale) < columns.errors(integers, scale)
+    integers = torch.where(worse[..., None], nearest, integers)
     values = columns.restored(integers).reshape(weight.shape).permute(0, 2, 3, 1)
     return QuantizedWeight(np.ascontiguousarray(values.numpy().astype(limits.dtype)), scale.reshape(-1).numpy().copy())
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsearch.calibrate.input_moments import InputMoments
@@ -46,6 +46,7 @@ def damped_errors(weight, quantized, found, limits):
     granularity=st.sampled_from(["channel_wise", "layer_wise"]),
     rule=st.sampled_from(["max", "power_of_two"]),
 )
+@example((1, 5, 7, (1, 1)), 0, INT8.weight, "channel_wise", "max")
 def test_error_is_never_above_nearest_with_the_same_scales(shape, seed, limits, granularity, rule) -> None:
     weight, found = layer(*shape, seed), moments(shape[0], shape[2] * shape[3][0] * shape[3][1], seed)
     rounded = round_second_order("layer", weight, found, limits, granularity, rule)
