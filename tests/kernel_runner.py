@@ -12,7 +12,6 @@ from targets import OTHER_CPUS, runnable
 
 from qsearch.build.cache import compile_kernel
 from qsearch.build.target import Target, open_target
-from qsearch.kernels.cpu import describe_kernel
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Value
@@ -36,7 +35,7 @@ def run_kernel(op: Op, inputs: list[np.ndarray], target: Target) -> np.ndarray:
 @lru_cache(maxsize=2000)
 def _compiled(key: OpKey, target: Target) -> tuple[Kernel, Any]:
     """A kernel and its module; the key decides both."""
-    kernel = describe_kernel(key, target.isa, target.threads)
+    kernel = target.describe(key)
     return kernel, compile_kernel(kernel, "tested", target).mod
 
 

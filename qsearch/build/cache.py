@@ -20,11 +20,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qsearch.build.cuda_toolkit import compiler_digest, last_cubin
 from qsearch.build.target import Target
 from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
 
-__all__ = ["CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared"]
+__all__ = ["CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared", "static_modules"]
 
 # Less than this left on the disk explains a failed link.
 LEAST_FREE_BYTES = 4 * 1024 * 1024
@@ -49,15 +50,17 @@ def kernel_symbol(kernel: Kernel, target: Target) -> str:
     """The content-derived name of a kernel."""
     import tvm
 
-    content = repr((kernel.key, kernel.variant, target.mcpu, target.triple, target.threads, tvm.__version__, _generator_digest()))
+    compiled = (target.mcpu, target.triple, target.threads, *((target.arch, compiler_digest()) if target.arch else ()))
+    content = repr((kernel.key, kernel.variant, *compiled, tvm.__version__, _generator_digest(target.device)))
     return "qs_" + hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 @cache
-def _generator_digest() -> str:
-    """Digest of the source that writes kernels: an edited generator never meets a stale kernel."""
+def _generator_digest(device: str) -> str:
+    """Digest of the source that writes a device's kernels: an edited generator never meets a stale kernel."""
     root = Path(__file__).parent.parent
-    files = sorted((root / "kernels").rglob("*.py"))
+    files = sorted((root / "kernels" / device).rglob("*.py"))
+    files += [root / "kernels" / "description.py"]
     files += [root / "qtype.py", root / "quantize" / "program.py"]
     files += [Path(__file__).parent / name for name in ("cache.py", "foreign.py", "target.py")]
     digest = hashlib.sha256()
@@ -129,27 +132,54 @@ class KernelCache:
         """Compile each kernel to an object, link the batch into one library, then publish it by renaming."""
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
             scratch = Path(scratch_name)
+            on_gpu: dict[str, Any] = {}
 
             def compile_one(symbol: str) -> None:
                 module = compile_kernel(kernels[symbol], symbol, self.target)
                 module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
+                if self.target.arch:
+                    (scratch / f"{symbol}.cubin").write_bytes(last_cubin())
+                    on_gpu[symbol] = module.mod.imports[0]
 
             # TVM leaves Python's lock while LLVM works.
             with ThreadPoolExecutor(len(_processors())) as pool:
                 list(pool.map(compile_one, kernels))
-            self._publish(scratch, list(kernels))
+            self._publish(scratch, list(kernels), on_gpu)
         for symbol in kernels:
             if not self._load(symbol):
                 raise BuildError(f"kernel {symbol} vanished from the cache {self.directory} while it was being written")
 
-    def _publish(self, scratch: Path, symbols: list[str]) -> None:
+    def _publish(self, scratch: Path, symbols: list[str], on_gpu: dict[str, Any]) -> None:
         name = "lib_" + hashlib.sha256(" ".join(sorted(symbols)).encode()).hexdigest()[:24] + ".so"
-        link_shared(scratch / name, [scratch / f"{symbol}.o" for symbol in symbols])
+        if on_gpu:
+            launchers = {symbol: scratch / f"{symbol}.o" for symbol in symbols}
+            static_modules(launchers, on_gpu).export_library(str(scratch / name))
+        else:
+            link_shared(scratch / name, [scratch / f"{symbol}.o" for symbol in symbols])
         for symbol in symbols:
             (scratch / f"{symbol}.lib").write_text(name, encoding="ascii")
         # Pointers go last: whoever finds one finds everything it points to.
-        for file in (name, *(f"{symbol}.o" for symbol in symbols), *(f"{symbol}.lib" for symbol in symbols)):
+        kinds = ("o", "cubin", "lib") if on_gpu else ("o", "lib")
+        for file in (name, *(f"{symbol}.{kind}" for kind in kinds for symbol in symbols)):
             os.replace(scratch / file, self.directory / file)
+
+
+def static_modules(objects: dict[str, Path], on_gpu: dict[str, Any]) -> Any:
+    """Object files that launch GPU kernels, and these kernels, as one module that can be exported.
+
+    Args:
+        objects: Symbol -> its object file.
+        on_gpu: Symbol -> the CUDA module that it launches.
+    """
+    import tvm
+
+    modules = []
+    for symbol, path in objects.items():
+        modules.append(tvm.runtime.load_static_library(str(path), [symbol]))
+        modules[-1].import_module(on_gpu[symbol])
+    for module in modules[1:]:
+        modules[0].import_module(module)
+    return modules[0]
 
 
 def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
@@ -162,13 +192,14 @@ def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
     """
     import tvm
 
+    compiled: Any = target.tvm()
     try:
-        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-            return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=target.tvm())
+        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}), compiled:
+            return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=compiled)
     except (RuntimeError, TypeError, ValueError) as error:  # what TVM raises for its own failures
         key, reason = kernel.key, (str(error).strip().splitlines() or [type(error).__name__])[-1]
         what = f"{key.kind} {key.precision or ''} {key.shapes[0]} -> {key.shapes[-1]}"
-        raise BuildError(f"kernel {symbol} ({what}, {target.isa.name}) does not compile: {reason}") from error
+        raise BuildError(f"kernel {symbol} ({what}, {target.arch or target.isa.name}) does not compile: {reason}") from error
 
 
 def _processors() -> set[int]:

@@ -19,7 +19,7 @@ from qsearch.build.foreign import legalize
 from qsearch.build.relax_module import Call, Constant, ModuleWriter, place_values
 from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
-from qsearch.kernels.cpu import Tile, describe_kernel
+from qsearch.kernels.cpu import Tile
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Op, OpKey, Program
 
@@ -154,7 +154,7 @@ class Linker:
     def _describe(self, key: OpKey) -> tuple[str, Kernel]:
         if key not in self._described:
             tile = self.tiles.get(key) if key.kind == "conv2d" else None
-            kernel = describe_kernel(key, self.target.isa, self.target.threads, tile)
+            kernel = self.target.describe(key, tile)
             self._described[key] = kernel_symbol(kernel, self.target), kernel
         return self._described[key]
 

@@ -10,7 +10,10 @@ from functools import cache
 from pathlib import Path
 
 from qsearch.errors import UsageError
+from qsearch.kernels import cpu, cuda
 from qsearch.kernels.cpu import ISAS, Isa
+from qsearch.kernels.description import Kernel
+from qsearch.quantize.program import OpKey
 
 __all__ = ["Target", "host_architecture", "host_flags", "open_target", "require_runnable"]
 
@@ -31,19 +34,30 @@ ARM_FLAGS = {
     "sve": "sve",
     "sve2": "sve2",
 }
+# What TVM must know of every GPU that qsearch compiles for.
+_GPU = {
+    "kind": "cuda",
+    "max_threads_per_block": 1024,
+    "max_shared_memory_per_block": 49152,
+    "thread_warp_size": 32,
+    "registers_per_block": 65536,
+}
+# Architectures with the matrix instructions that the kernels are made of, and an L2 cache that they are tuned to.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A CPU to compile for.
+    """A CPU or a GPU to compile for.
 
     Attributes:
-        name: What the user asked for: 'host' or 'portable' or a CPU's name.
+        name: What the user asked for: 'host' or 'portable' or a CPU's name, 'cuda' or 'cuda:' and an architecture.
         mcpu: LLVM CPU name; '' for the generic CPU of the architecture.
-        isa: Instruction set the kernels are written for.
-        threads: Threads a module runs on.
+        isa: Instruction set the kernels are written for; of a GPU's target that of the code which launches them.
+        threads: Threads of the CPU a module runs on.
         triple: LLVM triple; '' for that of the machine which compiles.
+        arch: Architecture of the GPU, such as 'sm_90'; '' for a CPU.
     """
 
     name: str
@@ -51,6 +65,12 @@ class Target:
     isa: Isa
     threads: int = 1
     triple: str = ""
+    arch: str = ""
+
+    @property
+    def device(self) -> str:
+        """'cpu' or 'cuda', as TVM names it."""
+        return "cuda" if self.arch else "cpu"
 
     @property
     def architecture(self) -> str:
@@ -60,6 +80,8 @@ class Target:
     @property
     def description(self) -> str:
         """One line for reports and identities."""
+        if self.arch:
+            return f"cuda -arch={self.arch}"
         where = f" -mtriple={self.triple}" if self.triple else ""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"llvm{where} -mcpu={self.mcpu or 'generic'} ({self.isa.name}, {threads})"
@@ -73,7 +95,22 @@ class Target:
         """The TVM target."""
         from tvm.target import Target as TvmTarget
 
-        return TvmTarget(_options(self.mcpu, self.triple) | {"num-cores": self.threads})
+        host = _options(self.mcpu, self.triple) | {"num-cores": self.threads}
+        return TvmTarget(_GPU | {"arch": self.arch}, host=host) if self.arch else TvmTarget(host)
+
+    def describe(self, key: OpKey, tile: cpu.Tile | None = None) -> Kernel:
+        """The kernel that carries out an operation.
+
+        Args:
+            key: The operation.
+            tile: A tile to use instead of the predicted one; means something where `candidate_tiles` gives some.
+
+        Raises:
+            BuildError: There is none.
+        """
+        if self.arch:
+            return cuda.describe_kernel(key, self.arch)
+        return cpu.describe_kernel(key, self.isa, self.threads, tile)
 
 
 def host_architecture() -> str:
@@ -100,12 +137,15 @@ def open_target(name: str, threads: int = 1) -> Target:
     Args:
         name: 'host' (or 'llvm', 'cpu') for this machine; 'portable' for any CPU of its architecture; an LLVM name
             of an x86-64 CPU such as 'icelake-server'; 'aarch64:' and one of an AArch64 CPU, such as
-            'aarch64:neoverse-n1'.
+            'aarch64:neoverse-n1'; 'cuda' for this machine's GPU, or 'cuda:' and an architecture, such as 'cuda:sm_90'.
         threads: Threads its modules run on.
 
     Raises:
-        UsageError: LLVM does not know the CPU.
+        UsageError: LLVM does not know the CPU, or there is no such GPU.
+        ToolchainError: There is no CUDA compiler.
     """
+    if name == "cuda" or name.startswith("cuda:"):
+        return _open_cuda(name)
     if name == "portable":
         return Target(name, "", ISAS[-1], threads)
     if name in ("host", "llvm", "cpu"):
@@ -122,12 +162,30 @@ def open_target(name: str, threads: int = 1) -> Target:
     return Target(name, mcpu, _best_isa(mcpu, triple, architecture), threads, triple)
 
 
+def _open_cuda(name: str) -> Target:
+    from qsearch.build.cuda_toolkit import gpu_architecture, load_cuda_runtime
+
+    load_cuda_runtime()
+    arch = name.partition(":")[2] or gpu_architecture()
+    if arch is None:
+        raise UsageError(
+            "target 'cuda' means this machine's GPU, and it has none that can be used (`doctor` says why); to compile for "
+            "another machine's, name its architecture, such as cuda:sm_90"
+        )
+    if arch not in ARCHITECTURES:
+        raise UsageError(f"unknown CUDA architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}")
+    return Target(name, "", ISAS[-1], arch=arch)
+
+
 def require_runnable(target: Target) -> None:
     """Refuse a target whose modules this machine cannot run: they would die of an illegal instruction.
 
     Raises:
         UsageError: It is of another architecture, has instructions that this machine lacks, or wants more threads.
     """
+    if target.arch:
+        _require_gpu(target)
+        return
     here = {_plain(flag) for flag in host_flags()}
     way_out = "use host (this machine), portable, or run the command on such a machine"
     if target.architecture != host_architecture():
@@ -144,6 +202,20 @@ def require_runnable(target: Target) -> None:
     processors = os.cpu_count() or target.threads
     if target.threads > processors:
         raise UsageError(f"{target.threads} threads are asked for and this machine has {processors} processors; give fewer")
+
+
+def _require_gpu(target: Target) -> None:
+    from qsearch.build.cuda_toolkit import gpu_architecture
+
+    found = gpu_architecture()
+    if found == target.arch:
+        return
+    what = "no GPU that can be used" if found is None else f"a GPU of architecture {found}"
+    raise UsageError(
+        f"target {target.name!r} needs a GPU of architecture {target.arch} to be measured on, and this machine has {what}. Run "
+        f"the same command where there is one, or measure the kernels there: `pack --target cuda:{target.arch} --out FILE` here, "
+        "`measure-pack FILE` there, and `--cost-table` with its result here"
+    )
 
 
 def _widest(flags: set[str]) -> list[str]:

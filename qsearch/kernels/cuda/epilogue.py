@@ -1,0 +1,76 @@
+"""What happens to an accumulated value before it is stored; the same arithmetic as on the CPU, one element at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.script import builder as T
+
+from qsearch.kernels.cuda.simt import converted, load, mul, round_to_int
+from qsearch.quantize.program import FLOATS, INTEGERS
+
+__all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "finished"]
+
+# The dtypes that hold real numbers; all others hold integers.
+FLOAT_DTYPES = ("float32", "float16")
+LARGEST_HALF = 65504.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The scalar arguments of a kernel: int32 and float32 vectors laid out as `INTEGERS` and `FLOATS`."""
+
+    integers: tirx.Buffer
+    floats: tirx.Buffer
+
+    def integer(self, name: str) -> Expr:
+        """An int32 scalar by name."""
+        return load(self.integers, INTEGERS.index(name))
+
+    def float(self, name: str) -> Expr:
+        """A float32 scalar by name."""
+        return load(self.floats, FLOATS.index(name))
+
+
+def declare_arguments() -> Arguments:
+    """Declare the two scalar argument vectors; call it in argument order."""
+    integers = T.arg("integers", T.Buffer((len(INTEGERS),), "int32"))
+    return Arguments(integers, T.arg("floats", T.Buffer((len(FLOATS),), "float32")))
+
+
+def dequantized(value: Expr, dtype: str, arguments: Arguments, which: str) -> Expr:
+    """f32(f32(value - zero_point) * multiplier), or f32(f32(value) * multiplier) for float values.
+
+    Args:
+        value: uint8, int16, float16 or float32.
+        dtype: Which of them.
+        arguments: The kernel's scalars.
+        which: 'a' or 'b': whose zero point and multiplier.
+    """
+    if dtype not in FLOAT_DTYPES:
+        value = converted(value, "int32") - arguments.integer(f"{which}_zero_point")
+    if dtype != "float32":
+        value = converted(value, "float32")
+    return mul(value, arguments.float(f"{which}_multiplier"))
+
+
+def finished(dtype: str, value: Expr, arguments: Arguments, clipped: bool) -> Expr:
+    """Clip, round and convert a float32 value for storing.
+
+    For integers: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives the same integers
+    because its bounds are integers, and keeps the conversion to int32 from overflowing. For floats: clip(value, low, high)
+    where `clipped`, else value; float16 saturates.
+    """
+    if dtype not in FLOAT_DTYPES:
+        zero_point = arguments.integer("zero_point")
+        low, high = (converted(arguments.integer(name) - zero_point, "float32") for name in ("qmin", "qmax"))
+        whole = round_to_int(tirx.min(tirx.max(value, low), high))
+        return converted(whole + zero_point, dtype)
+    if clipped:
+        value = tirx.min(tirx.max(value, arguments.float("low")), arguments.float("high"))
+    if dtype == "float16":
+        largest = tirx.const(LARGEST_HALF, "float32")
+        value = converted(tirx.min(tirx.max(value, tirx.const(-LARGEST_HALF, "float32")), largest), "float16")
+    return value
