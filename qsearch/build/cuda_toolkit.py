@@ -51,7 +51,8 @@ _HEADERS = {
     "cuda/std/cstdint": """
 namespace cuda { namespace std {
 typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;
-typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef unsigned long long uint64_t;
+typedef unsigned char uint8_t; typedef unsigned short uint16_t;
+typedef unsigned int uint32_t; typedef unsigned long long uint64_t;
 } }
 """,
     # Declared for the prelude's using-declarations; whoever needs one fails to compile instead of getting a wrong answer.

@@ -61,12 +61,17 @@ def run_blocks(
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
-    workers = max(1, min(len(available_processors()) // threads, len(images)))
-    own = threading.local()
+    first = open_machine()
+    # One caller keeps a GPU busy; several would wait for each other.
+    workers = max(1, min(len(available_processors()) // threads, len(images))) if first.on_cpu else 1
+    own, ready = threading.local(), [first]
 
     def run_share(rows: np.ndarray) -> np.ndarray:
         if not hasattr(own, "machine"):
-            own.machine = open_machine()
+            try:
+                own.machine = ready.pop()
+            except IndexError:
+                own.machine = open_machine()
         return _run_share(own.machine, images, rows)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -83,9 +88,7 @@ def run_blocks(
 
 
 def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    import tvm
-
-    return np.concatenate([machine["main"](tvm.runtime.tensor(np.ascontiguousarray(images[row]))).numpy() for row in rows])
+    return np.concatenate([machine["main"](machine.tensor(images[row])).numpy() for row in rows])
 
 
 def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:
