@@ -95,10 +95,11 @@ class Linker:
 
     Args:
         cache: Where kernels come from.
+        captures: On a GPU, launch a module's kernels as one captured graph from the second call on.
     """
 
-    def __init__(self, cache: KernelCache) -> None:
-        self.cache, self.target = cache, cache.target
+    def __init__(self, cache: KernelCache, captures: bool = True) -> None:
+        self.cache, self.target, self.captures = cache, cache.target, captures
         self.tiles = TileChoices(cache.directory, cache.target)
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
         # The source array is kept beside the packed one, so that its id stays its own.
@@ -129,7 +130,7 @@ class Linker:
             objects = {symbol: kernel.object_path for symbol, kernel in compiled.items()}
             on_gpu = {symbol: kernel.gpu_module for symbol, kernel in compiled.items()}
             module = module.with_attr("external_mods", [static_modules(objects, on_gpu)])
-        options = {"relax.backend.use_cuda_graph": True} if self.target.arch else {}
+        options = {"relax.backend.use_cuda_graph": self.captures} if self.target.arch else {}
         try:
             with tvm.transform.PassContext(config=options):
                 executable = relax.build(module, target=self.target.tvm())

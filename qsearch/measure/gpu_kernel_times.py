@@ -50,13 +50,12 @@ def time_gpu_kernels(linker: Linker, programs: Sequence[Program]) -> dict[str, f
 def kernel_arguments(call: Call) -> list[Any]:
     """Arguments for a kernel on the GPU: inputs of small positive values, its constants, room for its output."""
     dtypes = call.kernel.key.dtypes
-    given = [
-        np.ones(shape, dtypes[i]) if isinstance(argument, str) else argument.array
-        for i, (argument, shape) in enumerate(_with_shapes(call))
-    ]
+    given = []
+    for i, argument in enumerate(call.arguments):
+        if isinstance(argument, str):
+            # Between the steps of a foreign operation values are of its output's dtype.
+            given.append(np.ones(call.shapes[i], dtypes[i] if i < len(dtypes) - 1 else call.dtype))
+        else:
+            given.append(argument.array)
     return [on_device(array, "cuda") for array in (*given, np.zeros(call.shape, call.dtype))]
 
-
-def _with_shapes(call: Call) -> list[tuple[Any, tuple[int, ...]]]:
-    shapes = [*call.shapes, *((),) * len(call.arguments)]
-    return list(zip(call.arguments, shapes, strict=False))
