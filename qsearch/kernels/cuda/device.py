@@ -17,6 +17,7 @@ _HEAD = "__forceinline__ __device__ "
 FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_mul": ("float32", "float qs_mul(float a, float b) { return __fmul_rn(a, b); }"),
     "qs_add": ("float32", "float qs_add(float a, float b) { return __fadd_rn(a, b); }"),
+    "qs_fma": ("float32", "float qs_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }"),
     "qs_round": ("int32", "int qs_round(float a) { return __float2int_rn(a); }"),
     # Copy `bytes` (4, 8 or 16) from global to shared memory without waiting; the same constant in all calls of a kernel.
     "qs_copy_4": (
