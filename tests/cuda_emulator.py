@@ -364,7 +364,7 @@ class _Block:
             raise KernelFault(f"a vector of {index.shape[1]} elements is not aligned")
 
     def _evaluate_call(self, expression: Any) -> Any:
-        name = str(expression.op.name).removeprefix("tirx.")
+        name = str(expression.op.name).removeprefix("tirx.").removeprefix("prim.")
         if name == "cuda.func_call":
             function, *arguments = expression.args[:-1]
             return self._call(str(function.value), [self.evaluate(argument) for argument in arguments])
