@@ -364,13 +364,15 @@ class _Block:
             raise KernelFault(f"a vector of {index.shape[1]} elements is not aligned")
 
     def _evaluate_call(self, expression: Any) -> Any:
-        name = str(expression.op.name).removeprefix("tirx.")
+        name = str(expression.op.name).removeprefix("tirx.").removeprefix("prim.")
         if name == "cuda.func_call":
             function, *arguments = expression.args[:-1]
             return self._call(str(function.value), [self.evaluate(argument) for argument in arguments])
         if name == "address_of":
             (access,) = expression.args
             return _Address(self.memory[_key(access.source)], self.lanes_of(access.indices[0]))
+        if name == "isnullptr":
+            return False
         if name == "if_then_else":
             condition, yes, no = expression.args
             return self._lazily(condition, lambda: self.evaluate(yes), lambda: self.evaluate(no))
@@ -399,6 +401,11 @@ class _Block:
             words = np.broadcast_to(np.asarray(word, np.int32), (self.lanes,))
             self._shared_at(to, int(number))
             to.memory.store_bytes(self, to.index * to.memory.size, np.repeat(words[:, None], int(number) // 4, 1).view(np.uint8))
+        elif kind == "qs_put":
+            to, source = arguments
+            self._shared_at(to, int(number))
+            word = source.memory.read(self, source.index[:, None] + np.arange(int(number) // source.memory.array.itemsize))
+            to.memory.store_bytes(self, to.index * to.memory.size, np.ascontiguousarray(word).view(np.uint8))
         elif name == "qs_copies_commit":
             self.group += 1
         elif kind == "qs_copies_wait":
@@ -492,6 +499,11 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "LE": np.less_equal,
     "GT": np.greater,
     "GE": np.greater_equal,
+    "BitwiseAnd": np.bitwise_and,
+    "BitwiseOr": np.bitwise_or,
+    "BitwiseXor": np.bitwise_xor,
+    "LShift": np.left_shift,
+    "RShift": np.right_shift,
 }
 _PURE: dict[str, Callable[..., Any]] = {
     "exp": np.exp,

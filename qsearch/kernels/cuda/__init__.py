@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qsearch.errors import BuildError
+from qsearch.kernels.cuda.conv_tensor import conv2d
 from qsearch.kernels.cuda.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
@@ -10,7 +11,7 @@ from qsearch.quantize.program import OpKey
 __all__ = ["RULES", "describe_kernel"]
 
 # The first rule that applies wins.
-RULES = (elementwise, multiply_broadcast, lookup)
+RULES = (conv2d, elementwise, multiply_broadcast, lookup)
 
 
 def describe_kernel(key: OpKey, arch: str) -> Kernel:

@@ -53,6 +53,8 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_fill_4": ("void", "void qs_fill_4(void *to, int word) { *(int *)to = word; }"),
     "qs_fill_8": ("void", "void qs_fill_8(void *to, int word) { *(int2 *)to = make_int2(word, word); }"),
     "qs_fill_16": ("void", "void qs_fill_16(void *to, int word) { *(int4 *)to = make_int4(word, word, word, word); }"),
+    # Write four bytes from registers to shared memory.
+    "qs_put_4": ("void", "void qs_put_4(void *to, const void *word) { *(int *)to = *(const int *)word; }"),
     "qs_copies_commit": (
         "void",
         """void qs_copies_commit() {
