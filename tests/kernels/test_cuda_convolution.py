@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import random_inputs
 from test_channel_clip import clipping
-from test_convolution import CASES, INTEGER_DTYPES, RELAXED, convolution, convolutions, largest_integers
+from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, RELAXED, convolution, convolutions, largest_integers
 from test_weight_groups import FORMS, grouped
 
 from qsearch.kernels.cuda.conv_plan import ConvPlan
@@ -115,6 +115,18 @@ def test_w4a8_in_groups_is_exact(case, form, seed):
     check_exact(grouped(convolution(*case, ("uint8", "uint8"), seed, "w4a8"), form, seed), seed)
 
 
+@settings(RELAXED, max_examples=10)
+@given(case=some_convolutions(), dtypes=st.sampled_from(CASES["int16"]), seed=SEEDS)
+def test_int16_is_exact(case, dtypes, seed):
+    check_exact(convolution(*case, dtypes, seed, "int16"), seed)
+
+
+@settings(RELAXED, max_examples=10)
+@given(case=some_convolutions(), dtypes=st.sampled_from([*FLOAT_DTYPES, ("float32", "float16")]), seed=SEEDS)
+def test_fp32_agrees(case, dtypes, seed):
+    check_close(convolution(*case, dtypes, seed, "fp32"), seed, 1e-5 if dtypes[-1] == "float32" else 1e-3)
+
+
 TILES = [
     Tile(16, 16, 32, (1, 1, 1), 2),
     Tile(64, 32, 64, (2, 2, 1), 3),
@@ -131,6 +143,14 @@ def test_every_tile_is_exact(tile, precision):
         image = (1, 9, 10, channels)
         op = convolution(conv, image, 136, ("uint8", "uint8", "uint8"), 3, precision)
         check_exact(op, 3, tile)
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(16, 32, 32, (1, 2, 1), 2), Tile(64, 64, 64, (2, 2, 2), 2), Tile(32, 48, 128, (1, 1, 4), 3)], ids=str
+)
+def test_every_tile_without_matrix_units(tile):
+    check_exact(convolution(SAME, (1, 7, 8, 22), 50, ("int16", "int16", "int16"), 3, "int16"), 3, tile)
+    check_close(convolution(SAME, (1, 7, 8, 22), 50, ("float32", "float32", "float32"), 3, "fp32"), 3, 1e-5, tile)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])

@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.conv_layout import Place, divided, kept
 from qsearch.kernels.cuda.conv_plan import ConvPlan
-from qsearch.kernels.cuda.conv_units import MatrixUnits, staged_sum
+from qsearch.kernels.cuda.conv_units import Units, staged_sum
 from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished
 from qsearch.kernels.cuda.simt import add, converted, load, move, mul, registers, store, sync, vector_lanes
 
@@ -109,7 +109,7 @@ class _Columns:
         return finished(key.dtypes[-1], value, arguments, key.clipped)
 
 
-def finish(plan: ConvPlan, buffers: ConvBuffers, units: MatrixUnits, shared: tirx.Buffer, place: Place) -> None:
+def finish(plan: ConvPlan, buffers: ConvBuffers, units: Units, shared: tirx.Buffer, place: Place) -> None:
     """Write a block's outputs. All threads have done with shared memory before, and wait for one another here."""
     tile, columns = plan.tile, _Columns(plan, buffers, place)
     blocks = tile.warp_rows // 16 // plan.parts

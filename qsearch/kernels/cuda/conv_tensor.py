@@ -14,7 +14,7 @@ from qsearch.kernels.cuda.conv_finish import declare_buffers, finish
 from qsearch.kernels.cuda.conv_layout import Place, divided, kept
 from qsearch.kernels.cuda.conv_plan import ConvPlan
 from qsearch.kernels.cuda.conv_source import ConvSource
-from qsearch.kernels.cuda.conv_units import MatrixUnits
+from qsearch.kernels.cuda.conv_units import MatrixUnits, ScalarUnits, Units
 from qsearch.kernels.cuda.conv_weight import ConvWeight, pack_constants, pack_weight
 from qsearch.kernels.cuda.device import perform
 from qsearch.kernels.cuda.simt import grid, kernel, shared, sync
@@ -60,7 +60,7 @@ def _generate(plan: ConvPlan) -> None:
         group, row_tile = divided(tile, plan.row_tiles) if plan.key.conv.groups > 1 else (0, tile)
         place = Place(group if isinstance(group, int) else kept(group), kept(row_tile), column_tile, thread)
         words = shared(plan.shared_words, plan.dtypes[2])
-        units = MatrixUnits(plan, place)
+        units: Units = MatrixUnits(plan, place) if plan.matrix else ScalarUnits(plan, place)
         source = ConvSource(plan, buffers.source, buffers.arguments, place)
         _Pipeline(plan, words, source, ConvWeight(plan, buffers.weight, place), units).run()
         finish(plan, buffers, units, words, place)
@@ -69,7 +69,7 @@ def _generate(plan: ConvPlan) -> None:
 class _Pipeline:
     """The loop over the contraction."""
 
-    def __init__(self, plan: ConvPlan, shared: tirx.Buffer, source: ConvSource, weight: ConvWeight, units: MatrixUnits) -> None:
+    def __init__(self, plan: ConvPlan, shared: tirx.Buffer, source: ConvSource, weight: ConvWeight, units: Units) -> None:
         self.plan, self.shared, self.source, self.weight, self.units = plan, shared, source, weight, units
 
     def run(self) -> None:

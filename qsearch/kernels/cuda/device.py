@@ -125,6 +125,24 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
 #endif
 }""",
     ),
+    # sum += a * b of four float32.
+    "qs_dot_f32": (
+        "void",
+        """void qs_dot_f32(void *sum, const void *left, const void *right) {
+  const float *a = (const float *)left, *b = (const float *)right;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *(float *)sum = __fmaf_rn(a[i], b[i], *(float *)sum);
+}""",
+    ),
+    # sum += a * b of eight int16 in four words.
+    "qs_dot_s16": (
+        "void",
+        """void qs_dot_s16(void *sum, const void *left, const void *right) {
+  const int *a = (const int *)left, *b = (const int *)right;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *(int *)sum += (short)a[i] * (short)b[i] + (a[i] >> 16) * (b[i] >> 16);
+}""",
+    ),
 }
 
 
