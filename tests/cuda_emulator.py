@@ -364,13 +364,15 @@ class _Block:
             raise KernelFault(f"a vector of {index.shape[1]} elements is not aligned")
 
     def _evaluate_call(self, expression: Any) -> Any:
-        name = str(expression.op.name).removeprefix("tirx.")
+        name = str(expression.op.name).removeprefix("tirx.").removeprefix("prim.")
         if name == "cuda.func_call":
             function, *arguments = expression.args[:-1]
             return self._call(str(function.value), [self.evaluate(argument) for argument in arguments])
         if name == "address_of":
             (access,) = expression.args
             return _Address(self.memory[_key(access.source)], self.lanes_of(access.indices[0]))
+        if name == "isnullptr":
+            return False
         if name == "if_then_else":
             condition, yes, no = expression.args
             return self._lazily(condition, lambda: self.evaluate(yes), lambda: self.evaluate(no))
@@ -399,6 +401,11 @@ class _Block:
             words = np.broadcast_to(np.asarray(word, np.int32), (self.lanes,))
             self._shared_at(to, int(number))
             to.memory.store_bytes(self, to.index * to.memory.size, np.repeat(words[:, None], int(number) // 4, 1).view(np.uint8))
+        elif kind == "qs_put":
+            to, source = arguments
+            self._shared_at(to, int(number))
+            word = source.memory.read(self, source.index[:, None] + np.arange(int(number) // source.memory.array.itemsize))
+            to.memory.store_bytes(self, to.index * to.memory.size, np.ascontiguousarray(word).view(np.uint8))
         elif name == "qs_copies_commit":
             self.group += 1
         elif kind == "qs_copies_wait":
@@ -407,6 +414,14 @@ class _Block:
                     memory.arrive(self.group - int(number) - 1)
         elif kind == "qs_load_matrices":
             self._load_matrices(*arguments, count=int(number))
+        elif name in _DOTS:
+            sums, left, right = arguments
+            dtype, sum_dtype, exact = _DOTS[name]
+            factors = (
+                np.ascontiguousarray(x.memory.words(x.index, 4, np.uint32)).view(dtype).astype(exact) for x in (left, right)
+            )
+            total = sums.memory.words(sums.index, 1, sum_dtype)[:, 0].astype(exact) + np.multiply(*factors).sum(1)
+            sums.memory.put_words(self, sums.index, total.astype(sum_dtype)[:, None].view(np.uint32))
         elif name in _MATRIX:
             self._whole_warps()
             sums, left, right = arguments
@@ -492,6 +507,11 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "LE": np.less_equal,
     "GT": np.greater,
     "GE": np.greater_equal,
+    "BitwiseAnd": np.bitwise_and,
+    "BitwiseOr": np.bitwise_or,
+    "BitwiseXor": np.bitwise_xor,
+    "LShift": np.left_shift,
+    "RShift": np.right_shift,
 }
 _PURE: dict[str, Callable[..., Any]] = {
     "exp": np.exp,
@@ -511,6 +531,10 @@ _DEVICE: dict[str, Callable[..., Any]] = {
     "qs_add": np.add,
     "qs_fma": lambda a, b, c: (np.float64(a) * b + c).astype(np.float32),
     "qs_round": lambda a: np.rint(a).astype(np.int32),
+}
+_DOTS: dict[str, tuple[Any, Any, Any]] = {
+    "qs_dot_f32": (np.float32, np.float32, np.float64),
+    "qs_dot_s16": (np.int16, np.int32, np.int64),
 }
 _MATRIX: dict[str, Callable[..., None]] = {
     "qs_mma_u8s8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.int8), sum_dtype=np.int32, exact=np.int64),

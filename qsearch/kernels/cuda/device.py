@@ -17,6 +17,7 @@ _HEAD = "__forceinline__ __device__ "
 FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_mul": ("float32", "float qs_mul(float a, float b) { return __fmul_rn(a, b); }"),
     "qs_add": ("float32", "float qs_add(float a, float b) { return __fadd_rn(a, b); }"),
+    "qs_fma": ("float32", "float qs_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }"),
     "qs_round": ("int32", "int qs_round(float a) { return __float2int_rn(a); }"),
     # Copy `bytes` (4, 8 or 16) from global to shared memory without waiting; the same constant in all calls of a kernel.
     "qs_copy_4": (
@@ -53,6 +54,8 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_fill_4": ("void", "void qs_fill_4(void *to, int word) { *(int *)to = word; }"),
     "qs_fill_8": ("void", "void qs_fill_8(void *to, int word) { *(int2 *)to = make_int2(word, word); }"),
     "qs_fill_16": ("void", "void qs_fill_16(void *to, int word) { *(int4 *)to = make_int4(word, word, word, word); }"),
+    # Write four bytes from registers to shared memory.
+    "qs_put_4": ("void", "void qs_put_4(void *to, const void *word) { *(int *)to = *(const int *)word; }"),
     "qs_copies_commit": (
         "void",
         """void qs_copies_commit() {
@@ -121,6 +124,24 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
 #endif
+}""",
+    ),
+    # sum += a * b of four float32.
+    "qs_dot_f32": (
+        "void",
+        """void qs_dot_f32(void *sum, const void *left, const void *right) {
+  const float *a = (const float *)left, *b = (const float *)right;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *(float *)sum = __fmaf_rn(a[i], b[i], *(float *)sum);
+}""",
+    ),
+    # sum += a * b of eight int16 in four words.
+    "qs_dot_s16": (
+        "void",
+        """void qs_dot_s16(void *sum, const void *left, const void *right) {
+  const int *a = (const int *)left, *b = (const int *)right;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *(int *)sum += (short)a[i] * (short)b[i] + (a[i] >> 16) * (b[i] >> 16);
 }""",
     ),
 }

@@ -22,6 +22,7 @@ __all__ = [
     "at",
     "constant",
     "converted",
+    "fma",
     "for_elements",
     "grid",
     "kernel",
@@ -121,17 +122,31 @@ def move(target: tirx.Buffer, to: Expr | int, source: tirx.Buffer, start: Expr |
     if lanes == 1:
         store(target, to, load(source, start))
         return
+    # TVM loads elements one by one unless it can prove the first one's number a multiple.
+    if not isinstance(start, int):
+        start = start // lanes * lanes
     T.buffer_store(target, tirx.BufferLoad(source, [tirx.Ramp(start, 1, lanes)]), [tirx.Ramp(to, 1, lanes)])
 
 
 def registers(count: int, dtype: str) -> tirx.Buffer:
     """Variables of a thread; they stay in registers where every index is a constant after unrolling."""
-    return T.alloc_buffer((count,), dtype, scope="local", layout=None)
+    return _whole(T.alloc_buffer((count,), dtype, scope="local", layout=None), count)
 
 
 def shared(count: int, dtype: str) -> tirx.Buffer:
     """Memory that the threads of a block share."""
-    return T.alloc_buffer((count,), dtype, scope="shared", layout=None)
+    return _whole(T.alloc_buffer((count,), dtype, scope="shared", layout=None), count)
+
+
+def _whole(buffer: tirx.Buffer, count: int) -> tirx.Buffer:
+    """Keep TVM from cutting a buffer short.
+
+    It makes buffers end with the last element that it sees an access of, and of an address it sees one element, not those
+    behind it that a device function touches. A use of the pointer itself, which leaves no code, counts as one of everything.
+    """
+    if count > 1:
+        T.evaluate(tirx.call_intrin("bool", "tirx.isnullptr", buffer.data))
+    return buffer
 
 
 def sync() -> None:
@@ -147,6 +162,11 @@ def mul(a: Expr, b: Expr) -> Expr:
 def add(a: Expr, b: Expr) -> Expr:
     """Add float32, rounding once."""
     return call("qs_add", a, b)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """Multiply and add, a * b + c, in float32, rounding once; for float sums, which are not exact anyway."""
+    return call("qs_fma", a, b, c)
 
 
 def round_to_int(value: Expr) -> Expr:

@@ -1,0 +1,163 @@
+"""CUDA convolutions, executed without a GPU, against the NumPy reference: integers bit for bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cuda_emulator import run_emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_runner import random_inputs
+from test_channel_clip import clipping
+from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, RELAXED, convolution, convolutions, largest_integers
+from test_weight_groups import FORMS, grouped
+
+from qsearch.kernels.cuda.conv_plan import ConvPlan
+from qsearch.kernels.cuda.conv_tensor import conv2d, conv2d_kernel
+from qsearch.kernels.cuda.tile import Tile
+from qsearch.models.graph import Conv
+from qsearch.quantize.program import Op
+from qsearch.quantize.reference import run_op
+
+SAME = Conv((3, 3), padding=(1, 1, 1, 1))
+SEEDS = st.integers(0, 2**16)
+INT8 = [*INTEGER_DTYPES, *CASES["int8"], ("uint8", "float16"), ("uint8", "float16", "uint8")]
+
+
+def small(case):
+    """The emulator takes its time: smaller images and fewer channels."""
+    conv, (n, height, width, inputs), outputs = case
+    return conv, (n, min(height, 9), min(width, 11), inputs), outputs
+
+
+def some_convolutions():
+    def has_an_output(case):
+        conv, image, _ = case
+        reach = [d * (k - 1) + 1 for k, d in zip(conv.kernel, conv.dilation, strict=True)]
+        top, left, bottom, right = conv.padding
+        return reach[0] <= image[1] + top + bottom and reach[1] <= image[2] + left + right and not depthwise(conv, image)
+
+    return convolutions().map(small).filter(has_an_output)
+
+
+def depthwise(conv, image):
+    return conv.groups > 1 and conv.groups == image[3]
+
+
+def check_exact(op: Op, seed: int, tile: Tile | None = None, arch: str = "sm_90") -> None:
+    inputs = random_inputs(np.random.default_rng(seed + 1), op.key, largest_integers(op.key, seed)[0])
+    halves = [x.astype(dtype) for x, dtype in zip(inputs, op.key.dtypes[:-1], strict=True)]
+    found = run_emulated(op, halves, arch, conv2d_kernel(ConvPlan(op.key, arch, tile)) if tile else None)
+    np.testing.assert_array_equal(found, reference(op, halves))
+
+
+def reference(op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+    """What float16 values would come to in float32, rounded where the output is float16."""
+    wide = tuple("float32" if dtype == "float16" else dtype for dtype in op.key.dtypes)
+    key = replace(op.key, dtypes=wide, precision="fp32" if op.key.precision == "fp16" else op.key.precision)
+    plain = replace(op, key=key, output=replace(op.output, dtype=wide[-1]))
+    value = run_op(plain, [x.astype(dtype) for x, dtype in zip(inputs, wide, strict=False)])
+    return np.clip(value, -65504, 65504).astype(np.float16) if op.key.dtypes[-1] == "float16" else value
+
+
+@settings(RELAXED, max_examples=25)
+@given(case=some_convolutions(), dtypes=st.sampled_from(INT8), seed=SEEDS)
+def test_int8_is_exact(case, dtypes, seed):
+    op = convolution(*case, dtypes, seed)
+    check_exact(clipping(op, seed) if seed % 3 == 0 and dtypes[-1] != "float16" else op, seed)
+
+
+@settings(RELAXED, max_examples=10)
+@given(rows=st.integers(1, 40), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=SEEDS)
+def test_int8_linear_is_exact(rows, features, outputs, seed):
+    check_exact(convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed), seed)
+
+
+def half(op: Op) -> Op:
+    weight = op.constants["weight"].astype(np.float16)
+    return replace(op, key=replace(op.key, precision="fp16"), constants=op.constants | {"weight": weight})
+
+
+HALF_DTYPES = [
+    ("float16", "float16"),
+    ("float16", "float16", "float16"),
+    ("float16", "uint8", "float32"),
+    ("float16", "float32", "uint8"),
+    ("float16", "int16"),
+    ("float16", "int16", "float16"),
+]
+
+
+def check_close(op: Op, seed: int, tolerance: float, tile: Tile | None = None) -> None:
+    inputs = random_inputs(np.random.default_rng(seed + 1), op.key, 100)
+    inputs = [x.astype(dtype) for x, dtype in zip(inputs, op.key.dtypes[:-1], strict=True)]
+    kernel = conv2d_kernel(ConvPlan(op.key, "sm_90", tile)) if tile else None
+    found, expected = (x.astype(np.float64) for x in (run_emulated(op, inputs, kernel=kernel), reference(op, inputs)))
+    largest = 1 if op.key.dtypes[-1] in ("uint8", "int16") else tolerance * max(1, np.abs(expected).max())
+    assert np.abs(found - expected).max() <= largest
+
+
+@settings(RELAXED, max_examples=15)
+@given(case=some_convolutions(), dtypes=st.sampled_from(HALF_DTYPES), seed=SEEDS)
+def test_fp16_agrees(case, dtypes, seed):
+    check_close(half(convolution(*case, dtypes, seed, "fp32")), seed, 1e-3)
+
+
+@settings(RELAXED, max_examples=8)
+@given(case=some_convolutions(), dtypes=st.sampled_from(CASES["w4a8"]), seed=SEEDS)
+def test_w4a8_is_exact(case, dtypes, seed):
+    check_exact(convolution(*case, dtypes, seed, "w4a8"), seed)
+
+
+@settings(RELAXED, max_examples=12)
+@given(case=some_convolutions(), form=st.sampled_from(FORMS), seed=SEEDS)
+def test_w4a8_in_groups_is_exact(case, form, seed):
+    check_exact(grouped(convolution(*case, ("uint8", "uint8"), seed, "w4a8"), form, seed), seed)
+
+
+@settings(RELAXED, max_examples=10)
+@given(case=some_convolutions(), dtypes=st.sampled_from(CASES["int16"]), seed=SEEDS)
+def test_int16_is_exact(case, dtypes, seed):
+    check_exact(convolution(*case, dtypes, seed, "int16"), seed)
+
+
+@settings(RELAXED, max_examples=10)
+@given(case=some_convolutions(), dtypes=st.sampled_from([*FLOAT_DTYPES, ("float32", "float16")]), seed=SEEDS)
+def test_fp32_agrees(case, dtypes, seed):
+    check_close(convolution(*case, dtypes, seed, "fp32"), seed, 1e-5 if dtypes[-1] == "float32" else 1e-3)
+
+
+TILES = [
+    Tile(16, 16, 32, (1, 1, 1), 2),
+    Tile(64, 32, 64, (2, 2, 1), 3),
+    Tile(32, 48, 128, (1, 1, 4), 2),
+    Tile(128, 128, 64, (2, 4, 1), 3),
+    Tile(64, 96, 32, (2, 2, 1), 4),
+]
+
+
+@pytest.mark.parametrize("precision", ["int8", "w4a8"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile_is_exact(tile, precision):
+    for conv, channels in ((Conv(), 208), (SAME, 40), (Conv((3, 2), (2, 1), groups=2), 6)):
+        image = (1, 9, 10, channels)
+        op = convolution(conv, image, 136, ("uint8", "uint8", "uint8"), 3, precision)
+        check_exact(op, 3, tile)
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(16, 32, 32, (1, 2, 1), 2), Tile(64, 64, 64, (2, 2, 2), 2), Tile(32, 48, 128, (1, 1, 4), 3)], ids=str
+)
+def test_every_tile_without_matrix_units(tile):
+    check_exact(convolution(SAME, (1, 7, 8, 22), 50, ("int16", "int16", "int16"), 3, "int16"), 3, tile)
+    check_close(convolution(SAME, (1, 7, 8, 22), 50, ("float32", "float32", "float32"), 3, "fp32"), 3, 1e-5, tile)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_other_architectures_are_exact(arch):
+    check_exact(convolution(SAME, (1, 12, 12, 32), 64, ("uint8", "uint8"), 3), 3, arch=arch)
+
+
+def test_depthwise_is_another_kernel():
+    op = convolution(Conv((3, 3), groups=32), (1, 5, 5, 32), 32, ("uint8", "uint8"), 1)
+    assert conv2d(op.key, "sm_90") is None
