@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FP32", "INT16", "INT8", "PRECISIONS", "UINT8", "W4A8", "IntRange", "Precision"]
+__all__ = ["FLOAT16", "FP16", "FP32", "INT16", "INT8", "PRECISIONS", "UINT8", "UNSCALED", "W4A8", "IntRange", "Precision"]
 
 
 @dataclass(frozen=True)
 class IntRange:
-    """A storage type and, for integers, the part of it that is used.
+    """A storage type and the part of it that is used.
 
     Attributes:
         dtype: NumPy name of the storage type; 'float32' has no range.
-        qmin: Smallest integer used.
-        qmax: Largest integer used.
+        qmin: Smallest number used, an integer.
+        qmax: Largest one; of 'float16' the largest finite one.
     """
 
     dtype: str
@@ -43,13 +43,16 @@ class Precision:
     @property
     def is_integer(self) -> bool:
         """True if the layer accumulates integers."""
-        return self.activation.dtype != "float32"
+        return self.activation.dtype in ("uint8", "int16")
 
 
 FLOAT32 = IntRange("float32", 0, 0)
+FLOAT16 = IntRange("float16", -65504, 65504)
 UINT8 = IntRange("uint8", 0, 255)
 
 FP32 = Precision("fp32", FLOAT32, FLOAT32)
+# Sums are float32.
+FP16 = Precision("fp16", FLOAT16, FLOAT16)
 # Weights stay within +-127 so that every scale is symmetric and -128 never occurs.
 INT8 = Precision("int8", UINT8, IntRange("int8", -127, 127))
 # The widest ranges: how much of them is used is bounded per tensor and channel, so that sums fit 32 bits.
@@ -58,4 +61,6 @@ INT16 = Precision("int16", IntRange("int16", -32767, 32767), IntRange("int16", -
 W4A8 = Precision("w4a8", UINT8, IntRange("int8", -8, 7))
 
 # From the most precise to the smallest.
-PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, INT16, INT8, W4A8)}
+PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, FP16, INT16, INT8, W4A8)}
+# Those whose numbers need no scales: neither calibration nor how weights are scaled means anything to them.
+UNSCALED = ("fp32", "fp16")

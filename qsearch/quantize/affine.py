@@ -2,7 +2,8 @@
 
 Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
 2018. 8-bit activations use the unsigned range and an integer zero point, so that zero is exact; 16-bit ones
-are symmetric around a zero point of zero.
+are symmetric around a zero point of zero. A float16 tensor counts as one of scale one and zero point zero, whose
+"integers" are float16's numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import numpy as np
 
 from qsearch.config import Symmetry
 from qsearch.errors import QuantizeError
-from qsearch.qtype import UINT8, IntRange
+from qsearch.qtype import FLOAT16, UINT8, IntRange
 
-__all__ = ["Affine", "affine_from_range", "dequantize", "quantize", "symmetric_from_range"]
+__all__ = ["HALF", "Affine", "affine_from_range", "dequantize", "quantize", "symmetric_from_range"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Affine:
             return qmin, qmax
         low, high = (np.rint(np.float64(bound) / np.float64(self.scale)) + self.zero_point for bound in clip)
         return int(np.clip(low, qmin, qmax)), int(np.clip(high, qmin, qmax))
+
+
+HALF = Affine(np.float32(1), 0, FLOAT16)
 
 
 def affine_from_range(name: str, low: float, high: float, symmetry: Symmetry = "asymmetric") -> Affine:
@@ -87,10 +91,14 @@ def _checked_scale(name: str, low: float, high: float, scale: float) -> np.float
 
 def quantize(values: np.ndarray, affine: Affine) -> np.ndarray:
     """Float -> the tensor's integers, rounding half to even."""
+    if affine == HALF:
+        return np.clip(values, FLOAT16.qmin, FLOAT16.qmax).astype(np.float16)
     whole = np.rint(values.astype(np.float64) / np.float64(affine.scale)) + affine.zero_point
     return np.clip(whole, affine.limits.qmin, affine.limits.qmax).astype(affine.limits.dtype)
 
 
 def dequantize(values: np.ndarray, affine: Affine) -> np.ndarray:
     """Integers -> float32."""
+    if affine == HALF:
+        return values.astype(np.float32)
     return (values.astype(np.int32) - affine.zero_point).astype(np.float32) * affine.scale

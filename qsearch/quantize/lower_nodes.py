@@ -10,12 +10,12 @@ import numpy as np
 from qsearch.config import LayerSettings
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
-from qsearch.qtype import PRECISIONS
-from qsearch.quantize.affine import Affine, dequantize, quantize
+from qsearch.qtype import FLOAT16, PRECISIONS, UNSCALED
+from qsearch.quantize.affine import HALF, Affine, dequantize, quantize
 from qsearch.quantize.assign import Assignment
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
-from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
+from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, OpKey, Value
 from qsearch.quantize.reference import activation
 from qsearch.quantize.rounding.learned import RoundedLayer
 from qsearch.quantize.weight_store import WeightStore
@@ -27,7 +27,7 @@ from qsearch.quantize.weights import (
     quantize_weight,
 )
 
-__all__ = ["NODE_LOWERINGS", "Context", "integer_scalars", "scalars"]
+__all__ = ["NODE_LOWERINGS", "Context", "output_scalars", "scalars"]
 
 # A bias beyond this would leave an int32 accumulator no room; its channel's weight scale is raised instead.
 MAX_BIAS = 2**29
@@ -66,16 +66,19 @@ def scalars(**values: float) -> dict[str, np.ndarray]:
         return {"integers": integers, "floats": np.array([defaults.get(name, 0) for name in FLOATS], np.float32)}
 
 
-def integer_scalars(affine: Affine, clip: tuple[float, float] | None = None) -> dict[str, float]:
-    """Zero point and clip bounds of an integer output."""
+def output_scalars(affine: Affine, clip: tuple[float, float] | None = None) -> dict[str, float]:
+    """Zero point and clip bounds of an integer output, or the real clip of a float16 one."""
+    if affine == HALF:
+        low, high = np.clip(clip or (-np.inf, np.inf), FLOAT16.qmin, FLOAT16.qmax)
+        return {"low": low, "high": high}
     qmin, qmax = affine.clip_bounds(clip)
     return {"zero_point": affine.zero_point, "qmin": qmin, "qmax": qmax}
 
 
 def _output_scalars(context: Context, node: Node, output: Value) -> dict[str, float]:
-    """Zero point and clip bounds of an integer output, or the real clip of a float32 one."""
+    """Zero point and clip bounds of an integer output, or the real clip of a float one."""
     if output.dtype != "float32":
-        return integer_scalars(context.affines[node.name, output.dtype], node.clip)
+        return output_scalars(context.affines[node.name, output.dtype], node.clip)
     return {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
 
 
@@ -93,7 +96,7 @@ def _unit(context: Context, node: Node, output: Value) -> float:
 
 
 def _clipped(node: Node, output: Value) -> bool:
-    return node.clip is not None and output.dtype == "float32"
+    return node.clip is not None and output.dtype not in INTEGER_DTYPES
 
 
 def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
@@ -105,11 +108,11 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
     values = _output_scalars(context, node, output)
     unit = _unit(context, node, output)
-    if precision == "fp32":
+    if precision in UNSCALED:
         if node.residual:
             values |= _operand(context, node, 1, inputs[1], "b", 1.0)
         constants = {
-            "weight": context.weights.floats(node.name, context.model.parameters.weight[node.name]),
+            "weight": context.weights.floats(node.name, context.model.parameters.weight[node.name], precision),
             "bias": context.model.parameters.bias[node.name],
         }
         constants |= scalars(multiplier=1 / unit, **values)
@@ -129,7 +132,7 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
 def _clip_high(context: Context, node: Node, output: Value) -> np.ndarray:
     """High end of every output channel's clip in the unit of the output, float32 (O,); whole steps for integers."""
     high = context.model.parameters.constants[node.clip_high or ""]
-    if output.dtype == "float32":
+    if output.dtype not in INTEGER_DTYPES:
         return high.astype(np.float32)
     affine = context.affines[node.name, output.dtype]
     whole = np.rint(high / np.float64(affine.scale)) + affine.zero_point
@@ -216,7 +219,7 @@ def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op
 def _avg_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
     values = _output_scalars(context, node, output)
     multiplier = 1 / _unit(context, node, output)
-    if inputs[0].dtype != "float32":
+    if inputs[0].dtype in INTEGER_DTYPES:
         affine = context.affines[node.inputs[0], inputs[0].dtype]
         values["a_zero_point"] = affine.zero_point
         multiplier *= float(affine.scale) / float(np.prod(node.pool.kernel))
@@ -248,7 +251,7 @@ def _concat(context: Context, node: Node, inputs: list[Value], output: Value) ->
     values: dict[str, float] = {}
     if output.dtype != "float32":
         target = context.affines[node.name, output.dtype]
-        values = integer_scalars(target)
+        values = output_scalars(target)
         for i, name in enumerate(node.inputs):
             affine = context.affines[name, output.dtype]
             copies[i] = affine == target

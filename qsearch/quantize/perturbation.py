@@ -14,8 +14,8 @@ from torch import Tensor
 from qsearch.config import Symmetry, WeightSettings
 from qsearch.models.graph import MOVES, Graph, Model
 from qsearch.qtype import PRECISIONS
-from qsearch.quantize.affine import Affine
-from qsearch.quantize.assign import INTEGER_FORMS, SHARED, Assignment, assign_forms
+from qsearch.quantize.affine import HALF, Affine
+from qsearch.quantize.assign import ROUNDED_FORMS, SHARED, Assignment, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
 from qsearch.quantize.weight_store import WeightStore
@@ -63,7 +63,7 @@ def rounded_reads(
         for i, name in enumerate(node.inputs):
             root = _moved_from(graph, name)
             forms = dict.fromkeys((assignment.produced[root], assignment.reads[node.name][i]))
-            roundings = tuple(affines[root, form] for form in forms if form in INTEGER_FORMS)
+            roundings = tuple(affines[root, form] for form in forms if form in ROUNDED_FORMS)
             if roundings and roundings != (settled.get(root),):
                 found[node.name, i] = roundings
         if node.op in _PICKS:
@@ -82,6 +82,9 @@ def _moved_from(graph: Graph, name: str) -> str:
 def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
     """Quantize and dequantize a value, float32 of the same shape; the value itself where nothing rounds it."""
     for affine in roundings:
+        if affine == HALF:
+            value = value.clamp(affine.limits.qmin, affine.limits.qmax).half().float()
+            continue
         scale, zero = float(affine.scale), affine.zero_point
         # In place, pass by pass: much faster than torch's own fake quantization, which also keeps a mask.
         value = (value * (1 / scale)).round_().clamp_(affine.limits.qmin - zero, affine.limits.qmax - zero).mul_(scale)
@@ -108,6 +111,9 @@ def weight_change(
     """
     name, precision = pair
     weight = model.parameters.weight[name]
+    if precision == "fp16":
+        real = weights.floats(name, weight, precision).astype(np.float32).transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(real) - weight, np.zeros(len(weight), np.float32)
     if precision == "int16":
         prepared = weights.bounded(name, weight, settings, weights.activation_limit(name, weight))
     else:

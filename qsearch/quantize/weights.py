@@ -13,7 +13,7 @@ import numpy as np
 
 from qsearch.config import Granularity, WeightScale, WeightSettings
 from qsearch.errors import QuantizeError
-from qsearch.qtype import INT16, IntRange
+from qsearch.qtype import FLOAT16, INT16, IntRange
 
 __all__ = [
     "MAX_ACCUMULATOR",
@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedWeight",
     "activation_limit",
     "fit_weight",
+    "half_weight",
     "quantize_weight",
     "weight_scales",
 ]
@@ -126,6 +127,23 @@ def quantize_weight(weight: np.ndarray, scale: np.ndarray, limits: IntRange) -> 
     whole = np.rint(weight / scale[:, None, None, None])
     values = np.clip(whole, limits.qmin, limits.qmax).astype(limits.dtype)
     return QuantizedWeight(np.ascontiguousarray(values.transpose(0, 2, 3, 1)), scale)
+
+
+def half_weight(name: str, weight: np.ndarray) -> np.ndarray:
+    """Weights rounded to float16.
+
+    Args:
+        name: Layer name, for the message.
+        weight: float32, any shape.
+
+    Raises:
+        QuantizeError: One of them is too large.
+    """
+    if (largest := float(np.abs(weight).max(initial=0.0))) > FLOAT16.qmax:
+        raise QuantizeError(
+            f"layer {name!r} has weights up to {largest:.3g} and float16 ends at {FLOAT16.qmax}: keep it in fp32 with `skip`"
+        )
+    return weight.astype(np.float16)
 
 
 def activation_limit(weight: np.ndarray) -> int:

@@ -75,7 +75,7 @@ def test_w4a8_is_near_the_model_and_its_weights_fit_four_bits(name):
 @RELAXED
 @given(data=st.data())
 def test_any_mixture_is_near_the_model(name, data):
-    """Every layer in any of the four precisions: values are wanted in several forms at once."""
+    """Every layer in any of the precisions: values are wanted in several forms at once."""
     layers = [layer.name for layer in MODELS[name].graph.layers]
     chosen = {layer: data.draw(st.sampled_from(list(PRECISIONS))) for layer in layers}
     program = lowered(name, precision=chosen)
