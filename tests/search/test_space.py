@@ -207,6 +207,17 @@ rules:
         assert settings[name].calibration.mode == ("percentile" if kind == "dense" else "max")
 
 
+def test_float16_layers_need_no_calibration(tmp_path: Path) -> None:
+    space = bind_space(load_space(write(tmp_path, "precisions:\n  default: [fp32, fp16]\n")), GRAPH)
+    assert {one.name for one in space.parameters} == {layer.name for layer in GRAPH.layers}
+    wider = bind_space(load_space(write(tmp_path, "precisions:\n  default: [int8, fp16, fp32]\n")), GRAPH)
+    assert wider.layers[0].values == ("fp32", "fp16", "int8")
+    fp16 = dict.fromkeys((layer.name for layer in GRAPH.layers), "fp16")
+    assert wider.config({**fp16, "calibration": "mse"}) == wider.config({**fp16, "calibration": "max"})
+    mixed = {**fp16, GRAPH.layers[0].name: "int8"}
+    assert wider.config({**mixed, "calibration": "mse"}) != wider.config({**mixed, "calibration": "max"})
+
+
 def test_rules_without_effect_do_not_distinguish_configurations(tmp_path: Path) -> None:
     text = "rules:\n  - types: [dense]\n    granularities: [channel_wise, layer_wise]\n"
     space = bind_space(load_space(write(tmp_path, text)), GRAPH)
