@@ -15,10 +15,11 @@ import numpy as np
 from qsearch.config import QuantConfig, Symmetry
 from qsearch.models.graph import MOVES, Model, Node
 from qsearch.qtype import INT16
-from qsearch.quantize.affine import HALF, Affine, affine_from_range, symmetric_from_range
+from qsearch.quantize.affine import HALF, Affine, affine_from_range, float8_from_range, symmetric_from_range
 from qsearch.quantize.assign import (
     FIRST,
     FLOAT,
+    FLOAT8_FORM,
     FLOAT16_FORM,
     INT16_FORM,
     ROUNDED_FORMS,
@@ -28,9 +29,10 @@ from qsearch.quantize.assign import (
     assign_forms,
 )
 from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
-from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, output_scalars, scalars
+from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weight_store import WeightStore
 
@@ -91,7 +93,7 @@ def lower(
 def value_affines(
     model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore, symmetry: Symmetry = "asymmetric"
 ) -> dict[tuple[str, str], Affine]:
-    """Scale and zero point of every value that exists in integers; `HALF` for those that exist in float16.
+    """Scale and zero point of every value that exists in integers or float8; `HALF` for those that exist in float16.
 
     Args:
         model: The model.
@@ -101,7 +103,7 @@ def value_affines(
         symmetry: Of 8-bit values.
 
     Returns:
-        (Node name, 'uint8', 'int16' or 'float16') -> scale and zero point.
+        (Node name, form) -> scale and zero point, for all forms but float32.
 
     Raises:
         QuantizeError: A tensor cannot be represented.
@@ -124,6 +126,8 @@ def value_affines(
                 affines[key] = affines[node.inputs[0], form]
             elif form == UINT8_FORM:
                 affines[key] = affine_from_range(node.name, *ranges[node.name], symmetry)
+            elif form == FLOAT8_FORM:
+                affines[key] = float8_from_range(node.name, *ranges[node.name])
             else:
                 affines[key] = symmetric_from_range(node.name, *ranges[node.name], limits[node.name])
     return affines

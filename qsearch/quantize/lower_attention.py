@@ -9,8 +9,9 @@ import numpy as np
 
 from qsearch.models.graph import Node
 from qsearch.quantize.assign import FLOAT, FLOAT16_FORM, UINT8_FORM
-from qsearch.quantize.lower_nodes import Context, _operand, _output_scalars, _unit, scalars
+from qsearch.quantize.lower_nodes import Context, _operand, _output_scalars, _unit
 from qsearch.quantize.program import Op, OpKey, Value
+from qsearch.quantize.scalars import scalars
 
 __all__ = ["ATTENTION_LOWERINGS", "lower_gather"]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qsearch.config import Symmetry, WeightSettings
 from qsearch.models.graph import MOVES, Graph, Model
 from qsearch.qtype import PRECISIONS
-from qsearch.quantize.affine import HALF, Affine
+from qsearch.quantize.affine import Affine
 from qsearch.quantize.assign import ROUNDED_FORMS, SHARED, Assignment, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
@@ -82,10 +83,11 @@ def _moved_from(graph: Graph, name: str) -> str:
 def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
     """Quantize and dequantize a value, float32 of the same shape; the value itself where nothing rounds it."""
     for affine in roundings:
-        if affine == HALF:
-            value = value.clamp(affine.limits.qmin, affine.limits.qmax).half().float()
-            continue
         scale, zero = float(affine.scale), affine.zero_point
+        if not affine.limits.is_integer:
+            kind = torch.float16 if affine.limits.dtype == "float16" else torch.float8_e4m3fn
+            value = (value * (1 / scale)).clamp_(affine.limits.qmin, affine.limits.qmax).to(kind).float().mul_(scale)
+            continue
         # In place, pass by pass: much faster than torch's own fake quantization, which also keeps a mask.
         value = (value * (1 / scale)).round_().clamp_(affine.limits.qmin - zero, affine.limits.qmax - zero).mul_(scale)
     return value
@@ -119,5 +121,5 @@ def weight_change(
     else:
         prepared = weights.quantized(name, weight, settings, PRECISIONS[precision].weight)
     real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
-    shift = np.zeros(len(weight)) if mean is None or precision == "int16" else mean_error(weight, prepared, mean)
+    shift = np.zeros(len(weight)) if mean is None or precision in ("int16", "fp8") else mean_error(weight, prepared, mean)
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2)) - weight, shift.astype(np.float32)

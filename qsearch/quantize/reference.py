@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qsearch.models.graph import Pool
-from qsearch.qtype import FLOAT16, UNSCALED
+from qsearch.qtype import FLOAT8, FLOAT16, PRECISIONS
 from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Program
 from qsearch.quantize.reference_attention import FLOAT_FUNCTIONS, gather, multiply
 
@@ -62,7 +62,10 @@ def _finish(op: Op, value: Array) -> Array:
         whole = np.rint(value).astype(np.float64) + _integer(op, "zero_point")
         return np.clip(whole, _integer(op, "qmin"), _integer(op, "qmax")).astype(op.output.dtype)
     value = np.clip(value, _float(op, "low"), _float(op, "high")) if op.key.clipped else value
-    return np.clip(value, FLOAT16.qmin, FLOAT16.qmax).astype(np.float16) if op.output.dtype == "float16" else value
+    if op.output.dtype == "float32":
+        return value
+    limits = FLOAT16 if op.output.dtype == "float16" else FLOAT8
+    return np.clip(value, limits.qmin, limits.qmax).astype(limits.dtype)
 
 
 def _is_integer(value: Array) -> bool:
@@ -76,13 +79,15 @@ def _dequantized(op: Op, value: Array, which: str) -> Array:
 
 
 def _conv2d(op: Op, inputs: list[Array]) -> Array:
-    integer = op.key.precision not in UNSCALED
+    integer = PRECISIONS[op.key.precision or ""].is_integer
     fill = _integer(op, "a_zero_point") if integer else 0
     # float64 holds every partial sum of integer products exactly (below 2**31), and uses BLAS.
     total = _convolve(inputs[0], op.constants["weight"], op, fill)
     if integer:
         accumulated = total.astype(np.int64) + op.constants["bias"]
         value = accumulated.astype(np.int32).astype(np.float32) * op.constants["multiplier"]
+    elif op.key.precision == "fp8":
+        value = total.astype(np.float32) * op.constants["multiplier"] + op.constants["bias"]
     else:
         value = (total + op.constants["bias"]).astype(np.float32)
     if op.key.residual:
@@ -99,7 +104,7 @@ def _convolve(x: Array, weight: Array, op: Op, fill: int) -> Array:
     """(N, H, W, C) * (O, kh, kw, C/groups) -> float64 (N, OH, OW, O)."""
     conv, (n, out_h, out_w, out_channels) = op.key.conv, op.key.shapes[-1]
     top, left, bottom, right = conv.padding
-    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill).astype(np.float64)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill)
     grouped = padded.reshape(*padded.shape[:3], conv.groups, -1)
     kernels = weight.reshape(conv.groups, -1, *weight.shape[1:]).astype(np.float64)
     total = np.zeros((n, out_h, out_w, conv.groups, out_channels // conv.groups))

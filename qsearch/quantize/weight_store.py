@@ -48,13 +48,14 @@ class WeightStore:
     def quantized(
         self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
     ) -> QuantizedWeight:
-        """Integer weights of a layer that reads 8-bit activations.
+        """Integer or float8 weights of a layer that reads 8-bit activations.
 
-        Groups and asymmetric weights are 4-bit layers' alone; others are symmetric, with a scale per channel for groups.
+        float8 ones are always rounded to the nearest. Groups and asymmetric weights are 4-bit layers' alone; others are
+        symmetric, with a scale per channel for groups.
         """
         key = (name, settings, limits.qmax)
         if key not in self._prepared:
-            nearest = settings.rounding == "nearest"
+            nearest = settings.rounding == "nearest" or not limits.is_integer
             self._prepared[key] = _nearest(weight, settings, limits) if nearest else self._of_rounded(name, settings, limits)
         return self._prepared[key]
 

@@ -38,7 +38,7 @@ def test_outputs_move_as_those_of_the_compiled_module(name):
     model, _ = network(name)
     ranges, x, layers = ranges_of(model, QuantConfig()), images(1, 5), model.graph.layers
     plain = interpret(model, torch.from_numpy(x)).numpy()
-    configs = [{layer.name: precision} for layer in layers for precision in ("int8", "w4a8", "fp16")]
+    configs = [{layer.name: precision} for layer in layers for precision in ("int8", "w4a8", "fp16", "fp8")]
     configs.append({layer.name: "int8" for layer in layers})
     configs.append({layer.name: "w4a8" for layer in layers[::2]} | {layer.name: "int8" for layer in layers[1::4]})
     off = []

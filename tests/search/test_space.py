@@ -231,11 +231,11 @@ def test_settings_that_no_layer_can_take_fall_back_to_what_it_has() -> None:
     wanted = {"granularity": "group_wise", "weight_symmetry": "asymmetric", "rounding": "second_order", "weight_scale": "mse"}
     of = {
         precision: space.config({**wanted, **{layer.name: precision for layer in GRAPH.layers}})
-        for precision in ("int16", "int8", "w4a8")
+        for precision in ("int16", "int8", "fp8", "w4a8")
     }
     assert of["w4a8"].weights == WeightSettings("group_wise", "max", "asymmetric", "second_order")
     assert of["int8"].weights == WeightSettings("channel_wise", "max", "symmetric", "second_order")
-    assert of["int16"].weights == WeightSettings()
+    assert of["int16"].weights == of["fp8"].weights == WeightSettings()
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,7 +10,6 @@ from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model
 from qsearch.qtype import PRECISIONS
-from qsearch.quantize.affine import HALF
 from qsearch.quantize.assign import UINT8_FORM, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.perturbation import rounded_reads
@@ -31,7 +30,7 @@ def learned_layers(
     """Learn the layers of a configuration that ask for it; what was learned before is found on disk.
 
     Layers of 8-bit activations that are rounded otherwise keep their integers, and only their biases follow. 16-bit layers
-    count as float, and so do float16 values.
+    count as float, and so do fp8 layers and float16 and float8 values.
 
     Args:
         model: The model.
@@ -66,5 +65,5 @@ def learned_layers(
             limits[name] = range_
     assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
     reads = rounded_reads(model, assignment, ranges, weights, config.activations)
-    roundings = {edge: tuple(one for one in found if one != HALF) for edge, found in reads.items()}
+    roundings = {edge: tuple(one for one in found if one.limits.is_integer) for edge, found in reads.items()}
     return weights.learned(LearnRequest(model, start, limits, roundings))
