@@ -78,6 +78,11 @@ class Target:
         return self.triple.partition("-")[0] or host_architecture()
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """Names of the precisions that it has kernels for."""
+        return ("fp32", "int16", "int8", "w4a8")
+
+    @property
     def description(self) -> str:
         """One line for reports and identities."""
         if self.arch:

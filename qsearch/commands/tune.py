@@ -89,6 +89,7 @@ def tune_model(settings: Settings, precisions: Sequence[str], seconds: float) ->
     from qsearch.config import named_config
     from qsearch.search.evaluation.objective import prepare_evaluator
 
-    evaluator = prepare_evaluator(settings, say)
+    configs = {name: named_config(name) for name in precisions}
+    evaluator = prepare_evaluator(settings, say, configs)
     with TuneProgress() as progress:
-        return evaluator.tune([named_config(name) for name in precisions], seconds, progress.on_kernel)
+        return evaluator.tune(list(configs.values()), seconds, progress.on_kernel)
