@@ -214,7 +214,7 @@ def load_cuda_runtime() -> None:
     import tvm_ffi
 
     find_compiler()
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
+    if not _registered():
         # TVM tried when it was imported. Without a driver its library could not be loaded.
         if cuda_driver() is None:
             _load_stub()
@@ -226,6 +226,13 @@ def load_cuda_runtime() -> None:
                 f"TVM's CUDA runtime cannot be loaded: {error}; install the apache-tvm wheel for Linux"
             ) from error
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile, override=True)
+
+
+def _registered() -> bool:
+    """Whether TVM's CUDA runtime is loaded."""
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None
 
 
 # The binary that this thread compiled last: TVM keeps it where Python cannot read it.

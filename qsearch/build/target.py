@@ -80,7 +80,7 @@ class Target:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Names of the precisions that it has kernels for."""
-        return ("fp32", "int16", "int8", "w4a8")
+        return ("fp32", "fp16", "int16", "int8", "w4a8") if self.arch else ("fp32", "int16", "int8", "w4a8")
 
     @property
     def description(self) -> str:

@@ -58,4 +58,3 @@ def kernel_arguments(call: Call) -> list[Any]:
         else:
             given.append(argument.array)
     return [on_device(array, "cuda") for array in (*given, np.zeros(call.shape, call.dtype))]
-
