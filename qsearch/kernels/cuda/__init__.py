@@ -5,6 +5,7 @@ from __future__ import annotations
 from qsearch.errors import BuildError
 from qsearch.kernels.cuda.conv_tensor import conv2d
 from qsearch.kernels.cuda.depthwise import depthwise
+from qsearch.kernels.cuda.depthwise_quads import depthwise_quads
 from qsearch.kernels.cuda.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.cuda.gather import gather
 from qsearch.kernels.cuda.layout import to_channels_first, to_channels_last
@@ -19,6 +20,7 @@ __all__ = ["RULES", "describe_kernel"]
 
 # The first rule that applies wins.
 RULES = (
+    depthwise_quads,
     depthwise,
     conv2d,
     elementwise,

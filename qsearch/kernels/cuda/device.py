@@ -19,6 +19,18 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_add": ("float32", "float qs_add(float a, float b) { return __fadd_rn(a, b); }"),
     "qs_fma": ("float32", "float qs_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }"),
     "qs_round": ("int32", "int qs_round(float a) { return __float2int_rn(a); }"),
+    # total + the sum of four products of bytes, without sign in a, with one in b.
+    "qs_dot_bytes": (
+        "int32",
+        """int qs_dot_bytes(int total, int a, int b) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(total) : "r"(a), "r"(b));
+  return total;
+}""",
+    ),
+    # Four of the eight bytes of a and b: nibble i of `chosen` says which becomes byte i.
+    "qs_permute": ("int32", "int qs_permute(int a, int b, int chosen) { return (int)__byte_perm(a, b, chosen); }"),
+    # Four bytes of global memory.
+    "qs_word": ("int32", "int qs_word(const void *from) { return *(const int *)from; }"),
     # Copy `bytes` (4, 8 or 16) from global to shared memory without waiting; the same constant in all calls of a kernel.
     "qs_copy_4": (
         "void",
