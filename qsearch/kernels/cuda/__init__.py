@@ -10,6 +10,7 @@ from qsearch.kernels.cuda.elementwise import elementwise, lookup, multiply_broad
 from qsearch.kernels.cuda.gather import gather
 from qsearch.kernels.cuda.layout import to_channels_first, to_channels_last
 from qsearch.kernels.cuda.matmul import matmul
+from qsearch.kernels.cuda.matmul_tensor import matmul_tensor
 from qsearch.kernels.cuda.pool import pool2d
 from qsearch.kernels.cuda.rows import rows
 from qsearch.kernels.cuda.select import concat
@@ -30,6 +31,7 @@ RULES = (
     concat,
     to_channels_last,
     to_channels_first,
+    matmul_tensor,
     matmul,
     gather,
     rows,

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished
+from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished, held
 from qsearch.kernels.cuda.simt import add, converted, load, mul, registers, store
 from qsearch.kernels.cuda.vectors import fetched, put
 from qsearch.quantize.program import OpKey
@@ -85,7 +85,7 @@ class LayerEnd:
     """
 
     def __init__(self, key: OpKey, buffers: LayerBuffers, channel: Expr, lanes: int) -> None:
-        self._key, self._buffers, self._lanes = key, buffers, lanes
+        self._key, self._buffers, self._lanes, self._arguments = key, buffers, lanes, held(buffers.arguments)
         self._tables = {name: fetched(table, channel, lanes) for name, table in buffers.channel.items() if name != "bias"}
 
     def write(self, totals: tirx.Buffer, first: int, at: Expr) -> None:
@@ -104,10 +104,10 @@ class LayerEnd:
             if integer:
                 value = mul(converted(value, "float32"), load(self._tables["multiplier"], lane))
             if residual is not None:
-                value = add(value, dequantized(load(residual, lane), key.dtypes[1], buffers.arguments, "b"))
+                value = add(value, dequantized(load(residual, lane), key.dtypes[1], self._arguments, "b"))
             if not integer and key.dtypes[-1] not in FLOAT_DTYPES:
-                value = mul(value, buffers.arguments.float("multiplier"))
+                value = mul(value, self._arguments.float("multiplier"))
             if key.clips_channels:
                 value = tirx.min(value, load(self._tables["clip_high"], lane))
-            store(made, lane, finished(key.dtypes[-1], value, buffers.arguments, key.clipped))
+            store(made, lane, finished(key.dtypes[-1], value, self._arguments, key.clipped))
         put(buffers.output, at, made, self._lanes)
