@@ -31,6 +31,16 @@ def test_integer_products_are_exact(case, out, seed):
     np.testing.assert_array_equal(run_emulated(op, inputs), expected_output(op, inputs))
 
 
+@pytest.mark.parametrize("pitch", [48, 40, 36, 33])
+@pytest.mark.parametrize("offset", [0, 8, 3])
+def test_lines_may_begin_anywhere(pitch, offset):
+    """Both operands have 32 elements that are contracted adjacent in memory, in lines that are further apart."""
+    memory = (20 * pitch + offset,)
+    matmul = Matmul((1, 17, 19, 32), (offset, 0, pitch, 1), (offset, 0, 1, pitch), (0, 0, 19, 1))
+    op, inputs = product_op((matmul, memory, memory), (U8, U8, F32), 1)
+    np.testing.assert_array_equal(run_emulated(op, inputs), expected_output(op, inputs))
+
+
 @pytest.mark.parametrize("ends", [(0, 0), (0, 255), (255, 255)])
 def test_products_at_the_ends(ends):
     matmul = Matmul((1, 9, 17, 33), (0, 297, 33, 1), (0, 561, 17, 1), (0, 153, 17, 1))

@@ -16,8 +16,10 @@ from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, convolution, c
 from test_elementwise import pools
 from test_int16 import op_of
 
-from qsearch.kernels.cuda import depthwise_plan
+from qsearch.kernels.cuda import depthwise_plan, depthwise_quads_plan
+from qsearch.kernels.cuda.depthwise import depthwise
 from qsearch.kernels.cuda.depthwise_plan import DepthwisePlan
+from qsearch.kernels.cuda.depthwise_quads_plan import QuadsPlan
 from qsearch.models.graph import Conv, Pool
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
@@ -38,18 +40,35 @@ def depthwise_cases(draw):
 
 @pytest.fixture(params=[1, 1 << 16], ids=["tiles", "pixels"])
 def enough(request, monkeypatch):
-    monkeypatch.setattr(depthwise_plan, "ENOUGH_THREADS", request.param)
+    for plan in (depthwise_plan, depthwise_quads_plan):
+        monkeypatch.setattr(plan, "ENOUGH_THREADS", request.param)
 
 
-def check_depthwise(op, seed):
+def check_depthwise(op, seed, kernel=None):
     inputs = random_inputs(np.random.default_rng(seed + 1), op.key, largest_integers(op.key, seed)[0])
-    np.testing.assert_array_equal(run_emulated(op, inputs), expected_output(op, inputs))
+    np.testing.assert_array_equal(run_emulated(op, inputs, kernel=kernel), expected_output(op, inputs))
 
 
 @RELAXED
 @given(case=depthwise_cases(), kind=st.sampled_from(INTEGER_CASES), clips=st.booleans(), seed=st.integers(0, 2**16))
 def test_integer_depthwise_is_exact(enough, case, kind, clips, seed):
     op = convolution(*case, kind[1], seed, kind[0])
+    check_depthwise(clipping(op, seed) if clips else op, seed)
+
+
+@FEW
+@given(case=depthwise_cases(), dtypes=st.sampled_from(INTEGER_DTYPES), seed=st.integers(0, 2**16))
+def test_bytes_one_by_one_are_exact(enough, case, dtypes, seed):
+    """The kernel that other dtypes have, where channels are no multiple of four, on any channels."""
+    op = convolution(*case, dtypes, seed, "int8")
+    check_depthwise(op, seed, depthwise(op.key, "sm_90"))
+
+
+@FEW
+@given(case=depthwise_cases(), channels=st.sampled_from([4, 12, 20]), clips=st.booleans(), seed=st.integers(0, 2**16))
+def test_quads_are_exact(enough, case, channels, clips, seed):
+    conv, image, _ = case
+    op = convolution(replace(conv, groups=channels), (*image[:3], channels), channels, (U8, U8), seed, "int8")
     check_depthwise(clipping(op, seed) if clips else op, seed)
 
 
@@ -80,10 +99,11 @@ def test_float_depthwise_agrees(enough, case, dtypes, half, seed):
 
 def test_tiles_grow_with_the_work():
     small, large = (
-        DepthwisePlan(OpKey("conv2d", ((n, 14, 14, 96),) * 2, (U8, U8), "int8", Conv((3, 3), (1, 1), (1, 1, 1, 1), groups=96)))
-        for n in (1, 128)
+        OpKey("conv2d", ((n, 14, 14, 96),) * 2, (U8, U8), "int8", Conv((3, 3), (1, 1), (1, 1, 1, 1), groups=96)) for n in (1, 128)
     )
-    assert (small.columns, large.columns) == (1, 4) and large.lanes == 8
+    assert (DepthwisePlan(small).columns, DepthwisePlan(large).columns, DepthwisePlan(large).lanes) == (1, 4, 8)
+    assert (QuadsPlan(small).rows, QuadsPlan(small).columns) == (1, 1)
+    assert (QuadsPlan(large).rows, QuadsPlan(large).columns) == (2, 4)
 
 
 @RELAXED

@@ -5,10 +5,12 @@ from __future__ import annotations
 from qsearch.errors import BuildError
 from qsearch.kernels.cuda.conv_tensor import conv2d
 from qsearch.kernels.cuda.depthwise import depthwise
+from qsearch.kernels.cuda.depthwise_quads import depthwise_quads
 from qsearch.kernels.cuda.elementwise import elementwise, lookup, multiply_broadcast
 from qsearch.kernels.cuda.gather import gather
 from qsearch.kernels.cuda.layout import to_channels_first, to_channels_last
 from qsearch.kernels.cuda.matmul import matmul
+from qsearch.kernels.cuda.matmul_tensor import matmul_tensor
 from qsearch.kernels.cuda.pool import pool2d
 from qsearch.kernels.cuda.rows import rows
 from qsearch.kernels.cuda.select import concat
@@ -19,6 +21,7 @@ __all__ = ["RULES", "describe_kernel"]
 
 # The first rule that applies wins.
 RULES = (
+    depthwise_quads,
     depthwise,
     conv2d,
     elementwise,
@@ -28,6 +31,7 @@ RULES = (
     concat,
     to_channels_last,
     to_channels_first,
+    matmul_tensor,
     matmul,
     gather,
     rows,

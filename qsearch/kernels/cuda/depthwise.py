@@ -15,11 +15,10 @@ from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.depthwise_plan import DepthwisePlan
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished
-from qsearch.kernels.cuda.simt import add, constant, converted, fma, kernel, load, mul, registers, store
-from qsearch.kernels.cuda.vectors import fetch, fetched, items, put
+from qsearch.kernels.cuda.layer import LayerBuffers, LayerEnd, declare_layer, pack_layer
+from qsearch.kernels.cuda.simt import constant, converted, fma, kernel, load, registers, store
+from qsearch.kernels.cuda.vectors import fetch, fetched, items
 from qsearch.kernels.description import Kernel
-from qsearch.qtype import PRECISIONS
 from qsearch.quantize.program import OpKey
 
 __all__ = ["depthwise"]
@@ -36,10 +35,10 @@ def depthwise(key: OpKey, arch: str) -> Kernel | None:
         return None
     plan = DepthwisePlan(key)
 
-    def pack(constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        return (*(constants[name] for name in plan.channel_constants), constants["integers"], constants["floats"])
+    def generate(symbol: str) -> tirx.PrimFunc:
+        return kernel(symbol, lambda: _write(plan))
 
-    return Kernel(key, (), lambda symbol: kernel(symbol, lambda: _write(plan)), pack, 0, _pack_weight)
+    return Kernel(key, (), generate, lambda constants: pack_layer(key, constants), 0, _pack_weight)
 
 
 def _pack_weight(constants: dict[str, np.ndarray]) -> np.ndarray:
@@ -47,36 +46,9 @@ def _pack_weight(constants: dict[str, np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(constants["weight"][..., 0].transpose(1, 2, 0)).ravel()
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """The kernel's arguments; None for those it does not take."""
-
-    source: tirx.Buffer
-    residual: tirx.Buffer | None
-    weight: tirx.Buffer
-    channel: dict[str, tirx.Buffer]
-    arguments: Arguments
-    output: tirx.Buffer
-
-
-def _declare(plan: DepthwisePlan) -> _Buffers:
-    key, sizes = plan.key, [int(np.prod(shape)) for shape in plan.key.shapes]
-    source = T.arg("source", T.Buffer((sizes[0],), key.dtypes[0]))
-    residual = T.arg("residual", T.Buffer((sizes[1],), key.dtypes[1])) if key.residual else None
-    count = int(np.prod(key.conv.kernel)) * plan.channels
-    weight = T.arg(
-        "weight", T.Buffer((count,), PRECISIONS[key.precision].weight.dtype if key.precision in PRECISIONS else "float16")
-    )
-    channel = {}
-    for name in plan.channel_constants:
-        dtype = plan.total if name == "bias" else "float32"
-        channel[name] = T.arg(name, T.Buffer((plan.channels,), dtype))
-    arguments = declare_arguments()
-    return _Buffers(source, residual, weight, channel, arguments, T.arg("output", T.Buffer((sizes[-1],), key.dtypes[-1])))
-
-
 def _write(plan: DepthwisePlan) -> None:
-    buffers = _declare(plan)
+    dtype = {"float32": "float32", "float16": "float16", "int16": "int16"}.get(plan.key.dtypes[0], "int8")
+    buffers = declare_layer(plan.key, int(np.prod(plan.key.conv.kernel)) * plan.channels, dtype)
     with items(plan.threads) as item:
         group, rest = item % plan.groups, item // plan.groups
         tile, row = rest % plan.tiles, rest // plan.tiles
@@ -96,7 +68,7 @@ class _Tile:
     """
 
     plan: DepthwisePlan
-    buffers: _Buffers
+    buffers: LayerBuffers
     channel: Expr
     x: Expr
     row: Expr
@@ -176,30 +148,11 @@ class _Tile:
     def _finish(self, totals: tirx.Buffer) -> None:
         """Store the tile's columns; the last tile of a row may have fewer."""
         plan, width = self.plan, self.plan.key.shapes[-1][2]
-        names = [name for name in plan.channel_constants if name != "bias"]
-        tables = {name: fetched(self.buffers.channel[name], self.channel, plan.lanes) for name in names}
+        end = LayerEnd(plan.key, self.buffers, self.channel, plan.lanes)
         for j in range(plan.columns):
             at = (self.row * width + self.x + j) * plan.channels + self.channel
             if j and width % plan.columns:
                 with T.If(self.x + j < width), T.Then():
-                    self._column(totals, j, tables, at)
+                    end.write(totals, j * plan.lanes, at)
             else:
-                self._column(totals, j, tables, at)
-
-    def _column(self, totals: tirx.Buffer, j: int, tables: dict[str, tirx.Buffer], at: Expr) -> None:
-        """Finish and store all channels of one output position."""
-        plan, key, buffers = self.plan, self.plan.key, self.buffers
-        made = registers(plan.lanes, key.dtypes[-1])
-        residual = None if buffers.residual is None else fetched(buffers.residual, at, plan.lanes)
-        for lane in range(plan.lanes):
-            value = load(totals, j * plan.lanes + lane)
-            if plan.integer:
-                value = mul(converted(value, "float32"), load(tables["multiplier"], lane))
-            if residual is not None:
-                value = add(value, dequantized(load(residual, lane), key.dtypes[1], buffers.arguments, "b"))
-            if not plan.integer and key.dtypes[-1] not in FLOAT_DTYPES:
-                value = mul(value, buffers.arguments.float("multiplier"))
-            if key.clips_channels:
-                value = tirx.min(value, load(tables["clip_high"], lane))
-            store(made, lane, finished(key.dtypes[-1], value, buffers.arguments, key.clipped))
-        put(buffers.output, at, made, plan.lanes)
+                end.write(totals, j * plan.lanes, at)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from tvm.ir import Expr
 
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES
+from qsearch.kernels.cuda.layer import sums_integers
 from qsearch.kernels.cuda.vectors import element_bytes
 from qsearch.quantize.program import OpKey
 
@@ -35,7 +35,7 @@ class DepthwisePlan:
     @property
     def integer(self) -> bool:
         """True if products are summed in int32, False for float32."""
-        return self.key.dtypes[0] not in FLOAT_DTYPES
+        return sums_integers(self.key)
 
     @property
     def total(self) -> str:
@@ -51,12 +51,6 @@ class DepthwisePlan:
     def multiple(self) -> int:
         """Output channels of an input channel."""
         return self.channels // self.key.shapes[0][3]
-
-    @property
-    def channel_constants(self) -> tuple[str, ...]:
-        """Names of the constants that have a value for every output channel, in the order of the arguments."""
-        names = ("bias", "multiplier") if self.integer else ("bias",)
-        return (*names, "clip_high") if self.key.clips_channels else names
 
     @property
     def _candidates(self) -> list[tuple[int, int]]:

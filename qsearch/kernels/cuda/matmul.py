@@ -15,7 +15,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, finished
+from qsearch.kernels.cuda.epilogue import Arguments, declare_arguments, finished, held
+from qsearch.kernels.cuda.matmul_plan import MatmulPlan
 from qsearch.kernels.cuda.simt import constant, converted, fma, grid, kernel, load, mul, registers, shared, store, sync
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
@@ -50,26 +51,8 @@ def matmul(key: OpKey, arch: str) -> Kernel | None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Plan(MatmulPlan):
     """Static numbers of one kernel."""
-
-    key: OpKey
-
-    @property
-    def total(self) -> str:
-        """Dtype of sums and of tiles."""
-        return "float32" if self.key.dtypes[0] in FLOAT_DTYPES else "int32"
-
-    @property
-    def extents(self) -> tuple[int, int, int]:
-        """(m, n, k)."""
-        m, n, k = self.key.matmul.extents[-3:]
-        return m, n, k
-
-    @property
-    def batch(self) -> int:
-        """Number of products."""
-        return math.prod(self.key.matmul.extents[:-3])
 
     @cached_property
     def widths(self) -> tuple[int, int]:
@@ -90,13 +73,6 @@ class _Plan:
     def tiles(self) -> tuple[int, int]:
         """Tiles along rows and columns."""
         return self._tiles(self.widths)
-
-    def offset(self, strides: tuple[int, ...], product: Expr) -> Expr:
-        """Where a product of the batch starts in an operand."""
-        at, rest = constant(strides[0], "int32"), product
-        for extent, stride in reversed(list(zip(self.key.matmul.extents[:-3], strides[1:-2], strict=True))):
-            at, rest = at + rest % extent * stride, rest // extent
-        return at
 
 
 @dataclass(frozen=True)
@@ -198,11 +174,11 @@ class _Product:
     def _store(self, totals: tirx.Buffer, start: Expr, row: Expr, column: Expr) -> None:
         """Requantize and store what a thread has summed."""
         key, (m, n, _), (rows, columns) = self.plan.key, self.plan.extents, self.plan.widths
-        down, across = key.matmul.out[-2:]
+        (down, across), arguments = key.matmul.out[-2:], held(self.arguments)
         for i in range(rows):
             for j in range(columns):
                 place = row + i * SIDE, column + j * SIDE
                 with T.If(tirx.all(place[0] < m, place[1] < n)), T.Then():
-                    value = mul(converted(load(totals, i * columns + j), "float32"), self.arguments.float("multiplier"))
-                    value = finished(key.dtypes[-1], value, self.arguments, key.clipped)
+                    value = mul(converted(load(totals, i * columns + j), "float32"), arguments.float("multiplier"))
+                    value = finished(key.dtypes[-1], value, arguments, key.clipped)
                     store(self.output, start + place[0] * down + place[1] * across, value)

@@ -131,14 +131,23 @@ class _Pooling:
                 store(total, lane, self._start())
             window = self._window(position, group)
             rows, columns, (_, _, width, channels) = window.rows, window.columns, self.key.shapes[0]
-            if isinstance(rows, int) and self.window <= MOST_WRITTEN_OUT:
-                for i in range(rows):
-                    for j in range(self.key.pool.kernel[1]):
-                        self._take(total, window.at + (i * width + j) * channels)
+            if self.window <= MOST_WRITTEN_OUT:
+                self._written_out(total, window, width * channels)
             else:
                 with T.serial(0, rows) as i, T.serial(0, columns) as j:
                     self._take(total, window.at + (i * width + j) * channels)
             self._store(total, rows * columns, (position * self.groups + group) * self.lanes)
+
+    def _written_out(self, total: tirx.Buffer, window: _Window, line: int) -> None:
+        """Every position of the window, where it exists: loads that need not wait for one another."""
+        for i in range(self.key.pool.kernel[0]):
+            for j in range(self.key.pool.kernel[1]):
+                place = window.at + (i * line + j * self.key.shapes[0][-1])
+                if isinstance(window.rows, int):
+                    self._take(total, place)
+                else:
+                    with T.If(tirx.all(window.rows > i, window.columns > j)), T.Then():
+                        self._take(total, place)
 
     def _window(self, position: Expr, group: Expr) -> _Window:
         """The window of an output position."""
@@ -155,7 +164,7 @@ class _Pooling:
         if not any(self.key.pool.padding):
             return start, length
         first = tirx.max(start - before, 0)
-        return first, tirx.min(start - before + length, extent) - first
+        return first, tirx.max(tirx.min(start - before + length, extent) - first, 0)
 
     def write_shared(self) -> None:
         """A block per output position and run of channels: its threads share the windows, then one sums what they found."""
