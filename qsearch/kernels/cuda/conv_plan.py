@@ -196,8 +196,8 @@ class ConvPlan:
 
     @property
     def pipeline_words(self) -> int:
-        """Words that the pipeline takes; unpacked weights lie behind its slots."""
-        return self.slots * self.slot_words + (self.weight_words if self.nibbles else 0)
+        """Words that the steps under way take."""
+        return self.slots * self.slot_words
 
     @cached_property
     def parts(self) -> int:
@@ -210,7 +210,7 @@ class ConvPlan:
 
     @property
     def shared_words(self) -> int:
-        """Words of shared memory."""
+        """Words of shared memory, those of unpacked weights apart."""
         return max(self.pipeline_words, self._staged(self.parts))
 
     @property

@@ -20,16 +20,19 @@ _MULTIPLY = {"uint8": "qs_mma_u8s8", "float16": "qs_mma_f16"}
 _DOT = {"float32": "qs_dot_f32", "int16": "qs_dot_s16"}
 
 
+# Shared memory from one of its words on.
+Words = tuple[tirx.Buffer, Expr | int]
+
+
 class Units(Protocol):
     """What multiplies, and keeps the sums."""
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """Add a step's products.
 
         Args:
-            shared: Words of shared memory.
-            source: The first word of the step's pixels.
-            weight: The first word of its weights.
+            source: The step's pixels.
+            weight: Its weights.
         """
 
     def stage(self, shared: tirx.Buffer, first: int, blocks: int) -> None:
@@ -85,18 +88,18 @@ class MatrixUnits:
         self.right = kept((self.warp.column * tile.warp_columns + right) * (tile.depth // 4))
         self.right_unit = kept(xor(xor(lane // 8 % 2, swizzle_of(right, units)), self.warp.unit))
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """See `Units`."""
         row_words = self.plan.tile.depth // 4
         left, right = registers(4 * self.high, "int32"), registers(2 * self.wide, "int32")
         name = _MULTIPLY[self.plan.dtypes[0]]
         for step in range(self.plan.tile.warp_steps):
             for i in range(self.high):
-                word = source + self.left + i * 16 * row_words + xor(self.left_unit, 2 * step) * UNIT_WORDS
-                perform("qs_load_matrices_4", at(left, 4 * i), at(shared, word))
+                word = source[1] + self.left + i * 16 * row_words + xor(self.left_unit, 2 * step) * UNIT_WORDS
+                perform("qs_load_matrices_4", at(left, 4 * i), at(source[0], word))
             for j in range(self.wide // 2):
-                word = weight + self.right + j * 16 * row_words + xor(self.right_unit, 2 * step) * UNIT_WORDS
-                perform("qs_load_matrices_4", at(right, 4 * j), at(shared, word))
+                word = weight[1] + self.right + j * 16 * row_words + xor(self.right_unit, 2 * step) * UNIT_WORDS
+                perform("qs_load_matrices_4", at(right, 4 * j), at(weight[0], word))
             for i in range(self.high):
                 for j in range(self.wide):
                     perform(name, at(self.sums, 4 * (i * self.wide + j)), at(left, 4 * i), at(right, 2 * j))
@@ -132,25 +135,21 @@ class ScalarUnits:
         self.right = kept((self.warp.column * tile.warp_columns + self.lane_column) * (tile.depth // 4))
         self.right_unit = kept(xor(swizzle_of(self.lane_column, self.units), self.warp.unit))
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """See `Units`."""
-        if self.plan.tile.warp_steps == 1:
-            self._unit(shared, source, weight, constant(0, "int32"))
-            self._unit(shared, source, weight, constant(1, "int32"))
-            return
         with T.serial(0, 2 * self.plan.tile.warp_steps) as unit:
-            self._unit(shared, source, weight, unit)
+            self._unit(source, weight, unit)
 
-    def _unit(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int, unit: Expr) -> None:
+    def _unit(self, source: Words, weight: Words, unit: Expr) -> None:
         row_words = self.plan.tile.depth // 4
         left, right = (registers(UNIT_WORDS * count, self.plan.dtypes[2]) for count in (self.high, self.wide))
         for i in range(self.high):
             # Rows 4 to 7 of eight are swizzled differently from rows 0 to 3.
             place = xor(xor(self.left_unit, unit), swizzle(i % 2 * 4, self.units)) * UNIT_WORDS
-            move(left, UNIT_WORDS * i, shared, source + self.left + i * 4 * row_words + place, UNIT_WORDS)
+            move(left, UNIT_WORDS * i, source[0], source[1] + self.left + i * 4 * row_words + place, UNIT_WORDS)
         for j in range(self.wide):
             place = xor(self.right_unit, unit) * UNIT_WORDS
-            move(right, UNIT_WORDS * j, shared, weight + self.right + j * 8 * row_words + place, UNIT_WORDS)
+            move(right, UNIT_WORDS * j, weight[0], weight[1] + self.right + j * 8 * row_words + place, UNIT_WORDS)
         for i in range(self.high):
             for j in range(self.wide):
                 sum_at, factors = at(self.sums, i * self.wide + j), (at(left, UNIT_WORDS * i), at(right, UNIT_WORDS * j))

@@ -150,9 +150,9 @@ def _every_tile(most_sums: int) -> Iterator[Tile]:
 
 def _shared_bytes(tile: Tile, steps: int, nibbles: bool) -> int:
     weights = tile.columns * tile.depth
-    slot = tile.rows * tile.depth + (weights // 2 if nibbles else weights)
-    pipeline = min(tile.stages, steps) * slot + (weights if nibbles else 0)
-    return max(pipeline, tile.warps[0] * 16 * tile.staged_row * 4 * tile.warps[2])
+    pipeline = min(tile.stages, steps) * (tile.rows * tile.depth + (weights // 2 if nibbles else weights))
+    staged = tile.warps[0] * 16 * tile.staged_row * 4 * tile.warps[2]
+    return max(pipeline, staged) + (weights if nibbles else 0)
 
 
 def rank_tiles(problem: Problem, arch: str, matrix: bool, nibbles: bool) -> list[Tile]:
