@@ -13,7 +13,7 @@ from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, RELAXED, convo
 from test_weight_groups import FORMS, grouped
 
 from qsearch.kernels.cuda.conv_plan import ConvPlan
-from qsearch.kernels.cuda.conv_tensor import conv2d, conv2d_kernel
+from qsearch.kernels.cuda.conv_tensor import candidate_tiles, conv2d, conv2d_kernel
 from qsearch.kernels.cuda.tile import Tile
 from qsearch.models.graph import Conv
 from qsearch.quantize.program import Op
@@ -161,3 +161,12 @@ def test_other_architectures_are_exact(arch):
 def test_depthwise_is_another_kernel():
     op = convolution(Conv((3, 3), groups=32), (1, 5, 5, 32), 32, ("uint8", "uint8"), 1)
     assert conv2d(op.key, "sm_90") is None
+
+
+def test_candidate_tiles_are_exact_and_differ():
+    op = convolution(SAME, (1, 10, 10, 64), 40, ("uint8", "uint8"), 3)
+    tiles = candidate_tiles(op.key, "sm_90", 6)
+    assert len(set(tiles)) == 6 and len({(tile.rows, tile.columns) for tile in tiles}) >= 3
+    assert tiles[0] == ConvPlan(op.key, "sm_90").tile
+    for tile in tiles[1:4]:
+        check_exact(op, 3, tile)

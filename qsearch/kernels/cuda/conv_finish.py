@@ -69,9 +69,7 @@ class _Columns:
         self.row, self.column = kept(row), kept(column * self.lanes)
         self.channel = kept(place.column_tile * plan.tile.columns + self.column)
         packed = place.group * plan.packed_columns + self.channel
-        self.bias, self.multiplier, self.clip_high = (
-            self._constants(buffer, packed) for buffer in (buffers.bias, buffers.multiplier, buffers.clip_high)
-        )
+        self.multiplier, self.clip_high = (self._constants(x, packed) for x in (buffers.multiplier, buffers.clip_high))
         self.output = kept(place.group * plan.out_channels + self.channel)
 
     def _constants(self, buffer: tirx.Buffer | None, first: Expr) -> tirx.Buffer | None:
@@ -96,10 +94,7 @@ class _Columns:
 
     def _value(self, i: int, total: Expr, residual: tirx.Buffer | None) -> Expr:
         key, arguments = self.plan.key, self.buffers.arguments
-        if self.plan.integer:
-            value = mul(converted(total + load(self.bias, i), "float32"), load(self.multiplier, i))
-        else:
-            value = add(total, load(self.bias, i))
+        value = mul(converted(total, "float32"), load(self.multiplier, i)) if self.plan.integer else total
         if residual is not None:
             value = add(value, dequantized(load(residual, i), key.dtypes[1], arguments, "b"))
         if not self.plan.integer and key.dtypes[-1] not in FLOAT_DTYPES:

@@ -19,10 +19,11 @@ from qsearch.kernels.cuda.conv_weight import ConvWeight, pack_constants, pack_we
 from qsearch.kernels.cuda.device import perform
 from qsearch.kernels.cuda.simt import grid, kernel, sync
 from qsearch.kernels.cuda.simt import shared as memory
+from qsearch.kernels.cuda.tile import Tile
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
-__all__ = ["conv2d", "conv2d_kernel"]
+__all__ = ["candidate_tiles", "conv2d", "conv2d_kernel"]
 
 
 def conv2d(key: OpKey, arch: str) -> Kernel | None:
@@ -39,6 +40,22 @@ def conv2d(key: OpKey, arch: str) -> Kernel | None:
 
 def _depthwise(key: OpKey) -> bool:
     return key.conv.groups > 1 and key.conv.groups == key.shapes[0][3] == key.shapes[-1][3]
+
+
+def candidate_tiles(key: OpKey, arch: str, count: int) -> list[Tile]:
+    """Tiles worth timing for an operation, the predicted best first; none where there is nothing to choose.
+
+    Of tiles that differ only in how warps and stages share the work, the two with the least predicted time.
+    """
+    if conv2d(key, arch) is None:
+        return []
+    found: list[Tile] = []
+    for tile in ConvPlan(key, arch).candidates:
+        if len(found) == count:
+            break
+        if sum((tile.rows, tile.columns) == (other.rows, other.columns) for other in found) < 2:
+            found.append(tile)
+    return found
 
 
 def conv2d_kernel(plan: ConvPlan) -> Kernel:
@@ -61,7 +78,7 @@ def _generate(plan: ConvPlan) -> None:
         group, row_tile = divided(tile, plan.row_tiles) if plan.key.conv.groups > 1 else (0, tile)
         place = Place(group if isinstance(group, int) else kept(group), kept(row_tile), column_tile, thread)
         words = memory(plan.shared_words, plan.dtypes[2])
-        units: Units = MatrixUnits(plan, place) if plan.matrix else ScalarUnits(plan, place)
+        units: Units = (MatrixUnits if plan.matrix else ScalarUnits)(plan, place, buffers.bias)
         source = ConvSource(plan, buffers.source, buffers.arguments, place)
         _Pipeline(plan, words, source, ConvWeight(plan, buffers.weight, place), units).run()
         finish(plan, buffers, units, words, place)

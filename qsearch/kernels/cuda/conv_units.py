@@ -51,13 +51,18 @@ class _Warp:
         self.row, self.column, self.depth = (kept(x) if not isinstance(x, int) else x for x in warp)
         # Of its depth, in units: exclusive or adds it, the unit within the warp's steps being less.
         self.unit = self.depth * (2 * plan.tile.warp_steps)
+        packed = place.group * plan.packed_columns + place.column_tile * plan.tile.columns
+        self.channel = kept(packed + self.column * plan.tile.warp_columns)
 
-    def sums(self, count: int) -> tirx.Buffer:
-        """Registers for sums, zero."""
-        sums = registers(count, self.plan.dtypes[2])
-        for i in range(count):
-            store(sums, i, constant(0, self.plan.dtypes[2]))
-        return sums
+    def start(self, bias: tirx.Buffer, column: Expr, lanes: int) -> list[Expr]:
+        """What the sums of adjacent columns of the warp's tile start at: of warps that share the depth one has the bias."""
+        dtype = self.plan.dtypes[2]
+        values = registers(lanes, dtype)
+        move(values, 0, bias, self.channel + column, lanes)
+        starts = [load(values, i) for i in range(lanes)]
+        if isinstance(self.depth, int):
+            return starts
+        return [tirx.Select(self.depth == 0, value, constant(0, dtype)) for value in starts]
 
     def staged(self, row: Expr, column: Expr, blocks: int) -> Expr:
         """The word of a row and column of the warp's tile, of which `blocks` blocks of 16 rows are staged."""
@@ -73,13 +78,19 @@ class MatrixUnits:
     Args:
         plan: The kernel.
         place: The thread.
+        bias: What sums start at.
     """
 
-    def __init__(self, plan: ConvPlan, place: Place) -> None:
+    def __init__(self, plan: ConvPlan, place: Place, bias: tirx.Buffer) -> None:
         self.plan, self.warp, tile = plan, _Warp(plan, place), plan.tile
         self.high, self.wide = tile.warp_rows // 16, tile.warp_columns // 8
-        self.sums = self.warp.sums(4 * self.high * self.wide)
+        self.sums = registers(4 * self.high * self.wide, plan.dtypes[2])
         lane, units = self.warp.lane, tile.depth // 16
+        for j in range(self.wide):
+            # Lane l has columns 2 (l % 4) and the next of rows l / 4 and l / 4 + 8.
+            starts = self.warp.start(bias, j * 8 + lane % 4 * 2, 2)
+            for i in range(4 * self.high):
+                store(self.sums, 4 * (i // 4 * self.wide + j) + i % 4, starts[i % 2])
         # Lane l points to row l % 16 of the left fragment's half l / 16; of the right one to row l % 8 of column block
         # l / 16, half l / 8 % 2.
         left, right = lane % 16, lane // 16 * 8 + lane % 8
@@ -122,14 +133,19 @@ class ScalarUnits:
     Args:
         plan: The kernel.
         place: The thread.
+        bias: What sums start at.
     """
 
-    def __init__(self, plan: ConvPlan, place: Place) -> None:
+    def __init__(self, plan: ConvPlan, place: Place, bias: tirx.Buffer) -> None:
         self.plan, self.warp, tile = plan, _Warp(plan, place), plan.tile
         self.high, self.wide = tile.warp_rows // 4, tile.warp_columns // 8
-        self.sums = self.warp.sums(self.high * self.wide)
+        self.sums = registers(self.high * self.wide, plan.dtypes[2])
         self.units = tile.depth // 16
         self.lane_row, self.lane_column = kept(self.warp.lane // 8), kept(self.warp.lane % 8)
+        for j in range(self.wide):
+            (start,) = self.warp.start(bias, self.lane_column + j * 8, 1)
+            for i in range(self.high):
+                store(self.sums, i * self.wide + j, start)
         self.left = kept((self.warp.row * tile.warp_rows + self.lane_row) * (tile.depth // 4))
         self.left_unit = kept(xor(swizzle_of(self.lane_row, self.units), self.warp.unit))
         self.right = kept((self.warp.column * tile.warp_columns + self.lane_column) * (tile.depth // 4))

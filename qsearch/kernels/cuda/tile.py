@@ -15,6 +15,8 @@ MOST_REGISTERS = 224
 STEP_BYTES = 32
 # Words between rows of sums on their way through shared memory, beyond the row: rows then begin in other banks.
 STAGED_PAD = 8
+# Shared memory that sums may take even if the pipeline needs less.
+STAGED_BYTES = 18 * 1024
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ class Tile:
     def staged_row(self) -> int:
         """Words of a row of sums on their way through shared memory."""
         return self.columns + STAGED_PAD
+
+    def staged_bytes(self, parts: int) -> int:
+        """Bytes of shared memory that sums take when they go through it in so many parts."""
+        return self.rows // parts * self.staged_row * 4 * self.warps[2]
+
+    def parts(self, pipeline: int) -> int:
+        """In how many parts sums go through shared memory: as few as the pipeline's bytes, or a few more, let them."""
+        blocks, room = self.warp_rows // 16, max(pipeline, STAGED_BYTES)
+        return next(p for p in range(1, blocks + 1) if blocks % p == 0 and (p == blocks or self.staged_bytes(p) <= room))
 
 
 @dataclass(frozen=True)
@@ -148,8 +159,7 @@ def _every_tile(most_sums: int) -> Iterator[Tile]:
 def _shared_bytes(tile: Tile, steps: int, nibbles: bool) -> int:
     weights = tile.columns * tile.depth
     pipeline = min(tile.stages, steps) * (tile.rows * tile.depth + (weights // 2 if nibbles else weights))
-    staged = tile.warps[0] * 16 * tile.staged_row * 4 * tile.warps[2]
-    return max(pipeline, staged) + (weights if nibbles else 0)
+    return max(pipeline, tile.staged_bytes(tile.parts(pipeline))) + (weights if nibbles else 0)
 
 
 def _registers(tile: Tile, problem: Problem) -> int:
@@ -194,8 +204,9 @@ def _cost(tile: Tile, problem: Problem, machine: _Machine, matrix: bool, shared:
     steps = -(-problem.depth // tile.depth)
     warps = tile.threads // 32
     rate = machine.products if matrix else SCALAR_PRODUCTS
-    # A warp alone keeps only one of four matrix units busy.
-    multiply = tile.rows * tile.columns * tile.depth / (rate * min(1.0, min(each, resident) * warps / 4))
+    # A warp keeps only one of four matrix units busy, and that only while it waits for nothing else.
+    together = min(each, resident) * warps
+    multiply = tile.rows * tile.columns * tile.depth / (rate * min(1.0, together / 4) * together / (together + 2))
     read = warps * (tile.warp_rows + tile.warp_columns) * tile.depth / tile.warps[2] / SHARED_RATE
     if not matrix:
         read *= 4
