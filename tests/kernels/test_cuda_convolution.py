@@ -158,6 +158,41 @@ def test_other_architectures_are_exact(arch):
     check_exact(convolution(SAME, (1, 12, 12, 32), 64, ("uint8", "uint8"), 3), 3, arch=arch)
 
 
+ANYTHING = {
+    "int8": INT8,
+    "w4a8": CASES["w4a8"],
+    "int16": CASES["int16"],
+    "fp16": HALF_DTYPES,
+    "fp32": FLOAT_DTYPES,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ANYTHING)
+@settings(RELAXED, max_examples=80)
+@given(case=some_convolutions(), data=st.data(), seed=SEEDS)
+def test_many_convolutions_with_any_tile(precision, case, data, seed):
+    dtypes = data.draw(st.sampled_from(ANYTHING[precision]))
+    op = convolution(*case, dtypes, seed, "fp32" if precision == "fp16" else precision)
+    if precision == "w4a8" and seed % 2:
+        op = grouped(op, data.draw(st.sampled_from(FORMS)), seed)
+    if precision == "fp16":
+        op = half(op)
+    tile = data.draw(st.sampled_from(ConvPlan(op.key, "sm_90").candidates[:200:7]))
+    if precision.startswith("fp"):
+        check_close(op, seed, 1e-5 if precision == "fp32" else 1e-3, tile)
+    else:
+        check_exact(op, seed, tile)
+
+
+@pytest.mark.slow
+@settings(RELAXED, max_examples=40)
+@given(rows=st.integers(1, 200), features=st.integers(1, 700), outputs=st.integers(1, 300), data=st.data(), seed=SEEDS)
+def test_many_linear_layers_with_any_tile(rows, features, outputs, data, seed):
+    op = convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed)
+    check_exact(op, seed, data.draw(st.sampled_from(ConvPlan(op.key, "sm_90").candidates[:200:7])))
+
+
 def test_depthwise_is_another_kernel():
     op = convolution(Conv((3, 3), groups=32), (1, 5, 5, 32), 32, ("uint8", "uint8"), 1)
     assert conv2d(op.key, "sm_90") is None
