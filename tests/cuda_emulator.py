@@ -391,7 +391,7 @@ class _Block:
         if name in _DEVICE:
             return _DEVICE[name](*arguments)
         kind, _, number = name.rpartition("_")
-        if kind == "qs_copy":
+        if kind in ("qs_copy", "qs_copy_cached"):
             to, source = arguments
             moved = source.memory.bytes_at(self, source.index, int(number))
             self._shared_at(to, int(number))

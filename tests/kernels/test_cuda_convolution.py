@@ -13,7 +13,7 @@ from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, RELAXED, convo
 from test_weight_groups import FORMS, grouped
 
 from qsearch.kernels.cuda.conv_plan import ConvPlan
-from qsearch.kernels.cuda.conv_tensor import conv2d, conv2d_kernel
+from qsearch.kernels.cuda.conv_tensor import candidate_tiles, conv2d, conv2d_kernel
 from qsearch.kernels.cuda.tile import Tile
 from qsearch.models.graph import Conv
 from qsearch.quantize.program import Op
@@ -158,6 +158,50 @@ def test_other_architectures_are_exact(arch):
     check_exact(convolution(SAME, (1, 12, 12, 32), 64, ("uint8", "uint8"), 3), 3, arch=arch)
 
 
+ANYTHING = {
+    "int8": INT8,
+    "w4a8": CASES["w4a8"],
+    "int16": CASES["int16"],
+    "fp16": HALF_DTYPES,
+    "fp32": FLOAT_DTYPES,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ANYTHING)
+@settings(RELAXED, max_examples=80)
+@given(case=some_convolutions(), data=st.data(), seed=SEEDS)
+def test_many_convolutions_with_any_tile(precision, case, data, seed):
+    dtypes = data.draw(st.sampled_from(ANYTHING[precision]))
+    op = convolution(*case, dtypes, seed, "fp32" if precision == "fp16" else precision)
+    if precision == "w4a8" and seed % 2:
+        op = grouped(op, data.draw(st.sampled_from(FORMS)), seed)
+    if precision == "fp16":
+        op = half(op)
+    tile = data.draw(st.sampled_from(ConvPlan(op.key, "sm_90").candidates[:200:7]))
+    if precision.startswith("fp"):
+        check_close(op, seed, 1e-5 if precision == "fp32" else 1e-3, tile)
+    else:
+        check_exact(op, seed, tile)
+
+
+@pytest.mark.slow
+@settings(RELAXED, max_examples=40)
+@given(rows=st.integers(1, 200), features=st.integers(1, 700), outputs=st.integers(1, 300), data=st.data(), seed=SEEDS)
+def test_many_linear_layers_with_any_tile(rows, features, outputs, data, seed):
+    op = convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed)
+    check_exact(op, seed, data.draw(st.sampled_from(ConvPlan(op.key, "sm_90").candidates[:200:7])))
+
+
 def test_depthwise_is_another_kernel():
     op = convolution(Conv((3, 3), groups=32), (1, 5, 5, 32), 32, ("uint8", "uint8"), 1)
     assert conv2d(op.key, "sm_90") is None
+
+
+def test_candidate_tiles_are_exact_and_differ():
+    op = convolution(SAME, (1, 10, 10, 64), 40, ("uint8", "uint8"), 3)
+    tiles = candidate_tiles(op.key, "sm_90", 6)
+    assert len(set(tiles)) == 6 and len({(tile.rows, tile.columns) for tile in tiles}) >= 3
+    assert tiles[0] == ConvPlan(op.key, "sm_90").tile
+    for tile in tiles[1:4]:
+        check_exact(op, 3, tile)

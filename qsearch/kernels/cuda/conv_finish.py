@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.conv_layout import Place, divided, kept
+from qsearch.kernels.cuda.conv_layout import Place, kept
 from qsearch.kernels.cuda.conv_plan import ConvPlan
 from qsearch.kernels.cuda.conv_units import Units, staged_sum
 from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished
@@ -56,22 +57,33 @@ def declare_buffers(plan: ConvPlan) -> ConvBuffers:
     )
 
 
-class _Columns:
-    """Adjacent output channels, the same in all rows a thread finishes, and their constants."""
+def _in_registers(arguments: Arguments) -> Arguments:
+    """The scalars, loaded once: beyond a barrier the compiler would load them again."""
+    copies = []
+    for vector in (arguments.integers, arguments.floats):
+        count = int(vector.shape[0])
+        copies.append(registers(count, str(vector.dtype)))
+        for i in range(count):
+            store(copies[-1], i, load(vector, i))
+    return Arguments(*copies)
 
-    def __init__(self, plan: ConvPlan, buffers: ConvBuffers, place: Place) -> None:
-        self.plan, self.buffers = plan, buffers
-        self.lanes = vector_lanes(plan.out_channels, "float32")
-        self.across = plan.tile.columns // self.lanes
-        # Rows that the block finishes at a time; of a count of threads that is no multiple the last ones do nothing.
-        self.rows = plan.tile.threads // self.across
-        row, column = divided(place.thread, self.across)
-        self.row, self.column = kept(row), kept(column * self.lanes)
-        self.channel = kept(place.column_tile * plan.tile.columns + self.column)
+
+class _Columns:
+    """Adjacent output channels, the same in all rows that a thread finishes, and their constants.
+
+    Args:
+        plan: The kernel.
+        buffers: Its arguments.
+        place: The thread.
+        first: The first of the channels, counted within the tile.
+        lanes: How many.
+    """
+
+    def __init__(self, plan: ConvPlan, buffers: ConvBuffers, place: Place, first: Expr, lanes: int) -> None:
+        self.plan, self.buffers, self.first, self.lanes = plan, buffers, first, lanes
+        self.channel = kept(place.column_tile * plan.tile.columns + first)
         packed = place.group * plan.packed_columns + self.channel
-        self.bias, self.multiplier, self.clip_high = (
-            self._constants(buffer, packed) for buffer in (buffers.bias, buffers.multiplier, buffers.clip_high)
-        )
+        self.multiplier, self.clip_high = (self._constants(x, packed) for x in (buffers.multiplier, buffers.clip_high))
         self.output = kept(place.group * plan.out_channels + self.channel)
 
     def _constants(self, buffer: tirx.Buffer | None, first: Expr) -> tirx.Buffer | None:
@@ -82,24 +94,29 @@ class _Columns:
         return values
 
     def write(self, sums: tirx.Buffer, pixel: Expr) -> None:
-        """Finish the sums of one pixel and write them."""
+        """Finish the sums of one pixel and write them, if the pixel and the channels exist.
+
+        Only the store hangs on that, so that the work on several rows can overlap.
+        """
         key, buffers = self.plan.key, self.buffers
-        place = pixel * key.shapes[-1][3] + self.output
+        place, tests = kept(pixel * key.shapes[-1][3] + self.output), []
+        if self.plan.pixels % self.plan.tile.rows:
+            tests.append(pixel < self.plan.pixels)
+        if self.plan.out_channels % self.plan.tile.columns:
+            tests.append(self.channel < self.plan.out_channels)
         residual = None
         if key.residual:
             residual = registers(self.lanes, key.dtypes[1])
-            move(residual, 0, buffers.residual, place, self.lanes)
+            last = self.plan.pixels * key.shapes[-1][3] - self.lanes
+            move(residual, 0, buffers.residual, tirx.min(place, last) if tests else place, self.lanes)
         made = registers(self.lanes, key.dtypes[-1])
         for i in range(self.lanes):
             store(made, i, self._value(i, load(sums, i), residual))
-        move(buffers.output, place, made, 0, self.lanes)
+        _under(tests, lambda: move(buffers.output, place, made, 0, self.lanes))
 
     def _value(self, i: int, total: Expr, residual: tirx.Buffer | None) -> Expr:
         key, arguments = self.plan.key, self.buffers.arguments
-        if self.plan.integer:
-            value = mul(converted(total + load(self.bias, i), "float32"), load(self.multiplier, i))
-        else:
-            value = add(total, load(self.bias, i))
+        value = mul(converted(total, "float32"), load(self.multiplier, i)) if self.plan.integer else total
         if residual is not None:
             value = add(value, dequantized(load(residual, i), key.dtypes[1], arguments, "b"))
         if not self.plan.integer and key.dtypes[-1] not in FLOAT_DTYPES:
@@ -109,47 +126,47 @@ class _Columns:
         return finished(key.dtypes[-1], value, arguments, key.clipped)
 
 
-def finish(plan: ConvPlan, buffers: ConvBuffers, units: Units, shared: tirx.Buffer, place: Place) -> None:
-    """Write a block's outputs. All threads have done with shared memory before, and wait for one another here."""
-    tile, columns = plan.tile, _Columns(plan, buffers, place)
-    blocks = tile.warp_rows // 16 // plan.parts
-    height = tile.warps[0] * blocks * 16
-    for part in range(plan.parts):
-        sync()
-        units.stage(shared, part * blocks, blocks)
-        sync()
-        rounds = -(-height // columns.rows)
-        if rounds == 1:
-            _finish_row(plan, columns, shared, place, (part, blocks, 0))
-            continue
-        with T.serial(0, rounds) as i:
-            _finish_row(plan, columns, shared, place, (part, blocks, i))
-
-
-def _finish_row(plan: ConvPlan, columns: _Columns, shared: tirx.Buffer, place: Place, where: tuple[int, int, Expr | int]) -> None:
-    """The thread's i-th row of a part of so many blocks of 16 rows per warp."""
-    tile, (part, blocks, i) = plan.tile, where
-    height = tile.warps[0] * blocks * 16
-    row = kept(columns.row + i * columns.rows)
-    inner = row // (blocks * 16) * tile.warp_rows + part * blocks * 16 + row % (blocks * 16)
-    pixel = kept(place.row_tile * tile.rows + inner)
-    tests = []
-    if height % columns.rows:
-        tests.append(row < height)
-    if tile.threads % columns.across:
-        tests.append(columns.row < columns.rows)
-    if plan.pixels % tile.rows:
-        tests.append(pixel < plan.pixels)
-    if plan.out_channels % tile.columns:
-        tests.append(columns.channel < plan.out_channels)
-
-    def write() -> None:
-        word = row * tile.staged_row + columns.column
-        sums = staged_sum(shared, word, height * tile.staged_row, tile.warps[2], columns.lanes, plan.dtypes[2])
-        columns.write(sums, pixel)
-
+def _under(tests: list[Expr], body: Callable[[], None]) -> None:
     if not tests:
-        write()
+        body()
         return
     with T.If(tirx.all(*tests)), T.Then():
-        write()
+        body()
+
+
+def finish(plan: ConvPlan, buffers: ConvBuffers, units: Units, shared: tirx.Buffer, place: Place) -> None:
+    """Write a block's outputs. All threads have done with shared memory before, and wait for one another here."""
+    tile, lanes = plan.tile, vector_lanes(plan.out_channels, "float32")
+    buffers = replace(buffers, arguments=_in_registers(buffers.arguments))
+    runs = tile.columns // lanes
+    # A power of two divides the threads: of 24 runs 8 are finished at a time, whole rows of 8.
+    across = runs & -runs
+    height, rows = tile.rows // plan.parts, tile.threads // across
+    first, run = kept(place.thread // across), kept(place.thread % across * lanes)
+    columns = [_Columns(plan, buffers, place, run + i * across * lanes, lanes) for i in range(runs // across)]
+    for part in range(plan.parts):
+        sync()
+        units.stage(shared, part * (tile.warp_rows // 16 // plan.parts), tile.warp_rows // 16 // plan.parts)
+        sync()
+
+        def finish_row(i: Expr | int) -> None:
+            row = kept(first + i * rows)
+            _under([row < height] if height < rows else [], lambda: _finish_row(plan, columns, shared, (part, row, place)))
+
+        if rows >= height:
+            finish_row(0)
+            continue
+        with T.serial(0, height // rows) as i:
+            finish_row(i)
+
+
+def _finish_row(plan: ConvPlan, columns: list[_Columns], shared: tirx.Buffer, where: tuple[int, Expr, Place]) -> None:
+    """Finish a row of a part of the sums."""
+    tile, (part, row, place) = plan.tile, where
+    # Rows of a warp in one part.
+    each = tile.warp_rows // plan.parts
+    pixel = kept(place.row_tile * tile.rows + row // each * tile.warp_rows + part * each + row % each)
+    apart = tile.rows // plan.parts * tile.staged_row
+    for some in columns:
+        word = row * tile.staged_row + some.first
+        some.write(staged_sum(shared, word, apart, tile.warps[2], some.lanes, plan.dtypes[2]), pixel)

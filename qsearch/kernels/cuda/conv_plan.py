@@ -196,22 +196,18 @@ class ConvPlan:
 
     @property
     def pipeline_words(self) -> int:
-        """Words that the pipeline takes; unpacked weights lie behind its slots."""
-        return self.slots * self.slot_words + (self.weight_words if self.nibbles else 0)
+        """Words that the steps under way take."""
+        return self.slots * self.slot_words
 
     @cached_property
     def parts(self) -> int:
-        """How many times sums go through shared memory, some at a time: as rarely as the pipeline's memory lets them."""
-        parts = self.tile.warp_rows // 16
-        return next(p for p in range(1, parts + 1) if parts % p == 0 and (p == parts or self._staged(p) <= self.pipeline_words))
-
-    def _staged(self, parts: int) -> int:
-        return self.tile.rows // parts * self.tile.staged_row * self.tile.warps[2]
+        """How many times sums go through shared memory, some at a time."""
+        return self.tile.parts(4 * self.pipeline_words)
 
     @property
     def shared_words(self) -> int:
-        """Words of shared memory."""
-        return max(self.pipeline_words, self._staged(self.parts))
+        """Words of shared memory, those of unpacked weights apart."""
+        return max(self.pipeline_words, self.tile.staged_bytes(self.parts) // 4)
 
     @property
     def entries(self) -> int:

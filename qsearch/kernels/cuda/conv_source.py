@@ -118,7 +118,9 @@ class ConvSource:
     def _copy(self, i: int, to: Expr, taps: list[_Tap]) -> None:
         size, tap = self.plan.copy_bytes, taps[0]
         inside = self._inside(i, tap)
-        copy = lambda: perform(f"qs_copy_{size}", to, at(self.buffer, load(self.bases, i) + tap.offset))  # noqa: E731
+        # Taps that follow one another read mostly the same pixels. Smaller copies go through the first cache anyway.
+        name = "qs_copy_cached_16" if size == 16 and self.plan.taps > 1 else f"qs_copy_{size}"
+        copy = lambda: perform(name, to, at(self.buffer, load(self.bases, i) + tap.offset))  # noqa: E731
         if inside is None:
             copy()
             return

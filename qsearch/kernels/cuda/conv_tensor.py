@@ -17,11 +17,13 @@ from qsearch.kernels.cuda.conv_source import ConvSource
 from qsearch.kernels.cuda.conv_units import MatrixUnits, ScalarUnits, Units
 from qsearch.kernels.cuda.conv_weight import ConvWeight, pack_constants, pack_weight
 from qsearch.kernels.cuda.device import perform
-from qsearch.kernels.cuda.simt import grid, kernel, shared, sync
+from qsearch.kernels.cuda.simt import grid, kernel, sync
+from qsearch.kernels.cuda.simt import shared as memory
+from qsearch.kernels.cuda.tile import Tile
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
-__all__ = ["conv2d", "conv2d_kernel"]
+__all__ = ["candidate_tiles", "conv2d", "conv2d_kernel"]
 
 
 def conv2d(key: OpKey, arch: str) -> Kernel | None:
@@ -38,6 +40,22 @@ def conv2d(key: OpKey, arch: str) -> Kernel | None:
 
 def _depthwise(key: OpKey) -> bool:
     return key.conv.groups > 1 and key.conv.groups == key.shapes[0][3] == key.shapes[-1][3]
+
+
+def candidate_tiles(key: OpKey, arch: str, count: int) -> list[Tile]:
+    """Tiles worth timing for an operation, the predicted best first; none where there is nothing to choose.
+
+    Of tiles that differ only in how warps and stages share the work, the two with the least predicted time.
+    """
+    if conv2d(key, arch) is None:
+        return []
+    found: list[Tile] = []
+    for tile in ConvPlan(key, arch).candidates:
+        if len(found) == count:
+            break
+        if sum((tile.rows, tile.columns) == (other.rows, other.columns) for other in found) < 2:
+            found.append(tile)
+    return found
 
 
 def conv2d_kernel(plan: ConvPlan) -> Kernel:
@@ -59,8 +77,8 @@ def _generate(plan: ConvPlan) -> None:
         tile, column_tile = (kept(x) for x in divided(block, plan.column_tiles))
         group, row_tile = divided(tile, plan.row_tiles) if plan.key.conv.groups > 1 else (0, tile)
         place = Place(group if isinstance(group, int) else kept(group), kept(row_tile), column_tile, thread)
-        words = shared(plan.shared_words, plan.dtypes[2])
-        units: Units = MatrixUnits(plan, place) if plan.matrix else ScalarUnits(plan, place)
+        words = memory(plan.shared_words, plan.dtypes[2])
+        units: Units = (MatrixUnits if plan.matrix else ScalarUnits)(plan, place, buffers.bias)
         source = ConvSource(plan, buffers.source, buffers.arguments, place)
         _Pipeline(plan, words, source, ConvWeight(plan, buffers.weight, place), units).run()
         finish(plan, buffers, units, words, place)
@@ -71,6 +89,7 @@ class _Pipeline:
 
     def __init__(self, plan: ConvPlan, shared: tirx.Buffer, source: ConvSource, weight: ConvWeight, units: Units) -> None:
         self.plan, self.shared, self.source, self.weight, self.units = plan, shared, source, weight, units
+        self.unpacked = memory(plan.weight_words, "int32") if plan.nibbles else None
 
     def run(self) -> None:
         """Fetch the first steps; then wait for one, begin to fetch another, multiply.
@@ -117,10 +136,9 @@ class _Pipeline:
     def _multiply(self, step: Expr | int) -> None:
         plan = self.plan
         slot = self._slot(step) if isinstance(step, int) else kept(self._slot(step))
-        weight = slot + plan.source_words
-        if plan.nibbles:
-            unpacked = plan.slots * plan.slot_words
-            self.weight.unpack(self.shared, step, weight, unpacked)
+        weights, weight = self.shared, slot + plan.source_words
+        if self.unpacked is not None:
+            self.weight.unpack(self.shared, step, weight, self.unpacked)
             sync()
-            weight = unpacked
-        self.units.multiply(self.shared, slot, weight)
+            weights, weight = self.unpacked, 0
+        self.units.multiply((self.shared, slot), (weights, weight))

@@ -20,16 +20,19 @@ _MULTIPLY = {"uint8": "qs_mma_u8s8", "float16": "qs_mma_f16"}
 _DOT = {"float32": "qs_dot_f32", "int16": "qs_dot_s16"}
 
 
+# Shared memory from one of its words on.
+Words = tuple[tirx.Buffer, Expr | int]
+
+
 class Units(Protocol):
     """What multiplies, and keeps the sums."""
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """Add a step's products.
 
         Args:
-            shared: Words of shared memory.
-            source: The first word of the step's pixels.
-            weight: The first word of its weights.
+            source: The step's pixels.
+            weight: Its weights.
         """
 
     def stage(self, shared: tirx.Buffer, first: int, blocks: int) -> None:
@@ -48,13 +51,18 @@ class _Warp:
         self.row, self.column, self.depth = (kept(x) if not isinstance(x, int) else x for x in warp)
         # Of its depth, in units: exclusive or adds it, the unit within the warp's steps being less.
         self.unit = self.depth * (2 * plan.tile.warp_steps)
+        packed = place.group * plan.packed_columns + place.column_tile * plan.tile.columns
+        self.channel = kept(packed + self.column * plan.tile.warp_columns)
 
-    def sums(self, count: int) -> tirx.Buffer:
-        """Registers for sums, zero."""
-        sums = registers(count, self.plan.dtypes[2])
-        for i in range(count):
-            store(sums, i, constant(0, self.plan.dtypes[2]))
-        return sums
+    def start(self, bias: tirx.Buffer, column: Expr, lanes: int) -> list[Expr]:
+        """What the sums of adjacent columns of the warp's tile start at: of warps that share the depth one has the bias."""
+        dtype = self.plan.dtypes[2]
+        values = registers(lanes, dtype)
+        move(values, 0, bias, self.channel + column, lanes)
+        starts = [load(values, i) for i in range(lanes)]
+        if isinstance(self.depth, int):
+            return starts
+        return [tirx.Select(self.depth == 0, value, constant(0, dtype)) for value in starts]
 
     def staged(self, row: Expr, column: Expr, blocks: int) -> Expr:
         """The word of a row and column of the warp's tile, of which `blocks` blocks of 16 rows are staged."""
@@ -70,13 +78,19 @@ class MatrixUnits:
     Args:
         plan: The kernel.
         place: The thread.
+        bias: What sums start at.
     """
 
-    def __init__(self, plan: ConvPlan, place: Place) -> None:
+    def __init__(self, plan: ConvPlan, place: Place, bias: tirx.Buffer) -> None:
         self.plan, self.warp, tile = plan, _Warp(plan, place), plan.tile
         self.high, self.wide = tile.warp_rows // 16, tile.warp_columns // 8
-        self.sums = self.warp.sums(4 * self.high * self.wide)
+        self.sums = registers(4 * self.high * self.wide, plan.dtypes[2])
         lane, units = self.warp.lane, tile.depth // 16
+        for j in range(self.wide):
+            # Lane l has columns 2 (l % 4) and the next of rows l / 4 and l / 4 + 8.
+            starts = self.warp.start(bias, j * 8 + lane % 4 * 2, 2)
+            for i in range(4 * self.high):
+                store(self.sums, 4 * (i // 4 * self.wide + j) + i % 4, starts[i % 2])
         # Lane l points to row l % 16 of the left fragment's half l / 16; of the right one to row l % 8 of column block
         # l / 16, half l / 8 % 2.
         left, right = lane % 16, lane // 16 * 8 + lane % 8
@@ -85,18 +99,18 @@ class MatrixUnits:
         self.right = kept((self.warp.column * tile.warp_columns + right) * (tile.depth // 4))
         self.right_unit = kept(xor(xor(lane // 8 % 2, swizzle_of(right, units)), self.warp.unit))
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """See `Units`."""
         row_words = self.plan.tile.depth // 4
         left, right = registers(4 * self.high, "int32"), registers(2 * self.wide, "int32")
         name = _MULTIPLY[self.plan.dtypes[0]]
         for step in range(self.plan.tile.warp_steps):
             for i in range(self.high):
-                word = source + self.left + i * 16 * row_words + xor(self.left_unit, 2 * step) * UNIT_WORDS
-                perform("qs_load_matrices_4", at(left, 4 * i), at(shared, word))
+                word = source[1] + self.left + i * 16 * row_words + xor(self.left_unit, 2 * step) * UNIT_WORDS
+                perform("qs_load_matrices_4", at(left, 4 * i), at(source[0], word))
             for j in range(self.wide // 2):
-                word = weight + self.right + j * 16 * row_words + xor(self.right_unit, 2 * step) * UNIT_WORDS
-                perform("qs_load_matrices_4", at(right, 4 * j), at(shared, word))
+                word = weight[1] + self.right + j * 16 * row_words + xor(self.right_unit, 2 * step) * UNIT_WORDS
+                perform("qs_load_matrices_4", at(right, 4 * j), at(weight[0], word))
             for i in range(self.high):
                 for j in range(self.wide):
                     perform(name, at(self.sums, 4 * (i * self.wide + j)), at(left, 4 * i), at(right, 2 * j))
@@ -119,38 +133,39 @@ class ScalarUnits:
     Args:
         plan: The kernel.
         place: The thread.
+        bias: What sums start at.
     """
 
-    def __init__(self, plan: ConvPlan, place: Place) -> None:
+    def __init__(self, plan: ConvPlan, place: Place, bias: tirx.Buffer) -> None:
         self.plan, self.warp, tile = plan, _Warp(plan, place), plan.tile
         self.high, self.wide = tile.warp_rows // 4, tile.warp_columns // 8
-        self.sums = self.warp.sums(self.high * self.wide)
+        self.sums = registers(self.high * self.wide, plan.dtypes[2])
         self.units = tile.depth // 16
         self.lane_row, self.lane_column = kept(self.warp.lane // 8), kept(self.warp.lane % 8)
+        for j in range(self.wide):
+            (start,) = self.warp.start(bias, self.lane_column + j * 8, 1)
+            for i in range(self.high):
+                store(self.sums, i * self.wide + j, start)
         self.left = kept((self.warp.row * tile.warp_rows + self.lane_row) * (tile.depth // 4))
         self.left_unit = kept(xor(swizzle_of(self.lane_row, self.units), self.warp.unit))
         self.right = kept((self.warp.column * tile.warp_columns + self.lane_column) * (tile.depth // 4))
         self.right_unit = kept(xor(swizzle_of(self.lane_column, self.units), self.warp.unit))
 
-    def multiply(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int) -> None:
+    def multiply(self, source: Words, weight: Words) -> None:
         """See `Units`."""
-        if self.plan.tile.warp_steps == 1:
-            self._unit(shared, source, weight, constant(0, "int32"))
-            self._unit(shared, source, weight, constant(1, "int32"))
-            return
         with T.serial(0, 2 * self.plan.tile.warp_steps) as unit:
-            self._unit(shared, source, weight, unit)
+            self._unit(source, weight, unit)
 
-    def _unit(self, shared: tirx.Buffer, source: Expr | int, weight: Expr | int, unit: Expr) -> None:
+    def _unit(self, source: Words, weight: Words, unit: Expr) -> None:
         row_words = self.plan.tile.depth // 4
         left, right = (registers(UNIT_WORDS * count, self.plan.dtypes[2]) for count in (self.high, self.wide))
         for i in range(self.high):
             # Rows 4 to 7 of eight are swizzled differently from rows 0 to 3.
             place = xor(xor(self.left_unit, unit), swizzle(i % 2 * 4, self.units)) * UNIT_WORDS
-            move(left, UNIT_WORDS * i, shared, source + self.left + i * 4 * row_words + place, UNIT_WORDS)
+            move(left, UNIT_WORDS * i, source[0], source[1] + self.left + i * 4 * row_words + place, UNIT_WORDS)
         for j in range(self.wide):
             place = xor(self.right_unit, unit) * UNIT_WORDS
-            move(right, UNIT_WORDS * j, shared, weight + self.right + j * 8 * row_words + place, UNIT_WORDS)
+            move(right, UNIT_WORDS * j, weight[0], weight[1] + self.right + j * 8 * row_words + place, UNIT_WORDS)
         for i in range(self.high):
             for j in range(self.wide):
                 sum_at, factors = at(self.sums, i * self.wide + j), (at(left, UNIT_WORDS * i), at(right, UNIT_WORDS * j))

@@ -101,8 +101,11 @@ class ConvWeight:
 
         each(plan.packed_words // UNIT_WORDS, plan.tile.threads, self.thread, copy)
 
-    def unpack(self, shared: tirx.Buffer, step: Expr | int, slot: Expr | int, to: int) -> None:
-        """Unpack a step's 4-bit weights, eight at a time, from words `slot` onwards into words `to` onwards."""
+    def unpack(self, shared: tirx.Buffer, step: Expr | int, slot: Expr | int, to: tirx.Buffer) -> None:
+        """Unpack a step's 4-bit weights, eight at a time, from words `slot` onwards into a buffer of their own.
+
+        In the same buffer TVM would see every thread read what others may have written, and put barriers between.
+        """
         plan = self.plan
         across, units = plan.tile.depth // 8, plan.tile.depth // 16
 
@@ -115,7 +118,7 @@ class ConvWeight:
                 bits = tirx.bitwise_and(tirx.shift_right(packed, constant(4 * half, "int32")), constant(0x0F0F0F0F, "int32"))
                 store(both, half, self._widened(bits, column, first + 4 * half))
             place = column * (plan.tile.depth // 4) + xor(part // 2, swizzle_of(column, units)) * UNIT_WORDS + part % 2 * 2
-            move(shared, to + place, both, 0, 2)
+            move(to, place, both, 0, 2)
 
         each(plan.packed_words, plan.tile.threads, self.thread, eight)
 

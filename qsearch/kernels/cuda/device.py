@@ -62,6 +62,17 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
 #endif
 }""",
     ),
+    # The same through the first cache, for what will be read again soon.
+    "qs_copy_cached_16": (
+        "void",
+        """void qs_copy_cached_16(void *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+  *(int4 *)to = *(const int4 *)from;
+#endif
+}""",
+    ),
     # Fill 4, 8 or 16 bytes of shared memory with a 32-bit pattern.
     "qs_fill_4": ("void", "void qs_fill_4(void *to, int word) { *(int *)to = word; }"),
     "qs_fill_8": ("void", "void qs_fill_8(void *to, int word) { *(int2 *)to = make_int2(word, word); }"),

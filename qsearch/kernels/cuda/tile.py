@@ -10,11 +10,13 @@ __all__ = ["Problem", "Tile", "rank_tiles"]
 
 # Static shared memory of a block.
 SHARED_BYTES = 48 * 1024
-MOST_REGISTERS = 200
+MOST_REGISTERS = 224
 # Bytes of the contraction that one step of the matrix units covers.
 STEP_BYTES = 32
 # Words between rows of sums on their way through shared memory, beyond the row: rows then begin in other banks.
 STAGED_PAD = 8
+# Shared memory that sums may take even if the pipeline needs less.
+STAGED_BYTES = 18 * 1024
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Tile:
         """Words of a row of sums on their way through shared memory."""
         return self.columns + STAGED_PAD
 
-    @property
-    def registers(self) -> int:
-        """About how many registers a thread needs."""
-        sums = self.warp_rows * self.warp_columns // 32
-        return sums + self.warp_rows // 4 + self.warp_columns // 4 + 48
+    def staged_bytes(self, parts: int) -> int:
+        """Bytes of shared memory that sums take when they go through it in so many parts."""
+        return self.rows // parts * self.staged_row * 4 * self.warps[2]
+
+    def parts(self, pipeline: int) -> int:
+        """In how many parts sums go through shared memory: as few as the pipeline's bytes, or a few more, let them."""
+        blocks, room = self.warp_rows // 16, max(pipeline, STAGED_BYTES)
+        return next(p for p in range(1, blocks + 1) if blocks % p == 0 and (p == blocks or self.staged_bytes(p) <= room))
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,12 @@ _MACHINES = {
 }
 # Multiply-adds of a multiprocessor without its matrix units, times four bytes.
 SCALAR_PRODUCTS = 4 * 128
-# Cycles: a copy from global memory to arrive, a step of the pipeline even when all is there, a block's beginning and end.
-ARRIVAL, STEP, BLOCK = 700, 90, 1500
+# Cycles: a copy from global memory to arrive, a step of the pipeline even when all is there, a block's beginning and end,
+# and what a multiprocessor loses to starting a block.
+ARRIVAL, STEP, BLOCK, LAUNCH = 700, 90, 1500, 100
 SHARED_RATE = 128
+# Cycles of a multiprocessor per warp and step of the pipeline: where to fetch from, the barrier.
+TURN = 12
 # Cycles of a multiprocessor per move into shared memory by a warp: address, bounds, the copy.
 MOVE = 10
 
@@ -131,9 +139,9 @@ def _tiles(matrix: bool) -> tuple[Tile, ...]:
 
 
 def _every_tile(most_sums: int) -> Iterator[Tile]:
-    for rows in (16, 32, 64, 128):
+    for rows in (16, 32, 64, 128, 256):
         for columns in (16, 32, 48, 64, 96, 128):
-            for warps in ((m, n, k) for m in (1, 2, 4) for n in (1, 2, 4) for k in (1, 2, 4)):
+            for warps in ((m, n, k) for m in (1, 2, 4) for n in (1, 2, 4) for k in (1, 2, 4, 8)):
                 across, along = columns // warps[1], rows // warps[0]
                 if rows % (16 * warps[0]) or columns % (16 * warps[1]) or across > 64 or along > 64:
                     continue
@@ -142,7 +150,7 @@ def _every_tile(most_sums: int) -> Iterator[Tile]:
                     continue
                 yield from (
                     Tile(rows, columns, depth, warps, stages)
-                    for depth in (32, 64, 128)
+                    for depth in (32, 64, 128, 256)
                     for stages in (2, 3, 4)
                     if depth >= STEP_BYTES * warps[2]
                 )
@@ -150,9 +158,14 @@ def _every_tile(most_sums: int) -> Iterator[Tile]:
 
 def _shared_bytes(tile: Tile, steps: int, nibbles: bool) -> int:
     weights = tile.columns * tile.depth
-    slot = tile.rows * tile.depth + (weights // 2 if nibbles else weights)
-    pipeline = min(tile.stages, steps) * slot + (weights if nibbles else 0)
-    return max(pipeline, tile.warps[0] * 16 * tile.staged_row * 4 * tile.warps[2])
+    pipeline = min(tile.stages, steps) * (tile.rows * tile.depth + (weights // 2 if nibbles else weights))
+    return max(pipeline, tile.staged_bytes(tile.parts(pipeline))) + (weights if nibbles else 0)
+
+
+def _registers(tile: Tile, problem: Problem) -> int:
+    """About how many registers a thread needs: sums, fragments, places of the pixels it fetches, and the rest."""
+    sums, places = tile.warp_rows * tile.warp_columns // 32, -(-tile.rows * tile.depth // (problem.move_bytes * tile.threads))
+    return sums + tile.warp_rows // 4 + tile.warp_columns // 4 + 3 * places + 32
 
 
 def rank_tiles(problem: Problem, arch: str, matrix: bool, nibbles: bool) -> list[Tile]:
@@ -169,12 +182,12 @@ def rank_tiles(problem: Problem, arch: str, matrix: bool, nibbles: bool) -> list
     for tile in _tiles(matrix):
         steps = -(-problem.depth // tile.depth)
         deeper = tile.stages > 2 and (steps < tile.stages or not machine.asynchronous)
-        if deeper or (tile.depth > 32 and problem.depth <= tile.depth // 2) or tile.registers > MOST_REGISTERS:
+        if deeper or (tile.depth > 32 and problem.depth <= tile.depth // 2) or _registers(tile, problem) > MOST_REGISTERS:
             continue
         shared = _shared_bytes(tile, steps, nibbles)
         if shared <= SHARED_BYTES and tile.rows * tile.depth // problem.move_bytes <= 16 * tile.threads:
             costs.append((_cost(tile, problem, machine, matrix, shared), tile))
-    return [tile for _, tile in sorted(costs, key=lambda pair: (pair[0], pair[1].rows, pair[1].columns, pair[1].depth))]
+    return [tile for _, tile in sorted(costs, key=lambda pair: (pair[0], pair[1].rows, pair[1].columns, -pair[1].stages))]
 
 
 def _cost(tile: Tile, problem: Problem, machine: _Machine, matrix: bool, shared: int) -> float:
@@ -186,21 +199,23 @@ def _cost(tile: Tile, problem: Problem, machine: _Machine, matrix: bool, shared:
     blocks = -(-problem.rows // tile.rows) * -(-problem.columns // tile.columns) * problem.groups
     each = -(-blocks // machine.processors)
     resident = max(
-        1, min(machine.shared_bytes // (shared + 1024), 65536 // (tile.registers * tile.threads), 2048 // tile.threads)
+        1, min(machine.shared_bytes // (shared + 1024), 65536 // (_registers(tile, problem) * tile.threads), 2048 // tile.threads)
     )
     steps = -(-problem.depth // tile.depth)
     warps = tile.threads // 32
     rate = machine.products if matrix else SCALAR_PRODUCTS
-    # A warp alone keeps only one of four matrix units busy.
-    multiply = tile.rows * tile.columns * tile.depth / (rate * min(1.0, min(each, resident) * warps / 4))
+    # A warp keeps only one of four matrix units busy, and that only while it waits for nothing else.
+    together = min(each, resident) * warps
+    multiply = tile.rows * tile.columns * tile.depth / (rate * min(1.0, together / 4) * together / (together + 2))
     read = warps * (tile.warp_rows + tile.warp_columns) * tile.depth / tile.warps[2] / SHARED_RATE
     if not matrix:
         read *= 4
     fetch = (tile.rows + tile.columns) * tile.depth / machine.fetched
     move = MOVE * (tile.rows * tile.depth / problem.move_bytes + tile.columns * tile.depth / 16) / 128
-    step = max(multiply, read, fetch, move) + 0.25 * (multiply + read + fetch + move)
+    step = max(multiply, read, fetch, move) + 0.25 * (multiply + read + fetch + move) + TURN * warps
     waits = STEP + (ARRIVAL / (tile.stages - 1) if machine.asynchronous else ARRIVAL)
     # A store of every sum, and its way through shared memory.
     finish = tile.rows * tile.columns * (4 + 2 * tile.warps[2]) / 128
-    alone = BLOCK + ARRIVAL + steps * max(step / min(each, resident), waits if steps >= tile.stages else STEP) + finish
-    return max(each * (steps * step + finish), -(-each // resident) * alone)
+    turn = max(step / min(each, resident), waits if steps >= tile.stages else STEP) + 0.1 * waits
+    alone = BLOCK + ARRIVAL + steps * turn + finish
+    return max(each * (steps * step + finish), -(-each // resident) * alone) + LAUNCH * each
