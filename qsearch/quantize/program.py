@@ -21,8 +21,8 @@ are uint8 or int16 unless it says otherwise):
                  x   = clip(v, low, high)                                          float32 output
                  x   = f16(clip(clip(v, low, high), -65504, 65504))                float16 output
                  q   = e4m3(clip(clip(v, low, high), -448, 448))                   float8 output
-    conv, fp32   v   = sum + bias + residual; integer output: v = f32(v * multiplier); then from the clip per
-                 channel on as above. Not bit exact between targets: only integer layers are.
+    conv, fp32   v   = sum + bias + residual; integer or float8 output: v = f32(v * multiplier); then from the clip
+                 per channel on as above. Not bit exact between targets: only integer layers are.
     conv, fp16   as fp32, with a and w float16 and the sum of the exact products a * w in float32, in any order; the
                  bias is float32
     conv, fp8    v   = f32(f32(sum * multiplier[o]) + bias[o]), a and w float8, the sum of the exact products in
@@ -39,9 +39,9 @@ are uint8 or int16 unless it says otherwise):
     matmul, fp16 as fp32, with a and b float16 and the sum in float32
     gather       out[i] = a[index[i]] in runs of adjacent elements; index -1 gives zero (integers: the zero point)
     layer_norm, softmax, l2_normalize, scale, shift
-                 float32 inside: a uint8 input is dequantized, f32(f32(a - a_zp) * a_m), on the way in; a uint8
-                 or float16 output is rounded on the way out. Scale and shift round twice at most (a float16
-                 output once more) and are exact, the others are not bit exact between targets.
+                 float32 inside: a uint8 input is dequantized, f32(f32(a - a_zp) * a_m), on the way in; a uint8,
+                 float8 or float16 output is rounded on the way out. Scale and shift round twice at most (a short
+                 float output once more) and are exact, the others are not bit exact between targets.
                  scale: v = f32(x * c); shift: v = f32(x + c); then f32(v * m) and as conv's output
     lookup       q = table[a]
     max_pool     q = max(a)

@@ -39,7 +39,10 @@ class Candidate:
 
 
 def candidates(
-    config: QuantConfig, layers: Mapping[str, LayerType], worst: Sequence[str], higher: Sequence[str] = HIGHER
+    config: QuantConfig,
+    layers: Mapping[str, LayerType],
+    worst: Sequence[str],
+    higher: Sequence[str] = ("int8", "int16", "fp32"),
 ) -> list[Candidate]:
     """The remedies for a configuration, those first that gain most as a rule.
 
