@@ -76,7 +76,7 @@ def _pack_tables(plan: ConvPlan, scale: np.ndarray | None, offset: np.ndarray | 
 
 def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """What every output channel has, filled up to whole tiles; then the scalars."""
-    names = ("bias", *(("multiplier",) if plan.integer else ()), *(("clip_high",) if plan.key.clips_channels else ()))
+    names = ("bias", *(("multiplier",) if plan.scaled else ()), *(("clip_high",) if plan.key.clips_channels else ()))
     rows = []
     for name in names:
         row = np.zeros((plan.key.conv.groups, plan.packed_columns), constants[name].dtype)
