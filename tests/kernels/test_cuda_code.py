@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_convolution import convolution
-from test_cuda_convolution import half
+from test_cuda_convolution import eighths, half
 from test_weight_groups import grouped
 
 from qsearch.build.cache import compile_kernel
@@ -40,6 +40,8 @@ KERNELS = {
     "fp16 with a residual": lambda: half(convolution(Conv(), (8, 56, 56, 64), 256, ("float16",) * 3, 1, "fp32")),
     "fp32": lambda: convolution(SAME, (1, 28, 28, 64), 64, ("float32",) * 2, 1),
     "tf32": lambda: tf32(convolution(SAME, (8, 28, 28, 128), 128, ("float32",) * 2, 1)),
+    "fp8": lambda: eighths(convolution(SAME, (8, 28, 28, 128), 128, ("float32",) * 2, 1), 1)[0],
+    "fp8, 3 channels": lambda: eighths(convolution(SAME, (1, 28, 28, 3), 32, ("float32",) * 2, 1), 1)[0],
     "int16": lambda: convolution(SAME, (1, 28, 28, 64), 64, ("int16",) * 2, 1, "int16"),
 }
 # Compiled in the default run; the others are slow.
@@ -87,7 +89,7 @@ def compiled(name: str, arch: str) -> Code:
 
 def every_kernel():
     for name in KERNELS:
-        for arch in ("sm_75", "sm_80", "sm_90"):
+        for arch in ("sm_75", "sm_80", "sm_90") if "fp8" not in name else ("sm_89", "sm_90"):
             yield pytest.param(name, arch, marks=() if (name, arch) in FEW else pytest.mark.slow, id=f"{name}-{arch}")
 
 
@@ -103,6 +105,7 @@ def test_instructions(name, arch, tmp_path):
     multiply = {
         "int8": "IMMA",
         "w4a8": "IMMA",
+        "fp8": "HMMA" if arch == "sm_90" else "QMMA",
         "fp16": "HMMA",
         "tf32": "HMMA" if arch != "sm_75" else "FFMA",
         "fp32": "FFMA",

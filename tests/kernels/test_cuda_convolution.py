@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulator import run_emulated
@@ -133,6 +134,38 @@ def test_fp32_agrees(case, dtypes, seed):
 def test_tf32_agrees(case, dtypes, seed):
     op = convolution(*case, dtypes, seed, "fp32")
     check_close(replace(op, key=replace(op.key, precision="tf32")), seed, 2e-3)
+
+
+FP8 = "float8_e4m3fn"
+
+
+def eighths(op: Op, seed: int) -> tuple[Op, Op]:
+    """A float32 layer with values that e4m3 has, as fp8 with a multiplier per channel; and as what it should come to."""
+    rng = np.random.default_rng(seed)
+    multiplier = rng.uniform(0.5, 2, op.output.shape[-1]).astype(np.float32)
+    weight = op.constants["weight"].astype(ml_dtypes.float8_e4m3fn)
+    constants = op.constants | {"weight": weight, "multiplier": multiplier}
+    key = replace(op.key, dtypes=(FP8, *op.key.dtypes[1:]), precision="fp8")
+    wide = weight.astype(np.float32) * multiplier[:, None, None, None]
+    plain = {"weight": wide, "bias": op.constants["bias"] * multiplier}
+    return replace(op, key=key, constants=constants), replace(op, constants=op.constants | plain)
+
+
+@settings(RELAXED, max_examples=6)
+@given(case=some_convolutions(), dtypes=st.sampled_from([("float32", "float32"), ("float32", "uint8", "float32")]), seed=SEEDS)
+def test_fp8_agrees(case, dtypes, seed):
+    """A convolution of scaled e4m3: f32(sum) * multiplier[o], then as int8's."""
+    fp8, plain = eighths(convolution(*case, dtypes, seed, "fp32"), seed)
+    inputs = random_inputs(np.random.default_rng(seed + 1), plain.key, 100)
+    given_inputs = [inputs[0].astype(ml_dtypes.float8_e4m3fn), *inputs[1:]]
+    found = run_emulated(fp8, given_inputs)
+    expected = run_op(plain, [given_inputs[0].astype(np.float32), *inputs[1:]])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_fp8_needs_its_matrix_units():
+    fp8, _ = eighths(convolution(SAME, (1, 5, 5, 32), 16, ("float32", "float32"), 1, "fp32"), 1)
+    assert conv2d(fp8.key, "sm_86") is None and conv2d(fp8.key, "sm_89") is not None
 
 
 @pytest.mark.parametrize("units", [2, 4, 8, 16])

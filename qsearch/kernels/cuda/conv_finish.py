@@ -50,7 +50,7 @@ def declare_buffers(plan: ConvPlan) -> ConvBuffers:
         argument("residual", outputs, key.dtypes[1], key.residual),
         argument("weight", weights, plan.dtypes[1]),
         argument("bias", channels, plan.dtypes[2]),
-        argument("multiplier", channels, "float32", plan.integer),
+        argument("multiplier", channels, "float32", plan.scaled),
         argument("clip_high", channels, "float32", key.clips_channels),
         declare_arguments(),
         argument("output", outputs, key.dtypes[-1]),
@@ -116,10 +116,10 @@ class _Columns:
 
     def _value(self, i: int, total: Expr, residual: tirx.Buffer | None) -> Expr:
         key, arguments = self.plan.key, self.buffers.arguments
-        value = mul(converted(total, "float32"), load(self.multiplier, i)) if self.plan.integer else total
+        value = mul(converted(total, "float32"), load(self.multiplier, i)) if self.plan.scaled else total
         if residual is not None:
             value = add(value, dequantized(load(residual, i), key.dtypes[1], arguments, "b"))
-        if not self.plan.integer and key.dtypes[-1] not in FLOAT_DTYPES:
+        if not self.plan.scaled and key.dtypes[-1] not in FLOAT_DTYPES:
             value = mul(value, arguments.float("multiplier"))
         if self.clip_high is not None:
             value = tirx.min(value, load(self.clip_high, i))

@@ -22,13 +22,14 @@ _DTYPES = {
     "int8": ("uint8", "int8", "int32"),
     "w4a8": ("uint8", "int8", "int32"),
     "int16": ("int16", "int16", "int32"),
+    "fp8": ("float8_e4m3fn", "float8_e4m3fn", "float32"),
     "fp16": ("float16", "float16", "float32"),
     "tf32": ("float32", "float32", "float32"),
     "fp32": ("float32", "float32", "float32"),
 }
 LAYER_PRECISIONS = tuple(_DTYPES)
 # Precisions whose products the matrix units sum.
-MATRIX_PRECISIONS = ("int8", "w4a8", "fp16", "tf32")
+MATRIX_PRECISIONS = ("int8", "w4a8", "fp8", "fp16", "tf32")
 # The widest copy from global to shared memory, in bytes; a unit of shared memory's layout.
 UNIT = 16
 # Channels of a tap are filled up to a multiple of so many where weights have scales in groups: one word holds one group's.
@@ -60,6 +61,11 @@ class ConvPlan:
         return self.dtypes[2] == "int32"
 
     @property
+    def scaled(self) -> bool:
+        """True if every output channel has a multiplier, and bias and sums its unit."""
+        return self.integer or self.key.precision == "fp8"
+
+    @property
     def matrix(self) -> bool:
         """True if the matrix units do it; those before compute capability 8.0 know no tf32, which is then fp32."""
         return self.key.precision in MATRIX_PRECISIONS and (self.key.precision, self.arch) != ("tf32", "sm_75")
@@ -77,7 +83,7 @@ class ConvPlan:
     @property
     def itemsize(self) -> int:
         """Bytes of an input element, and of an unpacked weight."""
-        return np.dtype(self.dtypes[0]).itemsize
+        return 1 if self.key.precision == "fp8" else np.dtype(self.dtypes[0]).itemsize
 
     @property
     def in_channels(self) -> int:

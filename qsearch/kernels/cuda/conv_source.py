@@ -60,7 +60,9 @@ class ConvSource:
         zero = constant(0, "int32")
         if self.plan.dtypes[0] != "uint8" or not any(self.plan.outside):
             return zero
-        return kept(arguments.integer("a_zero_point") * constant(0x01010101, "int32"))
+        # Unsigned: a signed product that leaves its range is undefined.
+        spread = converted(arguments.integer("a_zero_point"), "uint32") * constant(0x01010101, "uint32")
+        return kept(converted(spread, "int32"))
 
     def _locate(self, i: int, place: Place) -> None:
         """Where the first tap of the thread's i-th pixel lies; pixels beyond the last are the last."""

@@ -25,6 +25,9 @@ from qsearch.quantize.program import OpKey
 
 __all__ = ["candidate_tiles", "conv2d", "conv2d_kernel"]
 
+# Architectures whose matrix units do not know e4m3.
+BEFORE_FP8 = ("sm_75", "sm_80", "sm_86", "sm_87")
+
 
 def conv2d(key: OpKey, arch: str) -> Kernel | None:
     """Describe the kernel of a convolution, or None for another operation.
@@ -34,6 +37,8 @@ def conv2d(key: OpKey, arch: str) -> Kernel | None:
         arch: Such as 'sm_90'.
     """
     if key.kind != "conv2d" or key.precision not in LAYER_PRECISIONS or _depthwise(key):
+        return None
+    if key.precision == "fp8" and arch in BEFORE_FP8:
         return None
     return conv2d_kernel(ConvPlan(key, arch))
 

@@ -76,7 +76,7 @@ def _pack_tables(plan: ConvPlan, scale: np.ndarray | None, offset: np.ndarray | 
 
 def pack_constants(plan: ConvPlan, constants: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """What every output channel has, filled up to whole tiles; then the scalars."""
-    names = ("bias", *(("multiplier",) if plan.integer else ()), *(("clip_high",) if plan.key.clips_channels else ()))
+    names = ("bias", *(("multiplier",) if plan.scaled else ()), *(("clip_high",) if plan.key.clips_channels else ()))
     rows = []
     for name in names:
         row = np.zeros((plan.key.conv.groups, plan.packed_columns), constants[name].dtype)
@@ -132,14 +132,13 @@ class ConvWeight:
 
     def _widened(self, bits: Expr, column: Expr, product: Expr) -> Expr:
         """Four bytes in 0 .. 15, weights plus eight -> four weights, int32."""
+        bits = converted(bits, "uint32")
         if not self.plan.grouped:
             # No sum leaves its byte: 0x78 + 15 = 0x87.
-            return xor(bits + constant(0x78787878, "int32"), constant(-0x7F7F7F80, "int32"))
+            return converted(xor(bits + constant(0x78787878, "uint32"), constant(0x80808080, "uint32")), "int32")
         scale, offset = self._tables(column, product)
-        products = converted(bits, "uint32")
-        if scale is not None:
-            # Nor does a product: 15 * 15 = 225.
-            products = products * converted(scale, "uint32")
+        # Nor does a product: 15 * 15 = 225.
+        products = bits if scale is None else bits * converted(scale, "uint32")
         offset = offset - 8 * (1 if scale is None else scale)
         spread = converted(tirx.bitwise_and(offset, constant(255, "int32")), "uint32") * constant(0x01010101, "uint32")
         return converted(_add_bytes(kept_as(products), kept_as(spread)), "int32")
