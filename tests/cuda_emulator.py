@@ -468,6 +468,9 @@ def _multiply(
 ) -> None:
     """m16n8kX with A in four words and B in two: word w of A holds rows g + 8 (w % 2), columns X / 2 (w / 2) onwards."""
     a, b = _fragments(block, left, 4, dtypes[0]), _fragments(block, right, 2, dtypes[1])
+    if dtypes[0] is np.float32:
+        # Of its operands' bits tf32 knows the upper 19.
+        a, b = ((x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (a, b))
     warps, each = a.shape[0], a.shape[-1]
     half = 4 * each
     # (warp, row half, group, k half, thread, element) -> (warp, 16, K)
@@ -561,6 +564,7 @@ _DOTS: dict[str, tuple[Any, Any, Any]] = {
 _MATRIX: dict[str, Callable[..., None]] = {
     "qs_mma_u8s8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.int8), sum_dtype=np.int32, exact=np.int64),
     "qs_mma_u8u8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.uint8), sum_dtype=np.int32, exact=np.int64),
+    "qs_mma_tf32": lambda *a: _multiply(*a, dtypes=(np.float32, np.float32), sum_dtype=np.float32, exact=np.float64),
     "qs_mma_f16": lambda *a: _multiply(*a, dtypes=(np.float16, np.float16), sum_dtype=np.float32, exact=np.float64),
 }
 

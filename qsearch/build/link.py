@@ -18,9 +18,9 @@ from qsearch.build.cache import FOREIGN, CompiledKernel, KernelCache, kernel_sym
 from qsearch.build.foreign import legalize
 from qsearch.build.machine import Machine
 from qsearch.build.relax_module import Call, Constant, ModuleWriter, place_values
+from qsearch.build.target import Tile
 from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
-from qsearch.kernels.cpu import Tile
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Op, OpKey, Program
 

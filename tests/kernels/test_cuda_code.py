@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from qsearch.errors import ToolchainError
 from qsearch.kernels.cuda.conv_plan import ConvPlan
 from qsearch.kernels.cuda.conv_tensor import conv2d_kernel
 from qsearch.models.graph import Conv
+from qsearch.quantize.program import Op
+
+
+def tf32(op: Op) -> Op:
+    return replace(op, key=replace(op.key, precision="tf32"))
+
 
 SAME = Conv((3, 3), padding=(1, 1, 1, 1))
 U8 = "uint8"
@@ -32,6 +39,7 @@ KERNELS = {
     "fp16": lambda: half(convolution(SAME, (128, 28, 28, 128), 128, ("float16",) * 2, 1, "fp32")),
     "fp16 with a residual": lambda: half(convolution(Conv(), (8, 56, 56, 64), 256, ("float16",) * 3, 1, "fp32")),
     "fp32": lambda: convolution(SAME, (1, 28, 28, 64), 64, ("float32",) * 2, 1),
+    "tf32": lambda: tf32(convolution(SAME, (8, 28, 28, 128), 128, ("float32",) * 2, 1)),
     "int16": lambda: convolution(SAME, (1, 28, 28, 64), 64, ("int16",) * 2, 1, "int16"),
 }
 # Compiled in the default run; the others are slow.
@@ -92,7 +100,14 @@ def test_instructions(name, arch, tmp_path):
     found = re.findall(
         r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", code.read("nvdisasm", "-c", folder=tmp_path), re.M
     )
-    multiply = {"int8": "IMMA", "w4a8": "IMMA", "fp16": "HMMA", "fp32": "FFMA", "int16": "IMAD"}[code.plan.key.precision]
+    multiply = {
+        "int8": "IMMA",
+        "w4a8": "IMMA",
+        "fp16": "HMMA",
+        "tf32": "HMMA" if arch != "sm_75" else "FFMA",
+        "fp32": "FFMA",
+        "int16": "IMAD",
+    }[code.plan.key.precision]
     assert any(x.startswith(multiply + ".") or x == multiply for x in found)
     if arch != "sm_75" and code.plan.copy_bytes:
         assert any(x.startswith("LDGSTS") for x in found)
@@ -132,6 +147,13 @@ def test_arrays_are_as_long_as_device_functions_take_them_to_be(name, arch):
     """TVM may cut an array short behind the last element whose address it sees."""
     body = compiled(name, arch).source.partition("__global__")[2]
     lengths = {array: int(length) for array, length in re.findall(r"(?:int|float) (_ptr\w*)\[(\d+)\];", body)}
-    for call, words in (("qs_load_matrices_4", 4), ("qs_mma_u8s8", 4), ("qs_mma_f16", 4), ("qs_dot_f32", 1), ("qs_dot_s16", 1)):
+    for call, words in (
+        ("qs_load_matrices_4", 4),
+        ("qs_mma_u8s8", 4),
+        ("qs_mma_f16", 4),
+        ("qs_mma_tf32", 4),
+        ("qs_dot_f32", 1),
+        ("qs_dot_s16", 1),
+    ):
         for array, first in re.findall(call + r"\(\(&\((_ptr\w*)\[(\d+)\]\)\)", body):
             assert int(first) + words <= lengths[array]

@@ -12,6 +12,7 @@ from test_channel_clip import clipping
 from test_convolution import CASES, FLOAT_DTYPES, INTEGER_DTYPES, RELAXED, convolution, convolutions, largest_integers
 from test_weight_groups import FORMS, grouped
 
+from qsearch.kernels.cuda.conv_layout import swizzle
 from qsearch.kernels.cuda.conv_plan import ConvPlan
 from qsearch.kernels.cuda.conv_tensor import candidate_tiles, conv2d, conv2d_kernel
 from qsearch.kernels.cuda.tile import Tile
@@ -54,7 +55,7 @@ def check_exact(op: Op, seed: int, tile: Tile | None = None, arch: str = "sm_90"
 def reference(op: Op, inputs: list[np.ndarray]) -> np.ndarray:
     """What float16 values would come to in float32, rounded where the output is float16."""
     wide = tuple("float32" if dtype == "float16" else dtype for dtype in op.key.dtypes)
-    key = replace(op.key, dtypes=wide, precision="fp32" if op.key.precision == "fp16" else op.key.precision)
+    key = replace(op.key, dtypes=wide, precision="fp32" if op.key.precision in ("fp16", "tf32") else op.key.precision)
     plain = replace(op, key=key, output=replace(op.output, dtype=wide[-1]))
     value = run_op(plain, [x.astype(dtype) for x, dtype in zip(inputs, wide, strict=False)])
     return np.clip(value, -65504, 65504).astype(np.float16) if op.key.dtypes[-1] == "float16" else value
@@ -125,6 +126,25 @@ def test_int16_is_exact(case, dtypes, seed):
 @given(case=some_convolutions(), dtypes=st.sampled_from([*FLOAT_DTYPES, ("float32", "float16")]), seed=SEEDS)
 def test_fp32_agrees(case, dtypes, seed):
     check_close(convolution(*case, dtypes, seed, "fp32"), seed, 1e-5 if dtypes[-1] == "float32" else 1e-3)
+
+
+@settings(RELAXED, max_examples=6)
+@given(case=some_convolutions(), dtypes=st.sampled_from(FLOAT_DTYPES), seed=SEEDS)
+def test_tf32_agrees(case, dtypes, seed):
+    op = convolution(*case, dtypes, seed, "fp32")
+    check_close(replace(op, key=replace(op.key, precision="tf32")), seed, 2e-3)
+
+
+@pytest.mark.parametrize("units", [2, 4, 8, 16])
+def test_eight_rows_lie_in_different_banks(units):
+    """Of 16-byte units with one number, as matrices are read, and of eight units that follow one another, as copies write."""
+    for first in range(0, 64, 8):
+        for unit in range(units):
+            rows = range(first, first + 8)
+            assert len({(row * units + (unit ^ swizzle(row, units))) % 8 for row in rows}) == 8
+    for start in range(0, 64 * units, 8):
+        places = [divmod(i, units) for i in range(start, start + 8)]
+        assert len({(row * units + (unit ^ swizzle(row, units))) % 8 for row, unit in places}) == 8
 
 
 TILES = [
@@ -205,3 +225,17 @@ def test_candidate_tiles_are_exact_and_differ():
     assert tiles[0] == ConvPlan(op.key, "sm_90").tile
     for tile in tiles[1:4]:
         check_exact(op, 3, tile)
+
+
+def test_the_packed_weight_holds_four_bits_a_weight_and_its_tables():
+    op, count = convolution(Conv(), (1, 7, 7, 320), 1280, ("uint8", "uint8"), 1, "w4a8"), 320 * 1280
+    tile = Tile(64, 64, 64, (1, 2, 1), 3)
+    sizes = {}
+    for form in [(16, False), (16, True), (0, True)]:
+        some = grouped(op, form, 1)
+        sizes[form] = conv2d_kernel(ConvPlan(some.key, "sm_90", tile)).pack_weight(some.constants).nbytes
+    assert sizes == {
+        (16, False): count // 2 + count // 32,
+        (16, True): count // 2 + count // 32 + count // 16,
+        (0, True): count // 2 + 1280,
+    }

@@ -15,7 +15,7 @@ import numpy as np
 from qsearch.kernels.cuda.tile import Problem, Tile, rank_tiles
 from qsearch.quantize.program import OpKey
 
-__all__ = ["ConvPlan"]
+__all__ = ["LAYER_PRECISIONS", "ConvPlan"]
 
 # What a layer's precision makes of its inputs: their dtype, that of a weight, that of a sum.
 _DTYPES = {
@@ -23,10 +23,12 @@ _DTYPES = {
     "w4a8": ("uint8", "int8", "int32"),
     "int16": ("int16", "int16", "int32"),
     "fp16": ("float16", "float16", "float32"),
+    "tf32": ("float32", "float32", "float32"),
     "fp32": ("float32", "float32", "float32"),
 }
+LAYER_PRECISIONS = tuple(_DTYPES)
 # Precisions whose products the matrix units sum.
-MATRIX_PRECISIONS = ("int8", "w4a8", "fp16")
+MATRIX_PRECISIONS = ("int8", "w4a8", "fp16", "tf32")
 # The widest copy from global to shared memory, in bytes; a unit of shared memory's layout.
 UNIT = 16
 # Channels of a tap are filled up to a multiple of so many where weights have scales in groups: one word holds one group's.
@@ -59,8 +61,8 @@ class ConvPlan:
 
     @property
     def matrix(self) -> bool:
-        """True if the matrix units do it."""
-        return self.key.precision in MATRIX_PRECISIONS
+        """True if the matrix units do it; those before compute capability 8.0 know no tf32, which is then fp32."""
+        return self.key.precision in MATRIX_PRECISIONS and (self.key.precision, self.arch) != ("tf32", "sm_75")
 
     @property
     def nibbles(self) -> bool:
@@ -130,8 +132,8 @@ class ConvPlan:
     @cached_property
     def candidates(self) -> list[Tile]:
         """Tiles, the least predicted time first."""
-        conv = self.key.conv
-        problem = Problem(self.pixels, self.out_channels, self.products * self.itemsize, conv.groups, self.move_bytes)
+        depth, groups = self.products * self.itemsize, self.key.conv.groups
+        problem = Problem(self.pixels, self.out_channels, depth, groups, self.move_bytes)
         return rank_tiles(problem, self.arch, self.matrix, self.nibbles)
 
     @cached_property

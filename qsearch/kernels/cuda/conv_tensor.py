@@ -1,4 +1,4 @@
-"""Convolutions and linear layers on the matrix units: tiles in shared memory, filled by copies that run ahead.
+"""Convolutions and linear layers, most on the matrix units: tiles in shared memory, filled by copies that run ahead.
 
 A block goes through the contraction in steps. While it multiplies one, the copies of those to come are under way
 (Kerr et al., CUTLASS: Fast Linear Algebra in CUDA C++, 2017; copies that need no registers since compute capability 8.0).
@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.conv_finish import declare_buffers, finish
 from qsearch.kernels.cuda.conv_layout import Place, divided, kept
-from qsearch.kernels.cuda.conv_plan import ConvPlan
+from qsearch.kernels.cuda.conv_plan import LAYER_PRECISIONS, ConvPlan
 from qsearch.kernels.cuda.conv_source import ConvSource
 from qsearch.kernels.cuda.conv_units import MatrixUnits, ScalarUnits, Units
 from qsearch.kernels.cuda.conv_weight import ConvWeight, pack_constants, pack_weight
@@ -33,7 +33,7 @@ def conv2d(key: OpKey, arch: str) -> Kernel | None:
         key: kind 'conv2d'; shapes ((N, H, W, C), [(N, OH, OW, O) residual], (N, OH, OW, O)).
         arch: Such as 'sm_90'.
     """
-    if key.kind != "conv2d" or _depthwise(key):
+    if key.kind != "conv2d" or key.precision not in LAYER_PRECISIONS or _depthwise(key):
         return None
     return conv2d_kernel(ConvPlan(key, arch))
 

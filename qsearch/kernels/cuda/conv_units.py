@@ -16,7 +16,7 @@ from qsearch.kernels.cuda.simt import at, constant, load, move, registers, store
 __all__ = ["MatrixUnits", "ScalarUnits", "Units", "staged_sum"]
 
 # Input dtype -> device function.
-_MULTIPLY = {"uint8": "qs_mma_u8s8", "float16": "qs_mma_f16"}
+_MULTIPLY = {"uint8": "qs_mma_u8s8", "float16": "qs_mma_f16", "float32": "qs_mma_tf32"}
 _DOT = {"float32": "qs_dot_f32", "int16": "qs_dot_s16"}
 
 

@@ -1,7 +1,8 @@
 """Device functions: what TIR has no word for, in CUDA C++ with inline PTX (PTX ISA 8.x, "Warp Level Matrix Multiply").
 
-Every function does the same on all architectures; where an instruction is missing before sm_80, others do its work. The
-tests execute kernels without a GPU by a second implementation of these functions, by name.
+Every function does the same on all architectures; where an instruction is missing before sm_80, others do its work, but
+for tf32, which is missing there altogether. The tests execute kernels without a GPU by a second implementation of these
+functions, by name.
 """
 
 from __future__ import annotations
@@ -151,6 +152,16 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
 #endif
+}""",
+    ),
+    # sum[4] += a (16 x 8, float32 of which the upper 19 bits count, four words) * b (8 x 8, likewise, two words): m16n8k8.
+    "qs_mma_tf32": (
+        "void",
+        """void qs_mma_tf32(void *sum, const void *left, const void *right) {
+  float *c = (float *)sum; const unsigned *a = (const unsigned *)left, *b = (const unsigned *)right;
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+    " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }""",
     ),
     # sum += a * b of four float32.
