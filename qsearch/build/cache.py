@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -200,10 +201,12 @@ def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
     import tvm
 
     compiled: Any = target.tvm()
+    # TVM's callbacks ask for the target of the scope; those of a GPU need to know its architecture.
+    scope: Any = compiled if target.arch else nullcontext()
     # This pass takes most of the time that large kernels for GPUs need, and finds nothing to cut there: see `simt._whole`.
     skipped = ["s_tir.CompactBufferAllocation"] if target.arch else []
     try:
-        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=skipped), compiled:
+        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=skipped), scope:
             module = tvm.IRModule({symbol: kernel.generate(symbol)})
             if target.arch and kernel.variant[:1] == (FOREIGN,):
                 # Loops of TVM's own know of no threads yet.
