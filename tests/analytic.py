@@ -176,7 +176,7 @@ class TroublesomeEvaluator(AnalyticEvaluator):
             raise ZeroDivisionError("a defect")
 
 
-def open_evaluator(settings: object, progress: object) -> AnalyticEvaluator:
+def open_evaluator(settings: object, progress: object, asked: object = None) -> AnalyticEvaluator:
     """Stand in for qsearch.search.evaluation.objective.open_evaluator."""
     print("a library that prints to stdout")
     identity = {"model": os.environ.get("MODEL", "m" * 64), "data": "d" * 64, "target": "llvm"}

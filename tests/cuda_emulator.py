@@ -406,6 +406,9 @@ class _Block:
             self._shared_at(to, int(number))
             word = source.memory.read(self, source.index[:, None] + np.arange(int(number) // source.memory.array.itemsize))
             to.memory.store_bytes(self, to.index * to.memory.size, np.ascontiguousarray(word).view(np.uint8))
+        elif name == "qs_word":
+            (source,) = arguments
+            return np.ascontiguousarray(source.memory.bytes_at(self, source.index, 4)).view(np.int32)[:, 0]
         elif name == "qs_copies_commit":
             self.group += 1
         elif kind == "qs_copies_wait":
@@ -535,6 +538,25 @@ _DEVICE: dict[str, Callable[..., Any]] = {
     "qs_fma": lambda a, b, c: (np.float64(a) * b + c).astype(np.float32),
     "qs_round": lambda a: np.rint(a).astype(np.int32),
 }
+
+
+def _bytes(words: Any, dtype: Any) -> np.ndarray:
+    """(lanes, 4) from int32 words."""
+    return np.atleast_1d(np.asarray(words, np.int32))[:, None].view(dtype)
+
+
+def _permute(a: Any, b: Any, chosen: Any) -> Any:
+    both = np.concatenate(np.broadcast_arrays(_bytes(a, np.uint8), _bytes(b, np.uint8)), axis=1)
+    picked = [both[:, int(chosen) >> 4 * i & 7] for i in range(4)]
+    return np.ascontiguousarray(np.stack(picked, 1)).view(np.int32)[:, 0]
+
+
+_DEVICE |= {
+    "qs_dot_bytes": lambda total, a, b: (
+        total + (_bytes(a, np.uint8).astype(np.int32) * _bytes(b, np.int8)).sum(1, dtype=np.int32)
+    ),
+    "qs_permute": _permute,
+}
 _DOTS: dict[str, tuple[Any, Any, Any]] = {
     "qs_dot_f32": (np.float32, np.float32, np.float64),
     "qs_dot_s16": (np.int16, np.int32, np.int64),
@@ -542,6 +564,7 @@ _DOTS: dict[str, tuple[Any, Any, Any]] = {
 _MATRIX: dict[str, Callable[..., None]] = {
     "qs_mma_u8s8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.int8), sum_dtype=np.int32, exact=np.int64),
     "qs_mma_e4m3": lambda *a: _multiply(*a, dtypes=(ml_dtypes.float8_e4m3fn,) * 2, sum_dtype=np.float32, exact=np.float64),
+    "qs_mma_u8u8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.uint8), sum_dtype=np.int32, exact=np.int64),
     "qs_mma_tf32": lambda *a: _multiply(*a, dtypes=(np.float32, np.float32), sum_dtype=np.float32, exact=np.float64),
     "qs_mma_f16": lambda *a: _multiply(*a, dtypes=(np.float16, np.float16), sum_dtype=np.float32, exact=np.float64),
 }

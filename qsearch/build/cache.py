@@ -25,10 +25,12 @@ from qsearch.build.target import Target
 from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
 
-__all__ = ["CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared", "static_modules"]
+__all__ = ["FOREIGN", "CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared", "static_modules"]
 
 # Less than this left on the disk explains a failed link.
 LEAST_FREE_BYTES = 4 * 1024 * 1024
+# What the variant of a kernel begins with that TVM wrote, not qsearch.
+FOREIGN = "foreign"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class CompiledKernel:
     symbol: str
     object_path: Path
     library: Any
+
+    @property
+    def gpu_module(self) -> Any:
+        """The CUDA module that holds it; its object file holds what launches it."""
+        return next(module for module in self.library.imports if module.implements_function(f"{self.symbol}_kernel"))
 
 
 def kernel_symbol(kernel: Kernel, target: Target) -> str:
@@ -197,7 +204,11 @@ def compile_kernel(kernel: Kernel, symbol: str, target: Target) -> Any:
     skipped = ["s_tir.CompactBufferAllocation"] if target.arch else []
     try:
         with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=skipped), compiled:
-            return tvm.compile(tvm.IRModule({symbol: kernel.generate(symbol)}), target=compiled)
+            module = tvm.IRModule({symbol: kernel.generate(symbol)})
+            if target.arch and kernel.variant[:1] == (FOREIGN,):
+                # Loops of TVM's own know of no threads yet.
+                module = tvm.s_tir.transform.DefaultGPUSchedule()(module)
+            return tvm.compile(module, target=compiled)
     except (RuntimeError, TypeError, ValueError) as error:  # what TVM raises for its own failures
         key, reason = kernel.key, (str(error).strip().splitlines() or [type(error).__name__])[-1]
         what = f"{key.kind} {key.precision or ''} {key.shapes[0]} -> {key.shapes[-1]}"

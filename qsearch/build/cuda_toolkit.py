@@ -51,7 +51,8 @@ _HEADERS = {
     "cuda/std/cstdint": """
 namespace cuda { namespace std {
 typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;
-typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef unsigned long long uint64_t;
+typedef unsigned char uint8_t; typedef unsigned short uint16_t;
+typedef unsigned int uint32_t; typedef unsigned long long uint64_t;
 } }
 """,
     # Declared for the prelude's using-declarations; whoever needs one fails to compile instead of getting a wrong answer.
@@ -213,7 +214,7 @@ def load_cuda_runtime() -> None:
     import tvm_ffi
 
     find_compiler()
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
+    if not _registered():
         # TVM tried when it was imported. Without a driver its library could not be loaded.
         if cuda_driver() is None:
             _load_stub()
@@ -225,6 +226,13 @@ def load_cuda_runtime() -> None:
                 f"TVM's CUDA runtime cannot be loaded: {error}; install the apache-tvm wheel for Linux"
             ) from error
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compile, override=True)
+
+
+def _registered() -> bool:
+    """Whether TVM's CUDA runtime is loaded."""
+    import tvm_ffi
+
+    return tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None
 
 
 # The binary that this thread compiled last: TVM keeps it where Python cannot read it.

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.build.cache import CompiledKernel, KernelCache, kernel_symbol
+from qsearch.build.cache import FOREIGN, CompiledKernel, KernelCache, kernel_symbol, static_modules
 from qsearch.build.foreign import legalize
+from qsearch.build.machine import Machine
 from qsearch.build.relax_module import Call, Constant, ModuleWriter, place_values
+from qsearch.build.target import Tile
 from qsearch.build.tiles import TileChoices
 from qsearch.errors import BuildError
-from qsearch.kernels.cpu import Tile
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import Op, OpKey, Program
 
@@ -37,6 +38,7 @@ class CompiledModule:
         kernels: The kernels it calls.
         weight_bytes: Bytes of its packed constants.
         workspace_bytes: Largest scratch buffer of a kernel.
+        device: 'cpu' or 'cuda'.
     """
 
     program: Program
@@ -45,6 +47,7 @@ class CompiledModule:
     kernels: tuple[CompiledKernel, ...]
     weight_bytes: int
     workspace_bytes: int
+    device: str = "cpu"
 
     @property
     def objects(self) -> list[Path]:
@@ -56,12 +59,9 @@ class CompiledModule:
         """Digest of its kernels: two modules with one digest run the same code."""
         return _symbols_digest(kernel.symbol for kernel in self.kernels)
 
-    def open(self) -> Any:
-        """A virtual machine of its own, on the CPU."""
-        import tvm
-        from tvm import relax
-
-        return relax.VirtualMachine(self.executable.mod, tvm.cpu())
+    def open(self) -> Machine:
+        """A virtual machine of its own, on the device that it was compiled for."""
+        return Machine(self.executable.mod, self.device)
 
 
 @dataclass(frozen=True)
@@ -95,41 +95,54 @@ class Linker:
 
     Args:
         cache: Where kernels come from.
+        captures: On a GPU, launch a module's kernels as one captured graph from the second call on.
     """
 
-    def __init__(self, cache: KernelCache) -> None:
-        self.cache, self.target = cache, cache.target
+    def __init__(self, cache: KernelCache, captures: bool = True) -> None:
+        self.cache, self.target, self.captures = cache, cache.target, captures
         self.tiles = TileChoices(cache.directory, cache.target)
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
         # The source array is kept beside the packed one, so that its id stays its own.
         self._packed: dict[tuple[tuple, int], tuple[np.ndarray, Constant]] = {}
 
-    def build(self, program: Program, linked: bool = True) -> CompiledModule:
+    def build(self, program: Program, linked: bool = True, exported: bool = False) -> CompiledModule:
         """Compile a program.
 
         Args:
             program: The program.
             linked: Import the loaded kernels; without them the executable can be exported with their objects.
+            exported: Import what an export needs beside the objects: GPU kernels and what launches them.
 
         Raises:
             BuildError: A kernel or the module does not compile.
         """
+        import tvm
         from tvm import relax
 
-        calls = [call for op in program.ops for call in self._calls(op)]
+        calls = self.calls(program)
         compiled = self.cache.get((call.symbol, call.kernel) for call in calls)
         writer = ModuleWriter(program, calls)
         module = writer.write()
         if linked:
             libraries = {id(kernel.library): kernel.library for kernel in compiled.values()}
             module = module.with_attr("external_mods", list(libraries.values()))
+        elif exported and self.target.arch:
+            objects = {symbol: kernel.object_path for symbol, kernel in compiled.items()}
+            on_gpu = {symbol: kernel.gpu_module for symbol, kernel in compiled.items()}
+            module = module.with_attr("external_mods", [static_modules(objects, on_gpu)])
+        options = {"relax.backend.use_cuda_graph": self.captures} if self.target.arch else {}
         try:
-            executable = relax.build(module, target=self.target.tvm())
+            with tvm.transform.PassContext(config=options):
+                executable = relax.build(module, target=self.target.tvm())
         except RuntimeError as error:  # what TVM raises for its own failures
             raise BuildError(f"TVM cannot build the module: {str(error).strip().splitlines()[-1]}") from error
         workspace = max((call.kernel.workspace_bytes for call in calls), default=0)
         kernels, arena = tuple(compiled.values()), writer.arena.bytes
-        return CompiledModule(program, executable, arena, kernels, writer.constant_bytes, workspace)
+        return CompiledModule(program, executable, arena, kernels, writer.constant_bytes, workspace, self.target.device)
+
+    def calls(self, program: Program) -> list[Call]:
+        """The kernel calls of a program, in order."""
+        return [call for op in program.ops for call in self._calls(op)]
 
     def plan(self, program: Program) -> ProgramPlan:
         """Kernels and memory of a program; nothing is compiled."""
@@ -187,7 +200,7 @@ class Linker:
         for step in steps.calls:
             names[step.output] = op.output.name if step.output == steps.output else f"{op.output.name}.{step.output}"
             shapes[step.output] = step.shape
-            kernel = Kernel(op.key, ("foreign", step.text), step.generate, lambda constants: ())
+            kernel = Kernel(op.key, (FOREIGN, step.text), step.generate, lambda constants: ())
             arguments = tuple(names[name] for name in step.inputs)
             given = tuple(shapes.get(name, ()) for name in step.inputs)
             yield Call(kernel, kernel_symbol(kernel, self.target), arguments, given, names[step.output], step.shape, step.dtype)

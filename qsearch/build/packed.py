@@ -10,7 +10,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from qsearch.build.cuda_toolkit import load_cuda_runtime
 from qsearch.build.link import CompiledModule
+from qsearch.build.machine import Machine
 from qsearch.errors import BuildError
 
 __all__ = ["PackedModule", "pack_module"]
@@ -24,22 +26,23 @@ class PackedModule:
         file: The Relax executable; weights are in it.
         libraries: The kernels' shared libraries, in the kernel cache.
         kept: Whether the file stays when it has been loaded.
+        device: 'cpu' or 'cuda'.
     """
 
     file: Path
     libraries: tuple[Path, ...]
     kept: bool = False
+    device: str = "cpu"
 
-    def open(self) -> Any:
-        """A virtual machine of its own, on the CPU.
+    def open(self) -> Machine:
+        """A virtual machine of its own, on the device that it was compiled for.
 
         Raises:
             BuildError: The module cannot be loaded.
         """
-        import tvm
-        from tvm import relax
-
-        return relax.VirtualMachine(self._module, tvm.cpu())
+        if self.device == "cuda":
+            load_cuda_runtime()
+        return Machine(self._module, self.device)
 
     @cached_property
     def _module(self) -> Any:
@@ -69,7 +72,7 @@ def pack_module(module: CompiledModule, file: Path, kept: bool = False) -> Packe
     module.executable.mod.write_to_file(str(file), "")
     pointers = (kernel.object_path.with_suffix(".lib") for kernel in module.kernels)
     libraries = dict.fromkeys(pointer.parent / pointer.read_text(encoding="ascii").strip() for pointer in pointers)
-    return PackedModule(file, tuple(libraries), kept)
+    return PackedModule(file, tuple(libraries), kept, module.device)
 
 
 @cache

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qsearch.errors import UsageError
 from qsearch.kernels import cpu, cuda
@@ -15,8 +17,9 @@ from qsearch.kernels.cpu import ISAS, Isa
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
-__all__ = ["Target", "host_architecture", "host_flags", "open_target", "require_runnable"]
+__all__ = ["Target", "Tile", "host_architecture", "host_flags", "open_target", "require_runnable"]
 
+Tile = cpu.Tile | cuda.Tile
 # Tried in order after the machine's own name: the x86-64 micro-architecture levels, then anything.
 FALLBACK_CPUS = ("x86-64-v4", "x86-64-v3", "x86-64-v2")
 # Feature families whose absence under a hypervisor must change the choice of the CPU name.
@@ -78,6 +81,11 @@ class Target:
         return self.triple.partition("-")[0] or host_architecture()
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """Names of the precisions that it has kernels for."""
+        return ("fp32", "fp16", "int16", "int8", "w4a8") if self.arch else ("fp32", "int16", "int8", "w4a8")
+
+    @property
     def description(self) -> str:
         """One line for reports and identities."""
         if self.arch:
@@ -98,7 +106,7 @@ class Target:
         host = _options(self.mcpu, self.triple) | {"num-cores": self.threads}
         return TvmTarget(_GPU | {"arch": self.arch}, host=host) if self.arch else TvmTarget(host)
 
-    def describe(self, key: OpKey, tile: cpu.Tile | None = None) -> Kernel:
+    def describe(self, key: OpKey, tile: Tile | None = None) -> Kernel:
         """The kernel that carries out an operation.
 
         Args:
@@ -109,8 +117,25 @@ class Target:
             BuildError: There is none.
         """
         if self.arch:
-            return cuda.describe_kernel(key, self.arch)
+            assert tile is None or isinstance(tile, cuda.Tile)
+            return cuda.describe_kernel(key, self.arch, tile)
+        assert tile is None or isinstance(tile, cpu.Tile)
         return cpu.describe_kernel(key, self.isa, self.threads, tile)
+
+    def candidate_tiles(self, key: OpKey, count: int) -> Sequence[Tile]:
+        """Tiles worth timing for an operation, the predicted best first; none where there is nothing to choose."""
+        if self.arch:
+            return cuda.candidate_tiles(key, self.arch, count)
+        return cpu.candidate_tiles(key, self.isa, self.threads, count)
+
+    def tile(self, values: Mapping[str, Any]) -> Tile:
+        """A tile from its fields as JSON has them.
+
+        Raises:
+            TypeError: These are not its fields.
+        """
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cuda.Tile(**given) if self.arch else cpu.Tile(**given)
 
 
 def host_architecture() -> str:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import tvm
 
-from qsearch.build.target import Target
-from qsearch.kernels.cpu import Tile
+from qsearch.build.target import Target, Tile
 from qsearch.quantize.program import OpKey
 
 __all__ = ["TileChoices"]
@@ -35,7 +34,7 @@ class TileChoices:
     def name(self, key: OpKey) -> str:
         """What operations of one geometry and precision share."""
         target = self.target
-        machine = (target.isa.name, target.mcpu, target.triple, target.threads, tvm.__version__)
+        machine = (target.isa.name, target.mcpu, target.triple, target.threads, tvm.__version__, *filter(None, [target.arch]))
         content = repr((key.shapes[0], key.shapes[-1], key.conv, key.precision, machine))
         return "tile_" + hashlib.sha256(content.encode()).hexdigest()[:24]
 
@@ -44,7 +43,7 @@ class TileChoices:
         name = self.name(key)
         if name not in self._known:
             try:
-                self._known[name] = Tile(**json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8")))
+                self._known[name] = self.target.tile(json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
                 self._known[name] = None
         return self._known[name]

@@ -104,7 +104,7 @@ def _find(subject: _Subject, images: int, seconds: float, worst: int) -> tuple[D
         from qsearch.search.diagnosis.diagnosis import diagnose as find
         from qsearch.search.evaluation.objective import prepare_evaluator
 
-        evaluator = prepare_evaluator(subject.settings, say)
+        evaluator = prepare_evaluator(subject.settings, say, {subject.title: subject.config})
         if subject.study is not None:
             check_identity(subject.study, subject.parts, evaluator.identity)
         return find(evaluator, subject.config, DiagnosisLimits(images, seconds, worst)), evaluator.target.description

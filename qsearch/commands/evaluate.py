@@ -33,7 +33,9 @@ def evaluate(
     threads: Threads = 1,
     precision: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: fp32, int16, int8, w4a8, or JSON files.", show_default="fp32,int8 without --preset"),
+        typer.Option(
+            help="Comma-separated: fp32, fp16, int16, int8, fp8, w4a8, or JSON files.", show_default="fp32,int8 without --preset"
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Comma-separated: presets of spaces/, or YAML files; what their 'start' stands for.")
@@ -69,7 +71,7 @@ def evaluate(
         from qsearch.search.bound_space import bind_space
         from qsearch.search.evaluation.objective import prepare_evaluator
 
-        evaluator = prepare_evaluator(settings, say)
+        evaluator = prepare_evaluator(settings, say, {**configs, **spaces})
         for name, space in spaces.items():
             bound = bind_space(evaluator.profile.space(space), evaluator.graph)
             configs[name] = bound.config(bound.start_values())

@@ -88,7 +88,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         QSearchError: The request cannot be carried out.
     """
     start = time.monotonic()
-    evaluator = open_evaluator(request.settings, say)
+    evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
     request = _for_task(request, evaluator.profile)
     bound = bind_space(request.space, evaluator.graph)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:

@@ -57,7 +57,7 @@ def tables(
     from qsearch.search.tables.measure_tables import measure_tables
 
     with stdout_reserved():
-        evaluator = open_evaluator(settings, say)
+        evaluator = open_evaluator(settings, say, {chosen.name: chosen})
         bound = bind_space(evaluator.profile.space(chosen), evaluator.graph)
         measured = measure_tables(evaluator, bound, say)
     rows = layer_rows(bound, measured)

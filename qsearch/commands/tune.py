@@ -24,6 +24,7 @@ from qsearch.commands.options import (
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 if TYPE_CHECKING:
+    from qsearch.build.target import Tile
     from qsearch.measure.tune import TunedKernel
     from qsearch.search.evaluation.evaluator import Settings
 
@@ -69,9 +70,18 @@ def tune(
     for name in ("layer", "precision", "predicted tile", "fastest tile", "gain"):
         table.add_column(name)
     for kernel in sorted(found, key=lambda kernel: -kernel.gain):
-        tiles = (f"{tile.rows} x {tile.cols} pixels, {tile.columns} vectors" for tile in (kernel.predicted, kernel.chosen))
+        tiles = map(_words, (kernel.predicted, kernel.chosen))
         table.add_row(kernel.op, kernel.precision, *tiles, f"{kernel.gain:.2f}")
     print_table(table)
+
+
+def _words(tile: Tile) -> str:
+    """A tile as a person reads it."""
+    from qsearch.kernels import cpu
+
+    if isinstance(tile, cpu.Tile):
+        return f"{tile.rows} x {tile.cols} pixels, {tile.columns} vectors"
+    return f"{tile.rows} pixels, {tile.columns} channels, {tile.depth} bytes, {tile.stages} stages"
 
 
 def tune_model(settings: Settings, precisions: Sequence[str], seconds: float) -> list[TunedKernel]:
@@ -89,6 +99,7 @@ def tune_model(settings: Settings, precisions: Sequence[str], seconds: float) ->
     from qsearch.config import named_config
     from qsearch.search.evaluation.objective import prepare_evaluator
 
-    evaluator = prepare_evaluator(settings, say)
+    configs = {name: named_config(name) for name in precisions}
+    evaluator = prepare_evaluator(settings, say, configs)
     with TuneProgress() as progress:
-        return evaluator.tune([named_config(name) for name in precisions], seconds, progress.on_kernel)
+        return evaluator.tune(list(configs.values()), seconds, progress.on_kernel)

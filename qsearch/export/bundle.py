@@ -144,7 +144,7 @@ def require_vacant(directory: Path) -> None:
 
 
 def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
-    module = linker.build(program, linked=False)
+    module = linker.build(program, linked=False, exported=True)
     _export_library(module, directory / "model.so")
     _write_json(directory / "config.json", content.config.to_json())
     _write_json(directory / "preprocessing.json", content.preprocessing)
@@ -169,7 +169,9 @@ def _export_library(module: CompiledModule, path: Path) -> None:
     if not cc.get_cc():
         raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
     try:
-        module.executable.export_library(str(path), addons=[str(file) for file in module.objects])
+        # Those of GPU kernels are part of what they are imported in.
+        addons = [str(file) for file in module.objects] if module.device == "cpu" else []
+        module.executable.export_library(str(path), addons=addons)
     except RuntimeError as error:
         if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -189,6 +191,8 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], m
             "architecture": target.architecture,
             "mcpu": target.mcpu,
             "isa": target.isa.name,
+            "device": target.device,
+            "arch": target.arch,
             "threads": target.threads,
             "description": target.description,
             "cpu_flags": target.cpu_flags,

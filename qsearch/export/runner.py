@@ -100,7 +100,26 @@ def open_module(bundle, manifest):
     import tvm
     from tvm.runtime.vm import VirtualMachine
 
-    return VirtualMachine(tvm.runtime.load_module(str(bundle / "model.so")), tvm.cpu()), tvm
+    machine = VirtualMachine(tvm.runtime.load_module(str(bundle / "model.so")), device_of(manifest, tvm))
+    return machine, tvm
+
+
+def device_of(manifest, tvm):
+    """Where the module runs: the CPU, or the first GPU.
+
+    Raises:
+        BundleProblem: There is no GPU, or one of another architecture.
+    """
+    arch = manifest["target"].get("arch", "")
+    if not arch:
+        return tvm.cpu()
+    device = tvm.cuda(0)
+    if not device.exist:
+        raise BundleProblem(f"the module was compiled for a GPU, {arch}; this machine has none that TVM can use", WRONG_MACHINE)
+    here = "sm_" + str(device.compute_version).replace(".", "")
+    if here != arch:
+        raise BundleProblem(f"the module was compiled for {arch}; this machine's GPU is {here}", WRONG_MACHINE)
+    return device
 
 
 def processor_count():
@@ -108,10 +127,11 @@ def processor_count():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_images(machine, tvm, images):
+def run_images(machine, manifest, tvm, images):
     """Outputs, float32 (N, ...), of float32 images (N, C, H, W), one by one."""
-    function = machine["main"]
-    return np.concatenate([function(tvm.runtime.tensor(np.ascontiguousarray(image[None]))).numpy() for image in images])
+    function, device = machine["main"], device_of(manifest, tvm)
+    given = (tvm.runtime.tensor(np.ascontiguousarray(image[None]), device=device) for image in images)
+    return np.concatenate([function(image).numpy() for image in given])
 
 
 def verify(bundle):
@@ -121,9 +141,9 @@ def verify(bundle):
     inputs = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
     expected = np.load(bundle / "recorded_outputs.npy", allow_pickle=False)
     machine, tvm = open_module(bundle, manifest)
-    outputs = run_images(machine, tvm, inputs)
+    outputs = run_images(machine, manifest, tvm, inputs)
     different = np.bitwise_xor(outputs.view(np.uint8), expected.view(np.uint8))
-    latency = time_module(machine, tvm, inputs[:1], manifest["target"]["threads"])
+    latency = time_module(machine, manifest, tvm, inputs[:1])
     return {
         "bundle": str(bundle),
         "files": len(manifest["sha256"]),
@@ -134,23 +154,25 @@ def verify(bundle):
     }
 
 
-def time_module(machine, tvm, image, threads):
+def time_module(machine, manifest, tvm, image):
     """Median latency over 21 repeats of about 5 ms each, and half their interquartile range.
 
     A module for one thread by that thread's own clock, as the search has timed it: what else has the processor meanwhile does
-    not count. One for several by the clock on the wall.
+    not count. One for several by the clock on the wall, one for a GPU by the GPU's.
     """
-    given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    once = machine.time_evaluator("main", tvm.cpu(), number=5, repeat=2)(given).results[-1]
+    device = device_of(manifest, tvm)
+    own_clock = manifest["target"]["threads"] == 1 and not manifest["target"].get("arch")
+    given = tvm.runtime.tensor(np.ascontiguousarray(image), device=device)
+    once = machine.time_evaluator("main", device, number=5, repeat=2)(given).results[-1]
     number = max(1, round(0.005 / max(once, 1e-7)))
-    timed = machine.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
+    timed = machine.time_evaluator("main", device, number=number, repeat=1)
     times = []
     for _ in range(21):
         own = time.thread_time()
         seconds = timed(given).results[0]
         # TVM runs once more before it counts.
         own = (time.thread_time() - own) / (number + 1)
-        times.append(1e3 * (own if threads == 1 else seconds))
+        times.append(1e3 * (own if own_clock else seconds))
     low, middle, high = np.percentile(times, [25, 50, 75])
     return {"latency_ms": float(middle), "latency_spread_ms": float((high - low) / 2)}
 
@@ -160,7 +182,7 @@ def outputs(bundle, images):
     manifest = read_manifest(bundle)
     check_machine(manifest)
     machine, tvm = open_module(bundle, manifest)
-    return run_images(machine, tvm, images.astype(np.float32, copy=False))
+    return run_images(machine, manifest, tvm, images.astype(np.float32, copy=False))
 
 
 def predict(bundle, images, best=5):

@@ -22,7 +22,9 @@ Z95 = 1.959963984540054
 SHARES = 8
 
 
-def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1, threads: int = 1) -> np.ndarray:
+def run_images(
+    open_machine: Callable[[], Any], images: np.ndarray, batch: int = 1, threads: int = 1, device: str = "cpu"
+) -> np.ndarray:
     """Run a module on images, see `run_blocks`.
 
     Args:
@@ -30,6 +32,7 @@ def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int =
         images: float32 (N, C, H, W); N a multiple of batch.
         batch: Batch the module was compiled for.
         threads: Threads the module runs on.
+        device: What it runs on, 'cpu' or 'cuda'.
 
     Returns:
         Logits, float32 (N, classes), in image order.
@@ -37,11 +40,16 @@ def run_images(open_machine: Callable[[], Any], images: np.ndarray, batch: int =
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
-    return next(run_blocks(open_machine, images, [np.arange(len(images))], batch, threads))
+    return next(run_blocks(open_machine, images, [np.arange(len(images))], batch, threads, device))
 
 
 def run_blocks(
-    open_machine: Callable[[], Any], images: np.ndarray, blocks: Sequence[np.ndarray], batch: int = 1, threads: int = 1
+    open_machine: Callable[[], Any],
+    images: np.ndarray,
+    blocks: Sequence[np.ndarray],
+    batch: int = 1,
+    threads: int = 1,
+    device: str = "cpu",
 ) -> Iterator[np.ndarray]:
     """Run a module on blocks of images, each when it is asked for: as many images at a time as there are processors.
 
@@ -54,6 +62,7 @@ def run_blocks(
         blocks: Positions of images, a multiple of batch in each.
         batch: Batch the module was compiled for.
         threads: Threads the module runs on.
+        device: What it runs on, 'cpu' or 'cuda'.
 
     Yields:
         Logits of a block, float32 (block, classes).
@@ -61,7 +70,8 @@ def run_blocks(
     Raises:
         MeasureError: The module fails, or yields NaN or infinity.
     """
-    workers = max(1, min(len(available_processors()) // threads, len(images)))
+    # One caller keeps a GPU busy; several would wait for each other.
+    workers = max(1, min(len(available_processors()) // threads, len(images))) if device == "cpu" else 1
     own = threading.local()
 
     def run_share(rows: np.ndarray) -> np.ndarray:
@@ -83,9 +93,7 @@ def run_blocks(
 
 
 def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    import tvm
-
-    return np.concatenate([machine["main"](tvm.runtime.tensor(np.ascontiguousarray(images[row]))).numpy() for row in rows])
+    return np.concatenate([machine["main"](machine.tensor(images[row])).numpy() for row in rows])
 
 
 def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:

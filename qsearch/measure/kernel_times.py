@@ -92,10 +92,7 @@ def time_kernels(
         Symbol -> seconds per call: over rounds the lower quartile, over the places where it is called the mean; less
         what the instrument takes, which is what the calls of a module last longer than the module does without it.
     """
-    import tvm
-
-    given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    runs = [_Instrumented(module, given, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
+    runs = [_Instrumented(module, image, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
     times: list[list[np.ndarray]] = [[] for _ in runs]
     for i in range(WARM_UP + ROUNDS):
         progress(i, WARM_UP + ROUNDS)
@@ -122,9 +119,10 @@ def _excess(times: Sequence[Sequence[np.ndarray]]) -> float:
 class _Instrumented:
     """A module that notes the time of each of its kernel calls."""
 
-    def __init__(self, module: CompiledModule, given: Any, clock: Callable[[], float]) -> None:
-        self.given, self.clock = given, clock
+    def __init__(self, module: CompiledModule, image: np.ndarray, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.plain, self.machine = module.open(), module.open()
+        self.given = self.plain.tensor(image)
         self.machine.set_instrument(self._mark)
         self.function = self.machine["main"]
         self.wanted = {kernel.symbol for kernel in module.kernels}
@@ -145,9 +143,7 @@ class _Instrumented:
 
     def _whole(self, number: int) -> float:
         """Seconds of one inference without the instrument, as the mean of a number of them and one more."""
-        import tvm
-
-        evaluator = self.plain.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
+        evaluator = self.plain.time_evaluator("main", self.plain.place, number=number, repeat=1)
         start = self.clock()
         # The loop runs inside TVM, free of Python; before it counts it runs once.
         evaluator(self.given)

@@ -116,10 +116,7 @@ def _time(
     machines: Sequence[Any], image: np.ndarray, settings: TimingSettings, threads: int, pause_s: float = 0.0
 ) -> list[_Timer]:
     """Timers that have run, one repeat of each per round."""
-    import tvm
-
-    given = tvm.runtime.tensor(np.ascontiguousarray(image))
-    timers = [_Timer(machine, given, settings, threads) for machine in machines]
+    timers = [_Timer(machine, machine.tensor(image), settings, threads) for machine in machines]
     for timer in timers:
         timer.warm_up()
     for _ in range(settings.repeats):
@@ -158,13 +155,14 @@ class _Timer:
 
         On one thread by that thread's own clock, which stands still while something else has the processor: a module that
         had to wait for it is no slower. Waits also fall into step with the turns, and would disturb one module of a pair
-        and not the other. Threads of a pool wait for each other, and only the clock on the wall sees that.
+        and not the other. Threads of a pool wait for each other, and only the clock on the wall sees that. A GPU has a clock
+        of its own, which TVM reads.
         """
         own = time.thread_time()
         seconds = self._seconds(self.number)
         # TVM runs once more before it counts.
         own = (time.thread_time() - own) / (self.number + 1)
-        self.samples.append(own if self.threads == 1 else seconds)
+        self.samples.append(own if self.threads == 1 and self.machine.on_cpu else seconds)
 
     def result(self, threads: int) -> Latency:
         """Median and half the interquartile range."""
@@ -172,9 +170,7 @@ class _Timer:
         return Latency(float(middle), float((high - low) / 2), len(self.samples), self.number, threads)
 
     def _seconds(self, number: int) -> float:
-        import tvm
-
         # Made once: beside a busy thread of this process every step of Python may have to wait.
         if number not in self._timed:
-            self._timed[number] = self.machine.time_evaluator("main", tvm.cpu(), number=number, repeat=1)
+            self._timed[number] = self.machine.time_evaluator("main", self.machine.place, number=number, repeat=1)
         return float(self._timed[number](self.image).results[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 
 from qsearch.build.cache import kernel_symbol
 from qsearch.build.link import Linker
-from qsearch.kernels.cpu import Tile, candidate_tiles, describe_kernel
+from qsearch.build.machine import on_device
+from qsearch.build.target import Tile
 from qsearch.quantize.program import Op, Program
 
 __all__ = ["TunedKernel", "tune_programs"]
@@ -73,8 +74,8 @@ def tune_programs(
     return found
 
 
-def _tiles(linker: Linker, op: Op) -> list[Tile]:
-    return candidate_tiles(op.key, linker.target.isa, linker.target.threads, CANDIDATES)
+def _tiles(linker: Linker, op: Op) -> Sequence[Tile]:
+    return linker.target.candidate_tiles(op.key, CANDIDATES)
 
 
 def _multiplications(op: Op) -> int:
@@ -97,29 +98,27 @@ def _tune(linker: Linker, op: Op) -> TunedKernel:
     return TunedKernel(op.name, op.key.precision or "", tiles[0], tiles[best], gain)
 
 
-def _runs(linker: Linker, op: Op, tiles: list[Tile]) -> list[Callable[[int], float]]:
+def _runs(linker: Linker, op: Op, tiles: Sequence[Tile]) -> list[Callable[[int], float]]:
     """One function per tile: number of calls -> seconds per call, on random values of the operation's dtypes."""
-    import tvm
-
     target = linker.target
-    kernels = [describe_kernel(op.key, target.isa, target.threads, tile) for tile in tiles]
+    kernels = [target.describe(op.key, tile) for tile in tiles]
     symbols = [kernel_symbol(kernel, target) for kernel in kernels]
     compiled = linker.cache.get(zip(symbols, kernels, strict=True))
     rng = np.random.default_rng(0)
     values = [
         rng.integers(0, 128, int(np.prod(shape))).astype(dtype) for shape, dtype in zip(op.key.shapes, op.key.dtypes, strict=True)
     ]
-    tensors = [tvm.runtime.tensor(value) for value in values]
+    tensors = [on_device(value, target.device) for value in values]
     runs: list[Callable[[int], float]] = []
     for kernel, symbol in zip(kernels, symbols, strict=True):
         assert kernel.pack_weight is not None
         constants = (kernel.pack_weight(op.constants), *kernel.pack(op.constants))
-        arguments = [*tensors[:-1], *(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in constants), tensors[-1]]
-        runs.append(partial(_seconds, compiled[symbol].library, symbol, arguments))
+        arguments = [*tensors[:-1], *(on_device(a, target.device) for a in constants), tensors[-1]]
+        runs.append(partial(_seconds, compiled[symbol].library, symbol, target.device, arguments))
     return runs
 
 
-def _seconds(library: Any, symbol: str, arguments: list[Any], number: int) -> float:
+def _seconds(library: Any, symbol: str, device: str, arguments: list[Any], number: int) -> float:
     import tvm
 
-    return float(library.time_evaluator(symbol, tvm.cpu(), number=number, repeat=1)(*arguments).results[0])
+    return float(library.time_evaluator(symbol, tvm.device(device, 0), number=number, repeat=1)(*arguments).results[0])

@@ -2,7 +2,8 @@
 
 Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
 2018. 8-bit activations use the unsigned range and an integer zero point, so that zero is exact; 16-bit ones
-are symmetric around a zero point of zero.
+are symmetric around a zero point of zero. A float8 tensor has a scale, and the numbers of
+its type take the integers' place; a float16 tensor counts as one of scale one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import numpy as np
 
 from qsearch.config import Symmetry
 from qsearch.errors import QuantizeError
-from qsearch.qtype import UINT8, IntRange
+from qsearch.qtype import FLOAT8, FLOAT16, UINT8, IntRange
 
-__all__ = ["Affine", "affine_from_range", "dequantize", "quantize", "symmetric_from_range"]
+__all__ = ["HALF", "Affine", "affine_from_range", "dequantize", "float8_from_range", "quantize", "symmetric_from_range"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Affine:
             return qmin, qmax
         low, high = (np.rint(np.float64(bound) / np.float64(self.scale)) + self.zero_point for bound in clip)
         return int(np.clip(low, qmin, qmax)), int(np.clip(high, qmin, qmax))
+
+
+HALF = Affine(np.float32(1), 0, FLOAT16)
 
 
 def affine_from_range(name: str, low: float, high: float, symmetry: Symmetry = "asymmetric") -> Affine:
@@ -78,6 +82,20 @@ def symmetric_from_range(name: str, low: float, high: float, qmax: int) -> Affin
     return Affine(scale, 0, IntRange("int16", -qmax, qmax))
 
 
+def float8_from_range(name: str, low: float, high: float) -> Affine:
+    """Spread the larger magnitude of [low, high] over the numbers of float8, up to 448.
+
+    Args:
+        name: Tensor name, for the message.
+        low: Smallest real value.
+        high: Largest real value.
+
+    Raises:
+        QuantizeError: The range is not finite or is empty.
+    """
+    return Affine(_checked_scale(name, low, high, max(-low, high, 0.0) / FLOAT8.qmax), 0, FLOAT8)
+
+
 def _checked_scale(name: str, low: float, high: float, scale: float) -> np.float32:
     rounded = np.float32(scale)
     if not np.isfinite(rounded) or rounded < np.finfo(np.float32).tiny:
@@ -87,10 +105,15 @@ def _checked_scale(name: str, low: float, high: float, scale: float) -> np.float
 
 def quantize(values: np.ndarray, affine: Affine) -> np.ndarray:
     """Float -> the tensor's integers, rounding half to even."""
+    if not affine.limits.is_integer:
+        steps = values.astype(np.float64) / np.float64(affine.scale)
+        return np.clip(steps, affine.limits.qmin, affine.limits.qmax).astype(np.float32).astype(affine.limits.dtype)
     whole = np.rint(values.astype(np.float64) / np.float64(affine.scale)) + affine.zero_point
     return np.clip(whole, affine.limits.qmin, affine.limits.qmax).astype(affine.limits.dtype)
 
 
 def dequantize(values: np.ndarray, affine: Affine) -> np.ndarray:
     """Integers -> float32."""
+    if not affine.limits.is_integer:
+        return values.astype(np.float32) * affine.scale
     return (values.astype(np.int32) - affine.zero_point).astype(np.float32) * affine.scale

@@ -15,12 +15,24 @@ import numpy as np
 from qsearch.config import QuantConfig, Symmetry
 from qsearch.models.graph import MOVES, Model, Node
 from qsearch.qtype import INT16
-from qsearch.quantize.affine import Affine, affine_from_range, symmetric_from_range
-from qsearch.quantize.assign import FIRST, FLOAT, INT16_FORM, INTEGER_FORMS, SHARED, UINT8_FORM, Assignment, assign_forms
+from qsearch.quantize.affine import HALF, Affine, affine_from_range, float8_from_range, symmetric_from_range
+from qsearch.quantize.assign import (
+    FIRST,
+    FLOAT,
+    FLOAT8_FORM,
+    FLOAT16_FORM,
+    INT16_FORM,
+    ROUNDED_FORMS,
+    SHARED,
+    UINT8_FORM,
+    Assignment,
+    assign_forms,
+)
 from qsearch.quantize.lower_attention import ATTENTION_LOWERINGS, lower_gather
-from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context, integer_scalars, scalars
+from qsearch.quantize.lower_nodes import NODE_LOWERINGS, Context
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.shared_ranges import shared_ranges
 from qsearch.quantize.weight_store import WeightStore
 
@@ -81,7 +93,7 @@ def lower(
 def value_affines(
     model: Model, assignment: Assignment, ranges: Ranges, weights: WeightStore, symmetry: Symmetry = "asymmetric"
 ) -> dict[tuple[str, str], Affine]:
-    """Scale and zero point of every value that exists in integers.
+    """Scale and zero point of every value that exists in integers or float8; `HALF` for those that exist in float16.
 
     Args:
         model: The model.
@@ -91,7 +103,7 @@ def value_affines(
         symmetry: Of 8-bit values.
 
     Returns:
-        (Node name, 'uint8' or 'int16') -> scale and zero point.
+        (Node name, form) -> scale and zero point, for all forms but float32.
 
     Raises:
         QuantizeError: A tensor cannot be represented.
@@ -103,15 +115,19 @@ def value_affines(
     limits = _int16_limits(model, assignment, weights)
     for node in model.graph.nodes:
         computes = assignment.computes[node.name]
-        for form in INTEGER_FORMS:
+        for form in ROUNDED_FORMS:
             key = node.name, form
             # A move is not carried out where nothing wants it.
             if form not in assignment.wanted[node.name] and (form != computes or node.op in MOVES):
                 continue
-            if node.op in MOVES or (node.op in SHARED and form == computes):
+            if form == FLOAT16_FORM:
+                affines[key] = HALF
+            elif node.op in MOVES or (node.op in SHARED and form == computes):
                 affines[key] = affines[node.inputs[0], form]
             elif form == UINT8_FORM:
                 affines[key] = affine_from_range(node.name, *ranges[node.name], symmetry)
+            elif form == FLOAT8_FORM:
+                affines[key] = float8_from_range(node.name, *ranges[node.name])
             else:
                 affines[key] = symmetric_from_range(node.name, *ranges[node.name], limits[node.name])
     return affines
@@ -136,7 +152,7 @@ def _int16_limits(model: Model, assignment: Assignment, weights: WeightStore) ->
 
 
 def _dtype(form: str) -> str:
-    return form if form in INTEGER_FORMS else "float32"
+    return form if form in ROUNDED_FORMS else "float32"
 
 
 def physical(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,12 +202,12 @@ class _Writer:
             self.forms[node.name, FLOAT] = self.forms[node.name, FIRST] = first
             return
         self.forms[node.name, FIRST] = first
-        if not self.assignment.wanted[node.name] & {FLOAT, *INTEGER_FORMS}:
+        if not self.assignment.wanted[node.name] & {FLOAT, *ROUNDED_FORMS}:
             return
         constants = scalars()
         if value.dtype != "float32":
             affine = self.affines[node.name, value.dtype]
-            constants = scalars(multiplier=1 / float(affine.scale), **integer_scalars(affine))
+            constants = scalars(multiplier=1 / float(affine.scale), **output_scalars(affine))
         key = OpKey("to_channels_last", (first.shape, value.shape), (first.dtype, value.dtype))
         self.ops.append(Op(node.name, key, (first.name,), value, constants))
 
@@ -242,7 +258,7 @@ class _Writer:
 
     def _conversion(self, name: str, source: str, form: str) -> tuple[str, dict[str, np.ndarray]]:
         """Kind and constants of the operation between two channels-last forms of a value."""
-        target = integer_scalars(self.affines[name, form]) if form != FLOAT else {}
+        target = output_scalars(self.affines[name, form]) if form != FLOAT else {}
         unit = float(self.affines[name, form].scale) if form != FLOAT else 1.0
         if source == FLOAT:
             return "quantize", scalars(multiplier=1 / unit, **target)

@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 
 from qsearch.models.graph import Node
-from qsearch.quantize.assign import UINT8_FORM
-from qsearch.quantize.lower_nodes import Context, _operand, _output_scalars, _unit, scalars
+from qsearch.quantize.assign import FLOAT, FLOAT16_FORM, UINT8_FORM
+from qsearch.quantize.lower_nodes import Context, _operand, _output_scalars, _unit
 from qsearch.quantize.program import Op, OpKey, Value
+from qsearch.quantize.scalars import scalars
 
 __all__ = ["ATTENTION_LOWERINGS", "lower_gather"]
 
+# Form that a matmul computes in -> its precision.
+_PRODUCTS = {UINT8_FORM: "int8", FLOAT16_FORM: "fp16", FLOAT: "fp32"}
 # Names of a node's constants in its operation, by kind.
 _NAMES = {"layer_norm": ("weight", "shift"), "softmax": ("constant",), "scale": ("constant",), "shift": ("constant",)}
 
@@ -32,7 +35,8 @@ def lower_gather(context: Context, node: Node, source: Value, output: Value) -> 
 def _matmul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
     values = _output_scalars(context, node, output)
     multiplier = node.matmul.factor / _unit(context, node, output)
-    integer = context.assignment.computes[node.name] == UINT8_FORM
+    form = context.assignment.computes[node.name]
+    integer = form == UINT8_FORM
     if integer:
         for name, which in zip(node.inputs, "ab", strict=True):
             affine = context.affines[name, UINT8_FORM]
@@ -42,7 +46,7 @@ def _matmul(context: Context, node: Node, inputs: list[Value], output: Value) ->
         "matmul",
         tuple(value.shape for value in (*inputs, output)),
         tuple(value.dtype for value in (*inputs, output)),
-        "int8" if integer else "fp32",
+        _PRODUCTS[form],
         matmul=replace(node.matmul, factor=1.0),
     )
     return Op(node.name, key, tuple(value.name for value in inputs), output, scalars(multiplier=multiplier, **values))

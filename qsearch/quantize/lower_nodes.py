@@ -10,14 +10,15 @@ import numpy as np
 from qsearch.config import LayerSettings
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
-from qsearch.qtype import PRECISIONS
+from qsearch.qtype import FP8, PRECISIONS, UNSCALED
 from qsearch.quantize.affine import Affine, dequantize, quantize
 from qsearch.quantize.assign import Assignment
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
-from qsearch.quantize.program import FLOATS, INTEGERS, Op, OpKey, Value
+from qsearch.quantize.program import INTEGER_DTYPES, Op, OpKey, Value
 from qsearch.quantize.reference import activation
 from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import (
     MAX_ACCUMULATOR,
@@ -27,7 +28,7 @@ from qsearch.quantize.weights import (
     quantize_weight,
 )
 
-__all__ = ["NODE_LOWERINGS", "Context", "integer_scalars", "scalars"]
+__all__ = ["NODE_LOWERINGS", "Context", "scalars"]
 
 # A bias beyond this would leave an int32 accumulator no room; its channel's weight scale is raised instead.
 MAX_BIAS = 2**29
@@ -42,7 +43,7 @@ class Context:
         config: The configuration.
         layers: Layer name -> settings.
         assignment: Forms of every value.
-        affines: (node name, form) -> scale and zero point, for values that exist in integers.
+        affines: (node name, form) -> scale and zero point, for values that exist in other forms than float32.
         weights: Prepared weights.
         means: Layer name -> mean of what its kernel reads, float64 (I, kh, kw); biases are corrected where it is known.
         learned: Layer name -> its rounding, of layers that do not take theirs from `weights`.
@@ -57,25 +58,10 @@ class Context:
     learned: Mapping[str, RoundedLayer]
 
 
-def scalars(**values: float) -> dict[str, np.ndarray]:
-    """The two scalar argument vectors of a kernel; what is not given keeps a neutral default."""
-    defaults: dict[str, float] = {"qmin": 0, "qmax": 255, "a_multiplier": 1, "b_multiplier": 1, "multiplier": 1}
-    defaults |= {"low": -np.inf, "high": np.inf} | values
-    integers = np.array([defaults.get(name, 0) for name in INTEGERS], np.int32)
-    with np.errstate(over="ignore"):
-        return {"integers": integers, "floats": np.array([defaults.get(name, 0) for name in FLOATS], np.float32)}
-
-
-def integer_scalars(affine: Affine, clip: tuple[float, float] | None = None) -> dict[str, float]:
-    """Zero point and clip bounds of an integer output."""
-    qmin, qmax = affine.clip_bounds(clip)
-    return {"zero_point": affine.zero_point, "qmin": qmin, "qmax": qmax}
-
-
 def _output_scalars(context: Context, node: Node, output: Value) -> dict[str, float]:
-    """Zero point and clip bounds of an integer output, or the real clip of a float32 one."""
+    """Zero point and clip bounds of an integer output, or the real clip of a float one."""
     if output.dtype != "float32":
-        return integer_scalars(context.affines[node.name, output.dtype], node.clip)
+        return output_scalars(context.affines[node.name, output.dtype], node.clip)
     return {} if node.clip is None else {"low": node.clip[0], "high": node.clip[1]}
 
 
@@ -93,7 +79,7 @@ def _unit(context: Context, node: Node, output: Value) -> float:
 
 
 def _clipped(node: Node, output: Value) -> bool:
-    return node.clip is not None and output.dtype == "float32"
+    return node.clip is not None and output.dtype not in INTEGER_DTYPES
 
 
 def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
@@ -105,11 +91,11 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
     values = _output_scalars(context, node, output)
     unit = _unit(context, node, output)
-    if precision == "fp32":
+    if precision in UNSCALED:
         if node.residual:
             values |= _operand(context, node, 1, inputs[1], "b", 1.0)
         constants = {
-            "weight": context.weights.floats(node.name, context.model.parameters.weight[node.name]),
+            "weight": context.weights.floats(node.name, context.model.parameters.weight[node.name], precision),
             "bias": context.model.parameters.bias[node.name],
         }
         constants |= scalars(multiplier=1 / unit, **values)
@@ -117,9 +103,13 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
         if node.residual:
             values |= _operand(context, node, 1, inputs[1], "b", unit)
         affine = context.affines[node.inputs[0], inputs[0].dtype]
-        prepared = _integer_weight(context, node.name, affine)
-        key = replace(key, weight_group=prepared.group, weight_offset=prepared.group_offset is not None)
-        constants = _integer_layer(context, node, prepared, affine, unit) | scalars(a_zero_point=affine.zero_point, **values)
+        if precision == "fp8":
+            constants = _float8_layer(context, node, affine, unit)
+        else:
+            prepared = _integer_weight(context, node.name, affine)
+            key = replace(key, weight_group=prepared.group, weight_offset=prepared.group_offset is not None)
+            constants = _integer_layer(context, node, prepared, affine, unit)
+        constants |= scalars(a_zero_point=affine.zero_point, **values)
     if node.clip_high is not None:
         constants["clip_high"] = _clip_high(context, node, output)
         key = replace(key, clips_channels=True)
@@ -129,11 +119,20 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
 def _clip_high(context: Context, node: Node, output: Value) -> np.ndarray:
     """High end of every output channel's clip in the unit of the output, float32 (O,); whole steps for integers."""
     high = context.model.parameters.constants[node.clip_high or ""]
-    if output.dtype == "float32":
-        return high.astype(np.float32)
+    if output.dtype not in INTEGER_DTYPES:
+        return (high / np.float64(_unit(context, node, output))).astype(np.float32)
     affine = context.affines[node.name, output.dtype]
     whole = np.rint(high / np.float64(affine.scale)) + affine.zero_point
     return (np.clip(whole, affine.limits.qmin, affine.limits.qmax) - affine.zero_point).astype(np.float32)
+
+
+def _float8_layer(context: Context, node: Node, affine: Affine, unit: float) -> dict[str, np.ndarray]:
+    """Weight, bias and multiplier of an fp8 layer, the bias in the unit of the output."""
+    settings, parameters = context.layers[node.name].weights, context.model.parameters
+    prepared = context.weights.quantized(node.name, parameters.weight[node.name], settings, FP8.weight)
+    multiplier = prepared.scale.astype(np.float64) * np.float64(affine.scale) / unit
+    bias = parameters.bias[node.name].astype(np.float64) / unit
+    return {"weight": prepared.values, "bias": bias.astype(np.float32), "multiplier": multiplier.astype(np.float32)}
 
 
 def _integer_weight(context: Context, name: str, affine: Affine) -> QuantizedWeight:
@@ -216,7 +215,7 @@ def _mul(context: Context, node: Node, inputs: list[Value], output: Value) -> Op
 def _avg_pool2d(context: Context, node: Node, inputs: list[Value], output: Value) -> Op:
     values = _output_scalars(context, node, output)
     multiplier = 1 / _unit(context, node, output)
-    if inputs[0].dtype != "float32":
+    if inputs[0].dtype in INTEGER_DTYPES:
         affine = context.affines[node.inputs[0], inputs[0].dtype]
         values["a_zero_point"] = affine.zero_point
         multiplier *= float(affine.scale) / float(np.prod(node.pool.kernel))
@@ -248,7 +247,7 @@ def _concat(context: Context, node: Node, inputs: list[Value], output: Value) ->
     values: dict[str, float] = {}
     if output.dtype != "float32":
         target = context.affines[node.name, output.dtype]
-        values = integer_scalars(target)
+        values = output_scalars(target)
         for i, name in enumerate(node.inputs):
             affine = context.affines[name, output.dtype]
             copies[i] = affine == target

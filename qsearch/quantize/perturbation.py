@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qsearch.config import Symmetry, WeightSettings
 from qsearch.models.graph import MOVES, Graph, Model
 from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine
-from qsearch.quantize.assign import INTEGER_FORMS, SHARED, Assignment, assign_forms
+from qsearch.quantize.assign import ROUNDED_FORMS, SHARED, Assignment, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
 from qsearch.quantize.weight_store import WeightStore
@@ -63,7 +64,7 @@ def rounded_reads(
         for i, name in enumerate(node.inputs):
             root = _moved_from(graph, name)
             forms = dict.fromkeys((assignment.produced[root], assignment.reads[node.name][i]))
-            roundings = tuple(affines[root, form] for form in forms if form in INTEGER_FORMS)
+            roundings = tuple(affines[root, form] for form in forms if form in ROUNDED_FORMS)
             if roundings and roundings != (settled.get(root),):
                 found[node.name, i] = roundings
         if node.op in _PICKS:
@@ -83,6 +84,10 @@ def rounded(value: Tensor, roundings: Iterable[Affine]) -> Tensor:
     """Quantize and dequantize a value, float32 of the same shape; the value itself where nothing rounds it."""
     for affine in roundings:
         scale, zero = float(affine.scale), affine.zero_point
+        if not affine.limits.is_integer:
+            kind = torch.float16 if affine.limits.dtype == "float16" else torch.float8_e4m3fn
+            value = (value * (1 / scale)).clamp_(affine.limits.qmin, affine.limits.qmax).to(kind).float().mul_(scale)
+            continue
         # In place, pass by pass: much faster than torch's own fake quantization, which also keeps a mask.
         value = (value * (1 / scale)).round_().clamp_(affine.limits.qmin - zero, affine.limits.qmax - zero).mul_(scale)
     return value
@@ -108,10 +113,13 @@ def weight_change(
     """
     name, precision = pair
     weight = model.parameters.weight[name]
+    if precision == "fp16":
+        real = weights.floats(name, weight, precision).astype(np.float32).transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(real) - weight, np.zeros(len(weight), np.float32)
     if precision == "int16":
         prepared = weights.bounded(name, weight, settings, weights.activation_limit(name, weight))
     else:
         prepared = weights.quantized(name, weight, settings, PRECISIONS[precision].weight)
     real = prepared.values.astype(np.float32) * prepared.scale[:, None, None, None]
-    shift = np.zeros(len(weight)) if mean is None or precision == "int16" else mean_error(weight, prepared, mean)
+    shift = np.zeros(len(weight)) if mean is None or precision in ("int16", "fp8") else mean_error(weight, prepared, mean)
     return np.ascontiguousarray(real.transpose(0, 3, 1, 2)) - weight, shift.astype(np.float32)

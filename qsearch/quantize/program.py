@@ -2,7 +2,8 @@
 
 Lowering writes it, the NumPy reference executes it, kernels implement it operation by operation. Values are
 held channels-last: an image value of logical shape (N, C, H, W) lies in memory as (N, H, W, C); feature
-values (N, F) lie as they are. A value is 'uint8', 'int16' or 'float32'; the zero point of an int16 value is 0.
+values (N, F) lie as they are. A value is 'uint8', 'int16', 'float8_e4m3fn', 'float16' or 'float32'; the zero point of an
+int16 value is 0, a float8 value has a scale alone, a float16 value neither scale nor zero point.
 
 Arithmetic (one definition for every target; f32(.) rounds to float32, rint rounds half to even; a, b, q and r
 are uint8 or int16 unless it says otherwise):
@@ -18,8 +19,15 @@ are uint8 or int16 unless it says otherwise):
                  v   = min(v, clip_high[o])                                        where it clips per channel
                  q   = clip(rint(v) + zero_point, qmin, qmax)                      integer output
                  x   = clip(v, low, high)                                          float32 output
-    conv, fp32   v   = sum + bias + residual; integer output: v = f32(v * multiplier); then from the clip per
-                 channel on as above. Not bit exact between targets: only integer layers are.
+                 x   = f16(clip(clip(v, low, high), -65504, 65504))                float16 output
+                 q   = e4m3(clip(clip(v, low, high), -448, 448))                   float8 output
+    conv, fp32   v   = sum + bias + residual; integer or float8 output: v = f32(v * multiplier); then from the clip
+                 per channel on as above. Not bit exact between targets: only integer layers are.
+    conv, fp16   as fp32, with a and w float16 and the sum of the exact products a * w in float32, in any order; the
+                 bias is float32
+    conv, fp8    v   = f32(f32(sum * multiplier[o]) + bias[o]), a and w float8, the sum of the exact products in
+                 float32, in any order; the bias is float32, in the unit of the output. Then from the residual on as
+                 an integer layer; not bit exact between targets.
     add          v = f32(f32(f32(a - a_zp) * a_m) + f32(f32(b - b_zp) * b_m)); then as conv's output
     mul          v = f32(f32((a - a_zp) * (b - b_zp)) * m); then as conv's output
     avg_pool     v = f32(f32(sum(a) - n * a_zp) * m)
@@ -27,17 +35,41 @@ are uint8 or int16 unless it says otherwise):
                  of all channels, those the key lists are kept, in its order
     matmul, int8 acc = sum (a - a_zp) * (b - b_zp) over int32, operands and output strided over memory
                  v   = f32(f32(acc) * m); then as conv's output
-    matmul, fp32 x   = f32(sum(a * b) * m), not bit exact between targets
+    matmul, fp32 v   = f32(sum(a * b) * m); then as conv's output; not bit exact between targets
+    matmul, fp16 as fp32, with a and b float16 and the sum in float32
     gather       out[i] = a[index[i]] in runs of adjacent elements; index -1 gives zero (integers: the zero point)
     layer_norm, softmax, l2_normalize, scale, shift
-                 float32 inside: a uint8 input is dequantized, f32(f32(a - a_zp) * a_m), on the way in; a uint8
-                 output is quantized on the way out. Scale and shift round twice at most and are exact, the
-                 others are not bit exact between targets.
+                 float32 inside: a uint8 input is dequantized, f32(f32(a - a_zp) * a_m), on the way in; a uint8,
+                 float8 or float16 output is rounded on the way out. Scale and shift round twice at most (a short
+                 float output once more) and are exact, the others are not bit exact between targets.
                  scale: v = f32(x * c); shift: v = f32(x + c); then f32(v * m) and as conv's output
     lookup       q = table[a]
     max_pool     q = max(a)
     activation   v = f32(f(x) * m), x float32 or f32(f32(a) * a_m) with a int16; then as conv's output. Not bit
                  exact between targets, f being transcendental; where f only clips, it is.
+
+float16. An operation converts what it reads in float16 to float32, exactly, before anything else: above, f32(a - a_zp)
+is f32(a) then, and where an operation is written for integers and differs for float32 (mul, avg_pool: f32(a * b * m),
+f32(mean * m)), float16 takes float32's way. What it writes in float16 comes last and is one rounding, f16(.), to the
+nearest, half to even, subnormals kept, of what it would write in float32, held to +-65504 first: no finite v becomes
+infinity. A NaN stays NaN. `low` and `high` of an operation with a float16 output lie within +-65504 whether it clips or
+not, so that a kernel may clip with them always, and once. Operations that only move values (max_pool, gather, concat,
+to_channels_first) move float16 unchanged; to_channels_last rounds what it moves where it writes float16. Conversions:
+what reads float32 is a quantize, with `multiplier` 1 for a float16 output; what writes float32 is a dequantize; all
+others, float16 to integers and integers to float16 among them, are a requantize:
+
+    x = f32(f32(a - a_zp) * a_m) or f32(f32(a) * a_m); then as conv's output
+
+float8. Real numbers are scale * q, q of type e4m3: 448 at most, no infinity, and the rounding e4m3(.) to the nearest,
+half to even, subnormals kept. Everything is as for float16 (q is converted to float32, exactly, on the way in, and one
+rounding, held to +-448, ends an operation), but in steps of the scale, as for integers: multipliers, the residual's too,
+biases, `low`, `high` and clip_high are those of an output whose unit is its scale, and `low` and `high` lie within +-448
+whether the operation clips or not. The scales are
+
+    scale = max(|low|, |high|) / 448 of the value's range;   max |w| / 448 of the weights, per output channel or layer
+
+Only conv reads float8, as its first input or as a residual, besides conversions and what moves values (gather,
+to_channels_first); all operations that write any form write it.
 
 No sum leaves int32. For int16 that takes a bound on the bits, shared about equally between activations and
 weights. The integers of a value that int16 layers read lie within +-qmax,
@@ -77,7 +109,9 @@ import numpy as np
 
 from qsearch.models.graph import Conv, ForeignOp, Matmul, Pool
 
-__all__ = ["FLOATS", "INTEGERS", "Op", "OpKey", "Program", "Value"]
+__all__ = ["FLOATS", "INTEGERS", "INTEGER_DTYPES", "Op", "OpKey", "Program", "Value"]
+
+INTEGER_DTYPES = ("uint8", "int16")
 
 
 @dataclass(frozen=True)
@@ -87,7 +121,7 @@ class Value:
     Attributes:
         name: Unique within the program.
         shape: Physical shape: (N, H, W, C) for images (the program's input excepted: (N, C, H, W)), else logical.
-        dtype: 'uint8', 'int16' or 'float32'.
+        dtype: 'uint8', 'int16', 'float8_e4m3fn', 'float16' or 'float32'.
     """
 
     name: str
@@ -119,7 +153,7 @@ class OpKey:
         conv: Geometry of a conv2d.
         pool: Geometry of a pool.
         residual: conv2d adds its second input.
-        clipped: A float32 output is clipped to (low, high).
+        clipped: An output that is no integer is clipped to (low, high).
         clips_channels: conv2d clips every output channel at its own high end first.
         weight_group: Input channels of a group of 4-bit weights with a scale of its own; 0 for no such scales.
         weight_offset: 4-bit weights have an offset, in every group or else in every output channel.
@@ -162,8 +196,8 @@ class Op:
         inputs: Names of the values it reads.
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
-            conv2d: weight int8, int16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (integer layers only), clip_high float32 (O,) (where it clips per channel),
+            conv2d: weight int8, int16, float8_e4m3fn, float16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
+            multiplier float32 (O,) (integer and fp8 layers only), clip_high float32 (O,) (where it clips per channel),
             group_scale uint8 and group_offset int8 (O, kh, kw, groups) or (O, 1, 1, 1) (4-bit weights in groups;
             the weight is w, not q);
             and for all kinds, where they apply:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from qsearch.models.graph import Pool
-from qsearch.quantize.program import FLOATS, INTEGERS, Op, Program
+from qsearch.qtype import FLOAT8, FLOAT16, PRECISIONS
+from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Program
 from qsearch.quantize.reference_attention import FLOAT_FUNCTIONS, gather, multiply
 
 __all__ = ["activation", "run_op", "run_program"]
@@ -57,31 +58,42 @@ def _float(op: Op, name: str) -> np.float32:
 
 def _finish(op: Op, value: Array) -> Array:
     """float32 -> the output: clip(rint(value) + zero_point, qmin, qmax), or clip(value, low, high)."""
-    if op.output.dtype != "float32":
+    if op.output.dtype in INTEGER_DTYPES:
         whole = np.rint(value).astype(np.float64) + _integer(op, "zero_point")
         return np.clip(whole, _integer(op, "qmin"), _integer(op, "qmax")).astype(op.output.dtype)
-    return np.clip(value, _float(op, "low"), _float(op, "high")) if op.key.clipped else value
+    value = np.clip(value, _float(op, "low"), _float(op, "high")) if op.key.clipped else value
+    if op.output.dtype == "float32":
+        return value
+    limits = FLOAT16 if op.output.dtype == "float16" else FLOAT8
+    return np.clip(value, limits.qmin, limits.qmax).astype(limits.dtype)
+
+
+def _is_integer(value: Array) -> bool:
+    return value.dtype.name in INTEGER_DTYPES
 
 
 def _dequantized(op: Op, value: Array, which: str) -> Array:
-    if value.dtype != np.float32:
-        value = (value.astype(np.int32) - _integer(op, f"{which}_zero_point")).astype(np.float32)
-    return value * _float(op, f"{which}_multiplier")
+    if _is_integer(value):
+        value = value.astype(np.int32) - _integer(op, f"{which}_zero_point")
+    return value.astype(np.float32) * _float(op, f"{which}_multiplier")
 
 
 def _conv2d(op: Op, inputs: list[Array]) -> Array:
-    integer = op.key.precision != "fp32"
+    integer = PRECISIONS[op.key.precision or ""].is_integer
     fill = _integer(op, "a_zero_point") if integer else 0
     # float64 holds every partial sum of integer products exactly (below 2**31), and uses BLAS.
     total = _convolve(inputs[0], op.constants["weight"], op, fill)
     if integer:
         accumulated = total.astype(np.int64) + op.constants["bias"]
         value = accumulated.astype(np.int32).astype(np.float32) * op.constants["multiplier"]
+    elif op.key.precision == "fp8":
+        value = total.astype(np.float32) * op.constants["multiplier"] + op.constants["bias"]
     else:
         value = (total + op.constants["bias"]).astype(np.float32)
     if op.key.residual:
         value = value + _dequantized(op, inputs[1], "b")
-    if not integer and op.output.dtype != "float32":
+    if not integer:
+        # One for float outputs.
         value = value * _float(op, "multiplier")
     if op.key.clips_channels:
         value = np.minimum(value, op.constants["clip_high"])
@@ -92,7 +104,7 @@ def _convolve(x: Array, weight: Array, op: Op, fill: int) -> Array:
     """(N, H, W, C) * (O, kh, kw, C/groups) -> float64 (N, OH, OW, O)."""
     conv, (n, out_h, out_w, out_channels) = op.key.conv, op.key.shapes[-1]
     top, left, bottom, right = conv.padding
-    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill).astype(np.float64)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=fill)
     grouped = padded.reshape(*padded.shape[:3], conv.groups, -1)
     kernels = weight.reshape(conv.groups, -1, *weight.shape[1:]).astype(np.float64)
     total = np.zeros((n, out_h, out_w, conv.groups, out_channels // conv.groups))
@@ -127,8 +139,8 @@ def _add(op: Op, inputs: list[Array]) -> Array:
 
 
 def _mul(op: Op, inputs: list[Array]) -> Array:
-    if inputs[0].dtype == np.float32:
-        return _finish(op, inputs[0] * inputs[1] * _float(op, "multiplier"))
+    if not _is_integer(inputs[0]):
+        return _finish(op, inputs[0].astype(np.float32) * inputs[1].astype(np.float32) * _float(op, "multiplier"))
     a, b = (x.astype(np.int32) - _integer(op, f"{w}_zero_point") for x, w in zip(inputs, "ab", strict=True))
     return _finish(op, (a * b).astype(np.float32) * _float(op, "multiplier"))
 
@@ -146,19 +158,20 @@ def _windows(x: Array, pool: Pool, out: tuple[int, ...], fill: float) -> Array:
 
 
 def _max_pool2d(op: Op, inputs: list[Array]) -> Array:
-    fill = -np.inf if inputs[0].dtype == np.float32 else np.iinfo(inputs[0].dtype).min
+    fill = np.iinfo(inputs[0].dtype).min if _is_integer(inputs[0]) else -np.inf
     return _windows(inputs[0], op.key.pool, op.output.shape, fill).max(0)
 
 
 def _avg_pool2d(op: Op, inputs: list[Array]) -> Array:
     pool = op.key.pool
-    if inputs[0].dtype != np.float32:
+    if _is_integer(inputs[0]):
         zero_point = _integer(op, "a_zero_point")
         total = _windows(inputs[0].astype(np.int32), pool, op.output.shape, zero_point).sum(0, dtype=np.int32)
         total = total - pool.kernel[0] * pool.kernel[1] * zero_point
         return _finish(op, total.astype(np.float32) * _float(op, "multiplier"))
-    counted = np.ones_like(inputs[0]) if not pool.count_include_pad else None
-    total = _windows(inputs[0], pool, op.output.shape, 0.0).sum(0)
+    x = inputs[0].astype(np.float32)
+    counted = np.ones_like(x) if not pool.count_include_pad else None
+    total = _windows(x, pool, op.output.shape, 0.0).sum(0)
     if counted is None:
         mean = total * np.float32(1 / (pool.kernel[0] * pool.kernel[1]))
     else:
@@ -192,7 +205,7 @@ def _matmul(op: Op, inputs: list[Array]) -> Array:
 
 
 def _gather(op: Op, inputs: list[Array]) -> Array:
-    fill = _integer(op, "a_zero_point") if op.output.dtype != "float32" else 0
+    fill = _integer(op, "a_zero_point") if _is_integer(inputs[0]) else 0
     return gather(inputs[0].ravel(), op.constants["index"], op.key.shapes[-1], fill)
 
 

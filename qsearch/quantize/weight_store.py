@@ -18,6 +18,7 @@ from qsearch.quantize.weights import (
     QuantizedWeight,
     activation_limit,
     fit_weight,
+    half_weight,
     quantize_weight,
     weight_scales,
 )
@@ -42,18 +43,19 @@ class WeightStore:
         self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
         self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
         self._limits: dict[str, int] = {}
-        self._floats: dict[str, np.ndarray] = {}
+        self._floats: dict[tuple[str, str], np.ndarray] = {}
 
     def quantized(
         self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
     ) -> QuantizedWeight:
-        """Integer weights of a layer that reads 8-bit activations.
+        """Integer or float8 weights of a layer that reads 8-bit activations.
 
-        Groups and asymmetric weights are 4-bit layers' alone; others are symmetric, with a scale per channel for groups.
+        float8 ones are always rounded to the nearest. Groups and asymmetric weights are 4-bit layers' alone; others are
+        symmetric, with a scale per channel for groups.
         """
         key = (name, settings, limits.qmax)
         if key not in self._prepared:
-            nearest = settings.rounding == "nearest"
+            nearest = settings.rounding == "nearest" or not limits.is_integer
             self._prepared[key] = _nearest(weight, settings, limits) if nearest else self._of_rounded(name, settings, limits)
         return self._prepared[key]
 
@@ -92,11 +94,16 @@ class WeightStore:
             self._limits[name] = activation_limit(weight)
         return self._limits[name]
 
-    def floats(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """float32 weights of a layer as (O, kh, kw, I/groups)."""
-        if name not in self._floats:
-            self._floats[name] = np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
-        return self._floats[name]
+    def floats(self, name: str, weight: np.ndarray, precision: str = "fp32") -> np.ndarray:
+        """float32 or float16 weights of a layer as (O, kh, kw, I/groups).
+
+        Raises:
+            QuantizeError: One of them is beyond float16.
+        """
+        if (name, precision) not in self._floats:
+            kept = weight if precision == "fp32" else half_weight(name, weight)
+            self._floats[name, precision] = np.ascontiguousarray(kept.transpose(0, 2, 3, 1))
+        return self._floats[name, precision]
 
 
 def _form(settings: WeightSettings, limits: IntRange) -> GroupForm | None:

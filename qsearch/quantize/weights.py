@@ -13,7 +13,7 @@ import numpy as np
 
 from qsearch.config import Granularity, WeightScale, WeightSettings
 from qsearch.errors import QuantizeError
-from qsearch.qtype import INT16, IntRange
+from qsearch.qtype import FLOAT16, INT16, IntRange
 
 __all__ = [
     "MAX_ACCUMULATOR",
@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedWeight",
     "activation_limit",
     "fit_weight",
+    "half_weight",
     "quantize_weight",
     "weight_scales",
 ]
@@ -43,7 +44,7 @@ class QuantizedWeight:
     """A layer's integer weights.
 
     Attributes:
-        values: int8 or int16 (O, kh, kw, I/groups).
+        values: int8, int16 or float8_e4m3fn (O, kh, kw, I/groups).
         scale: float32 (O,).
         group: Consecutive input channels whose 4-bit integers share an entry of `group_scale`; 0 for none.
         group_scale: uint8 (O, kh, kw, groups) in 1..15, by which the 4-bit integers of `values` were multiplied.
@@ -81,14 +82,15 @@ def weight_scales(weight: np.ndarray, limits: IntRange, granularity: Granularity
         limits: Integer range of the weights.
         granularity: One scale per output channel, or one for the layer.
         rule: 'max' represents the largest magnitude exactly; 'power_of_two' rounds that scale up to a power of two; 'mse' is
-            the scale, of some that clip more or less, with the least squared error after rounding.
+            the scale, of some that clip more or less, with the least squared error after rounding; it gains nothing in float8 and
+            counts as 'max' there.
 
     Returns:
         float32 (O,).
     """
     largest = np.abs(weight).reshape(len(weight), -1).max(1)
     scale = _shaped((largest / limits.qmax).astype(np.float32), granularity, rule)
-    if rule != "mse":
+    if rule != "mse" or not limits.is_integer:
         return scale
     errors = np.stack([_squared_error(weight, scale * np.float32(share), limits) for share in MSE_SHARES])
     if granularity == "layer_wise":
@@ -121,11 +123,28 @@ def quantize_weight(weight: np.ndarray, scale: np.ndarray, limits: IntRange) -> 
     Args:
         weight: float32 (O, I/groups, kh, kw).
         scale: float32 (O,).
-        limits: Integer range of the weights.
+        limits: Integer range of the weights, or that of float8, whose numbers take the integers' place.
     """
-    whole = np.rint(weight / scale[:, None, None, None])
-    values = np.clip(whole, limits.qmin, limits.qmax).astype(limits.dtype)
+    steps = weight / scale[:, None, None, None]
+    values = np.clip(np.rint(steps) if limits.is_integer else steps, limits.qmin, limits.qmax).astype(limits.dtype)
     return QuantizedWeight(np.ascontiguousarray(values.transpose(0, 2, 3, 1)), scale)
+
+
+def half_weight(name: str, weight: np.ndarray) -> np.ndarray:
+    """Weights rounded to float16.
+
+    Args:
+        name: Layer name, for the message.
+        weight: float32, any shape.
+
+    Raises:
+        QuantizeError: One of them is too large.
+    """
+    if (largest := float(np.abs(weight).max(initial=0.0))) > FLOAT16.qmax:
+        raise QuantizeError(
+            f"layer {name!r} has weights up to {largest:.3g} and float16 ends at {FLOAT16.qmax}: keep it in fp32 with `skip`"
+        )
+    return weight.astype(np.float16)
 
 
 def activation_limit(weight: np.ndarray) -> int:

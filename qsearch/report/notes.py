@@ -17,6 +17,7 @@ from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Graph
+from qsearch.qtype import UNSCALED
 from qsearch.report.pictures import byte_text, draw_precisions, layer_bars
 from qsearch.search.storage import artifact_folder
 from qsearch.search.study import StudyHandle
@@ -116,8 +117,9 @@ _SWITCHES = {"equalization": "equalized", "bias_absorption": "biases absorbed"}
 
 def calibration_text(config: QuantConfig) -> str:
     """Calibration, weight scales and methods of a configuration in a few words."""
-    if set(config.precision.values()) == {"fp32"}:
-        return "none, all fp32"
+    used = set(config.precision.values())
+    if used and used <= set(UNSCALED):
+        return f"none, all {' or '.join(sorted(used, reverse=True))}"
     calibration = config.calibration
     mode: str = calibration.mode
     if mode == "percentile":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from qsearch.config import QuantConfig
@@ -23,7 +24,7 @@ __all__ = ["LayerBar", "byte_text", "draw_precisions", "layer_bars"]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Okabe and Ito's palette: told apart with every kind of colour vision. Narrow types are warm, wide ones cold.
-COLOURS = {"fp32": "#0072B2", "int16": "#56B4E9", "int8": "#E69F00", "w4a8": "#D55E00"}
+COLOURS = {"fp32": "#0072B2", "fp16": "#009E73", "int16": "#56B4E9", "int8": "#E69F00", "fp8": "#F0E442", "w4a8": "#D55E00"}
 OTHER_COLOUR = "#CC79A7"
 INK, FAINT, PAPER = "#222222", "#DDDDDD", "#FFFFFF"
 
@@ -158,4 +159,4 @@ def byte_text(size: float) -> str:
 
 def _weight_bits(precision: str) -> int:
     weight = PRECISIONS[precision].weight
-    return (weight.qmax - weight.qmin).bit_length() if PRECISIONS[precision].is_integer else 32
+    return (weight.qmax - weight.qmin).bit_length() if PRECISIONS[precision].is_integer else 8 * np.dtype(weight.dtype).itemsize

@@ -81,7 +81,7 @@ def _candidates(space: BoundSpace) -> Iterator[tuple[str, dict[str, Any]]]:
     mode = min(modes, key=PREFERRED_MODES.index)
     for precision in sorted({value for layer in space.layers for value in layer.values} - {"fp32", "int8"}):
         # What is clipped to spare an 8-bit value its rounding error is lost to a 16-bit one for nothing.
-        widest = "max" if precision == "int16" and "max" in modes else mode
+        widest = "max" if precision in ("fp16", "int16") and "max" in modes else mode
         chosen = {CALIBRATION: widest, GRANULARITY: first}
         yield f"all {precision}, {widest}, {first}", _values_of(space, set(names), chosen, precision)
     for label, lowered in _mixtures(space):

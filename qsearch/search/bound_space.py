@@ -15,6 +15,7 @@ import optuna
 from qsearch.config import Calibration, LayerRule, QuantConfig, matching_layers
 from qsearch.errors import SpaceError
 from qsearch.models.graph import Graph, Node
+from qsearch.qtype import UNSCALED
 from qsearch.search.space import CalibrationChoices, RuleChoices, SearchSpace
 
 __all__ = ["CALIBRATION", "GRANULARITY", "PERCENTILE_TAIL", "WEIGHT_SCALE", "BoundSpace", "Choices", "LogRange", "bind_space"]
@@ -106,14 +107,14 @@ class BoundSpace:
         """The configuration that parameter values mean, in canonical form.
 
         Two sets of values that compile to the same module give equal configurations: what has no effect (the
-        percentile of another mode, the calibration of a module without an int8 layer) takes its default.
+        percentile of another mode, the calibration of a module of float layers) takes its default.
 
         Args:
             values: Parameter name -> value; parameters with a single value may be left out.
         """
         value = {one.name: values.get(one.name, one.values[0]) for one in (*self.settings, *self.layers)}
         precision = {layer.name: value[layer.name] for layer in self.layers}
-        used = set(precision.values()) - {"fp32"}
+        used = set(precision.values()).difference(UNSCALED)
         if not used:
             return QuantConfig(default_precision="fp32", precision=precision)
         chosen = {name: value[name] for name in METHODS if name in value}
@@ -134,7 +135,7 @@ class BoundSpace:
         """What a rule means under parameter values; None where it has no effect. Precisions are named layer by layer."""
         choices, prefix = self.space.rules[number], _prefix(number)
         which = LayerRule(types=choices.types, layers=choices.layers, position=choices.position)
-        used = {precision[name] for name in matching_layers(which, self.graph.layer_types, "rule")} - {"fp32"}
+        used = {precision[name] for name in matching_layers(which, self.graph.layer_types, "rule")}.difference(UNSCALED)
         chosen: dict[str, Any] = _weights(value, prefix, used) if used else {}
         if used and choices.calibration is not None:
             chosen["calibration"] = _calibration(value, prefix, choices.calibration)
@@ -190,7 +191,7 @@ def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
     settings += [Choices(name, getattr(space, field)) for name, field in METHODS.items()]
     for number, rule in enumerate(space.rules):
         settings += _settings(rule, _prefix(number))
-    if all(layer.values == ("fp32",) for layer in layers):
+    if all(set(layer.values) <= set(UNSCALED) for layer in layers):
         settings = [Choices(one.name, one.values[:1]) for one in settings]
     return BoundSpace(space, graph, layers, tuple(settings))
 

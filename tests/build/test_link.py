@@ -113,7 +113,7 @@ def test_another_tile_target_or_generator_changes_the_digest_of_kernels(tmp_path
     assert linker.kernels_sha256(program) != digest
     for target in (open_target("portable"), open_target("host", 2)):
         assert Linker(KernelCache(tmp_path, target)).kernels_sha256(program) != digest
-    monkeypatch.setattr(cache, "_generator_digest", lambda: "edited")
+    monkeypatch.setattr(cache, "_generator_digest", lambda device: "edited")
     assert Linker(KernelCache(tmp_path / "other", open_target("host"))).kernels_sha256(program) != digest
 
 

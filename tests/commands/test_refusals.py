@@ -104,6 +104,7 @@ def test_models(folder: Path, name: str, code: int, words: tuple[str, ...]) -> N
         (("--data", "good"), ("'a' is not one of the model's 10 classes",)),
         (("--model", "broken_networks:Net"), ("brings no images", "--data")),
         (("--target", "pentium9"), ("'pentium9'", "portable")),
+        (("--precision", "int8,fp16"), ("'fp16'", "features.0.0", "'host'", "use --target cuda, or leave fp16 out")),
         (("--preprocessing", "nowhere.json"), ("nowhere.json",)),
     ],
 )

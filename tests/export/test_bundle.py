@@ -226,8 +226,9 @@ def test_a_module_is_timed_by_the_clock_that_the_search_used(threads: int, laten
 
         return timed
 
-    tvm = SimpleNamespace(cpu=lambda: None, runtime=SimpleNamespace(tensor=lambda image: image))
-    found = runner.time_module(SimpleNamespace(time_evaluator=time_evaluator), tvm, np.zeros((1, 1, 2, 2), np.float32), threads)
+    tvm = SimpleNamespace(cpu=lambda: None, runtime=SimpleNamespace(tensor=lambda image, device: image))
+    manifest, image = {"target": {"threads": threads}}, np.zeros((1, 1, 2, 2), np.float32)
+    found = runner.time_module(SimpleNamespace(time_evaluator=time_evaluator), manifest, tvm, image)
     assert found == {"latency_ms": pytest.approx(latency_ms), "latency_spread_ms": pytest.approx(0.0)}
 
 

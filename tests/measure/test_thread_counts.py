@@ -18,6 +18,8 @@ from qsearch.measure.latency import TimingSettings, measure_interleaved, measure
 class Machine(dict[str, Any]):
     """Stands in for a virtual machine: gives the mean of its image, in a microsecond."""
 
+    place, on_cpu = None, True
+
     def __init__(self) -> None:
         self.callers: set[int] = set()
         super().__init__(main=self.run)
@@ -25,6 +27,9 @@ class Machine(dict[str, Any]):
     def run(self, image: Any) -> Any:
         self.callers.add(threading.get_ident())
         return tvm.runtime.tensor(image.numpy().mean((1, 2, 3), keepdims=True).reshape(-1, 1))
+
+    def tensor(self, array: np.ndarray) -> Any:
+        return tvm.runtime.tensor(np.ascontiguousarray(array))
 
     def time_evaluator(self, name: str, device: Any, number: int, repeat: int) -> Any:
         return lambda image: SimpleNamespace(results=[1e-6] * repeat)

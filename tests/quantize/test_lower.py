@@ -12,7 +12,6 @@ from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError, SpaceError
 from qsearch.models.interpret import interpret
-from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower import lower, precisions
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
@@ -59,7 +58,7 @@ def test_int8_program_is_near_the_model(name, granularity, weight_scale):
 def test_every_integer_operation_is_exact_in_any_mixture(name, data):
     """Whatever the mixture of precisions, each kernel gives the reference's bits on the reference's inputs."""
     names = [layer.name for layer in MODELS[name].graph.layers]
-    chosen = {layer: data.draw(st.sampled_from(list(PRECISIONS))) for layer in names}
+    chosen = {layer: data.draw(st.sampled_from(target_named("host").precisions)) for layer in names}
     program = lowered(name, precision=chosen)
     values = reference(program, images(1, 4))
     for op in program.ops:

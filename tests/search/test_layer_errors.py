@@ -59,6 +59,17 @@ def test_an_unrounded_layer_rounded_is_the_layer_bit_for_bit(name: str, precisio
     assert seen >= 2
 
 
+@pytest.mark.parametrize("name", ["residual", "bottlenecks", "excite", "vit"])
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp16", 60.0, 110.0), ("fp8", 15.0, 60.0)])
+def test_layers_of_short_floats_have_errors_of_their_own(name: str, precision: str, least: float, most: float) -> None:
+    subject = subject_of(network(name)[0], QuantConfig.model_validate({"default_precision": precision}), images(16))
+    found, _ = layer_errors(subject, images(1, 3), always)
+    assert {one.precision for one in found} == {precision}
+    for one in found:
+        assert one.snr_db is not None and least < one.snr_db < most
+    assert clipped_values(subject) is not None and not [one for one in dead_channels(subject) if one.kind == "rounded_away"]
+
+
 @pytest.mark.parametrize("name", ["residual", "bottlenecks", "foreign", "shuffle", "vit"])
 def test_the_cost_of_a_layer_is_that_of_the_program_in_which_it_alone_is_integer(name: str) -> None:
     model, data = network(name)[0], images(2, 5)

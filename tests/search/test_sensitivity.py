@@ -66,6 +66,12 @@ def exact(asked, precision):
     return (np.exp(plain) * (plain - log_softmax(moved.double().numpy(), 1))).sum(1).mean()
 
 
+def test_shorter_floats_cost_more():
+    asked = request(MODELS["bottlenecks"], 8, ("fp32", "fp16", "fp8"))
+    for of in measure_sensitivity(asked, ignore).divergence(PLAIN).values():
+        assert of[0] == 0 < of[1] < 0.02 * of[2]
+
+
 def test_directions_have_the_fisher_matrix_as_covariance():
     logits = torch.tensor([[1.0, -2.0, 3.0, 0.5, -40.0]])
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5)))

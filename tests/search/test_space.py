@@ -207,6 +207,17 @@ rules:
         assert settings[name].calibration.mode == ("percentile" if kind == "dense" else "max")
 
 
+def test_float16_layers_need_no_calibration(tmp_path: Path) -> None:
+    space = bind_space(load_space(write(tmp_path, "precisions:\n  default: [fp32, fp16]\n")), GRAPH)
+    assert {one.name for one in space.parameters} == {layer.name for layer in GRAPH.layers}
+    wider = bind_space(load_space(write(tmp_path, "precisions:\n  default: [int8, fp16, fp32]\n")), GRAPH)
+    assert wider.layers[0].values == ("fp32", "fp16", "int8")
+    fp16 = dict.fromkeys((layer.name for layer in GRAPH.layers), "fp16")
+    assert wider.config({**fp16, "calibration": "mse"}) == wider.config({**fp16, "calibration": "max"})
+    mixed = {**fp16, GRAPH.layers[0].name: "int8"}
+    assert wider.config({**mixed, "calibration": "mse"}) != wider.config({**mixed, "calibration": "max"})
+
+
 def test_rules_without_effect_do_not_distinguish_configurations(tmp_path: Path) -> None:
     text = "rules:\n  - types: [dense]\n    granularities: [channel_wise, layer_wise]\n"
     space = bind_space(load_space(write(tmp_path, text)), GRAPH)
@@ -220,11 +231,11 @@ def test_settings_that_no_layer_can_take_fall_back_to_what_it_has() -> None:
     wanted = {"granularity": "group_wise", "weight_symmetry": "asymmetric", "rounding": "second_order", "weight_scale": "mse"}
     of = {
         precision: space.config({**wanted, **{layer.name: precision for layer in GRAPH.layers}})
-        for precision in ("int16", "int8", "w4a8")
+        for precision in ("int16", "int8", "fp8", "w4a8")
     }
     assert of["w4a8"].weights == WeightSettings("group_wise", "max", "asymmetric", "second_order")
     assert of["int8"].weights == WeightSettings("channel_wise", "max", "symmetric", "second_order")
-    assert of["int16"].weights == WeightSettings()
+    assert of["int16"].weights == of["fp8"].weights == WeightSettings()
 
 
 @pytest.mark.parametrize("name", PRESETS)

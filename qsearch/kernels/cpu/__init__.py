@@ -51,6 +51,8 @@ def describe_kernel(key: OpKey, isa: Isa, threads: int = 1, tile: Tile | None = 
     Raises:
         BuildError: No rule applies.
     """
+    if {"float16", "float8_e4m3fn"} & {*key.dtypes}:
+        raise BuildError(f"no CPU kernel for {key.kind} with dtypes {key.dtypes}: float16 and float8 are for CUDA targets only")
     for rule in RULES:
         kernel = rule(key, isa, threads)
         if kernel is not None:

@@ -19,7 +19,20 @@ _HEAD = "__forceinline__ __device__ "
 FUNCTIONS: dict[str, tuple[str, str]] = {
     "qs_mul": ("float32", "float qs_mul(float a, float b) { return __fmul_rn(a, b); }"),
     "qs_add": ("float32", "float qs_add(float a, float b) { return __fadd_rn(a, b); }"),
+    "qs_fma": ("float32", "float qs_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }"),
     "qs_round": ("int32", "int qs_round(float a) { return __float2int_rn(a); }"),
+    # total + the sum of four products of bytes, without sign in a, with one in b.
+    "qs_dot_bytes": (
+        "int32",
+        """int qs_dot_bytes(int total, int a, int b) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(total) : "r"(a), "r"(b));
+  return total;
+}""",
+    ),
+    # Four of the eight bytes of a and b: nibble i of `chosen` says which becomes byte i.
+    "qs_permute": ("int32", "int qs_permute(int a, int b, int chosen) { return (int)__byte_perm(a, b, chosen); }"),
+    # Four bytes of global memory.
+    "qs_word": ("int32", "int qs_word(const void *from) { return *(const int *)from; }"),
     # Copy `bytes` (4, 8 or 16) from global to shared memory without waiting; the same constant in all calls of a kernel.
     "qs_copy_4": (
         "void",
@@ -106,22 +119,26 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     : "r"((unsigned)__cvta_generic_to_shared(row)) : "memory");
 }""",
     ),
-    # sum[4] += a (16 x 32, uint8, four words) * b (32 x 8, int8, two words): m16n8k32.
-    "qs_mma_u8s8": (
-        "void",
-        """void qs_mma_u8s8(void *sum, const void *left, const void *right) {
+    # sum[4] += a (16 x 32, uint8, four words) * b (32 x 8, int8 or uint8, two words): m16n8k32.
+    **{
+        f"qs_mma_u8{sign}8": (
+            "void",
+            f"""void qs_mma_u8{sign}8(void *sum, const void *left, const void *right) {{
   int *c = (int *)sum; const unsigned *a = (const unsigned *)left, *b = (const unsigned *)right;
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.{sign}8.s32 "
+    "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"
     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.{sign}8.s32 {{%0, %1}}, {{%2}}, {{%3}}, {{%0, %1}};"
       : "+r"(c[i % 2 * 2]), "+r"(c[i % 2 * 2 + 1]) : "r"(a[i]), "r"(b[i / 2]));
 #endif
-}""",
-    ),
+}}""",
+        )
+        for sign in "su"
+    },
     # sum[4] += a (16 x 16, float16, four words) * b (16 x 8, float16, two words), float32 sums: m16n8k16.
     "qs_mma_f16": (
         "void",

@@ -8,10 +8,10 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.simt import converted, load, mul, round_to_int
+from qsearch.kernels.cuda.simt import converted, load, mul, registers, round_to_int, store
 from qsearch.quantize.program import FLOATS, INTEGERS
 
-__all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "finished"]
+__all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "finished", "held"]
 
 # The dtypes that hold real numbers; all others hold integers.
 FLOAT_DTYPES = ("float32", "float16")
@@ -38,6 +38,17 @@ def declare_arguments() -> Arguments:
     """Declare the two scalar argument vectors; call it in argument order."""
     integers = T.arg("integers", T.Buffer((len(INTEGERS),), "int32"))
     return Arguments(integers, T.arg("floats", T.Buffer((len(FLOATS),), "float32")))
+
+
+def held(arguments: Arguments) -> Arguments:
+    """The same in registers: read once, where what uses them is conditional and repeated."""
+    kept = []
+    for buffer in (arguments.integers, arguments.floats):
+        values = registers(int(buffer.shape[0]), str(buffer.dtype))
+        for i in range(int(buffer.shape[0])):
+            store(values, i, load(buffer, i))
+        kept.append(values)
+    return Arguments(*kept)
 
 
 def dequantized(value: Expr, dtype: str, arguments: Arguments, which: str) -> Expr:

@@ -22,6 +22,7 @@ __all__ = [
     "at",
     "constant",
     "converted",
+    "fma",
     "for_elements",
     "grid",
     "kernel",
@@ -161,6 +162,11 @@ def mul(a: Expr, b: Expr) -> Expr:
 def add(a: Expr, b: Expr) -> Expr:
     """Add float32, rounding once."""
     return call("qs_add", a, b)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """Multiply and add, a * b + c, in float32, rounding once; for float sums, which are not exact anyway."""
+    return call("qs_fma", a, b, c)
 
 
 def round_to_int(value: Expr) -> Expr:

@@ -30,7 +30,7 @@ def learned_layers(
     """Learn the layers of a configuration that ask for it; what was learned before is found on disk.
 
     Layers of 8-bit activations that are rounded otherwise keep their integers, and only their biases follow. 16-bit layers
-    count as float.
+    count as float, and so do fp8 layers and float16 and float8 values.
 
     Args:
         model: The model.
@@ -64,5 +64,6 @@ def learned_layers(
                 )
             limits[name] = range_
     assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
-    roundings = rounded_reads(model, assignment, ranges, weights, config.activations)
+    reads = rounded_reads(model, assignment, ranges, weights, config.activations)
+    roundings = {edge: tuple(one for one in found if one.limits.is_integer) for edge, found in reads.items()}
     return weights.learned(LearnRequest(model, start, limits, roundings))

@@ -9,12 +9,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from qsearch.config import Calibration, LayerRule, LayerType, QuantConfig
-from qsearch.qtype import PRECISIONS
+from qsearch.qtype import PRECISIONS, UNSCALED
 
-__all__ = ["Candidate", "candidates", "together"]
+__all__ = ["HIGHER", "Candidate", "candidates", "together"]
 
 CALIBRATIONS = (Calibration(mode="max"), Calibration(mode="percentile", percentile=99.99), Calibration(mode="mse"))
 MIGRATION = 0.5
+# What layers that cost much may be raised to, as far as a target has it.
+HIGHER = ("int8", "int16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,22 @@ class Candidate:
     config: QuantConfig
 
 
-def candidates(config: QuantConfig, layers: Mapping[str, LayerType], worst: Sequence[str]) -> list[Candidate]:
+def candidates(
+    config: QuantConfig,
+    layers: Mapping[str, LayerType],
+    worst: Sequence[str],
+    higher: Sequence[str] = ("int8", "int16", "fp32"),
+) -> list[Candidate]:
     """The remedies for a configuration, those first that gain most as a rule.
 
     Args:
         config: The configuration.
         layers: Layer name -> type, for every layer, in graph order.
         worst: The layers that cost most, most first; they are given higher precisions.
+        higher: Which precisions to give them.
     """
     settings = config.resolve(layers)
-    integer = [one for one in settings.values() if one.precision != "fp32"]
+    integer = [one for one in settings.values() if one.precision not in UNSCALED]
     found = []
     if any(one.weights.granularity == "layer_wise" for one in integer):
         found.append(_everywhere(config, "granularity", "channel_wise", "granularity channel_wise"))
@@ -53,7 +61,7 @@ def candidates(config: QuantConfig, layers: Mapping[str, LayerType], worst: Sequ
         found.append(_changed(config, "equalization", True, "cross-layer equalization"))
     if config.bias_correction == "none":
         found.append(_changed(config, "bias_correction", "measured", "bias correction"))
-    found += _higher(config, {name: settings[name].precision for name in worst})
+    found += _higher(config, {name: settings[name].precision for name in worst}, higher)
     for calibration in CALIBRATIONS:
         if any(one.calibration != calibration for one in integer):
             mode = calibration.mode + (f" {calibration.percentile:g}" if calibration.mode == "percentile" else "")
@@ -92,10 +100,10 @@ def together(config: QuantConfig, helped: Sequence[Candidate]) -> Candidate | No
     return Candidate(f"together: {name}", "together", change, config.model_copy(update=values | {"rules": rules}))
 
 
-def _higher(config: QuantConfig, worst: Mapping[str, str]) -> Iterator[Candidate]:
-    """The layers that cost most at every precision above their own."""
+def _higher(config: QuantConfig, worst: Mapping[str, str], higher: Sequence[str]) -> Iterator[Candidate]:
+    """The layers that cost most at every one of some precisions that is above their own, the lowest first."""
     order = list(PRECISIONS)
-    for target in ("int8", "int16", "fp32"):
+    for target in sorted(higher, key=order.index, reverse=True):
         raised = [name for name, own in worst.items() if order.index(own) > order.index(target)]
         if raised:
             precision = {**config.precision, **dict.fromkeys(raised, target)}

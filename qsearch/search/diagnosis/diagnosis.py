@@ -11,7 +11,7 @@ from qsearch.errors import UsageError
 from qsearch.measure.accuracy import mean_divergence
 from qsearch.measure.measurement import Accuracy, Memory
 from qsearch.measure.task import box_divergence
-from qsearch.search.diagnosis.candidates import candidates
+from qsearch.search.diagnosis.candidates import HIGHER, candidates
 from qsearch.search.diagnosis.layer_errors import LayerError, layer_errors
 from qsearch.search.diagnosis.remedies import Remedies, Remedy, measure, measure_remedies, nats
 from qsearch.search.diagnosis.subject import Subject, open_subject
@@ -112,7 +112,8 @@ def diagnose(evaluator: ModelEvaluator, config: QuantConfig, limits: DiagnosisLi
     before = measure(evaluator, subject.program)
     layers, images = _layers(evaluator, subject, limits)
     worst = [one.layer for one in layers if one.divergence is not None][: limits.worst]
-    tried = candidates(config, subject.model.graph.layer_types, worst)
+    higher = [name for name in HIGHER if name in evaluator.target.precisions]
+    tried = candidates(config, subject.model.graph.layer_types, worst, higher)
     remedies = measure_remedies(evaluator, config, before, tried, start + limits.seconds)
     return Diagnosis(
         config,

@@ -25,7 +25,7 @@ class Subject:
         record: Statistics of its values.
         program: The integer program.
         precision: Layer name -> precision.
-        affines: (Node name, 'uint8' or 'int16') -> scale and zero point, for values that exist in integers.
+        affines: (Node name, form) -> scale and zero point, for values that exist in other forms than float32.
     """
 
     model: Model

@@ -109,7 +109,8 @@ def dead_channels(subject: Subject) -> list[DeadChannels]:
         weight, tensor = subject.model.parameters.weight[name], subject.record.tensors[name]
         zero = ~weight.reshape(len(weight), -1).any(1)
         # Of weights with an offset, integers that are all zero still stand for something.
-        whole = [op.constants[key].reshape(len(weight), -1).any(1) for key in ("weight", "group_offset") if key in op.constants]
+        tables = [op.constants[key] for key in ("weight", "group_offset") if key in op.constants]
+        whole = [(table.reshape(len(weight), -1) != 0).any(1) for table in tables]
         rounded = ~np.any(whole, 0) & ~zero
         constant = (tensor.channel_minimum == tensor.channel_maximum) & ~zero
         for kind, dead in (("zero_weights", zero), ("rounded_away", rounded), ("constant", constant & ~rounded)):

@@ -217,7 +217,10 @@ class ModelEvaluator:
         if self._measurer is None:
             images, scorer = partial(self.images, "search"), self.scorer("search")
             logits, reference_ms = self.float_logits("search"), self.baseline.latency.median_ms
-            self._measurer = ModuleMeasurer(lambda: self._reference, reference_ms, images, scorer, logits, self.target.threads)
+            target = self.target
+            self._measurer = ModuleMeasurer(
+                lambda: self._reference, reference_ms, images, scorer, logits, target.threads, device=target.device
+            )
         return self._measurer
 
     @contextmanager
@@ -298,7 +301,7 @@ class ModelEvaluator:
 
     def logits(self, module: CompiledModule, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
-        return run_images(module.open, self.images(part), threads=self.target.threads)
+        return run_images(module.open, self.images(part), threads=self.target.threads, device=self.target.device)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Like `measure_again`, in a process of its own."""

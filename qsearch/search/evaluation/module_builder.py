@@ -20,7 +20,7 @@ from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.rounding.learned_config import learned_layers
 from qsearch.quantize.variants import Variants
-from qsearch.search.evaluation.requirements import require_room
+from qsearch.search.evaluation.requirements import require_precisions, require_room
 
 __all__ = ["ModuleBuilder", "Prepared"]
 
@@ -53,7 +53,7 @@ class ModuleBuilder:
     """
 
     def __init__(self, variants: Variants, value_range: tuple[float, float], target: Target, cache_dir: Path) -> None:
-        self.variants, self.value_range, self.cache_dir = variants, value_range, cache_dir
+        self.variants, self.value_range, self.cache_dir, self.target = variants, value_range, cache_dir, target
         self.linker = Linker(KernelCache(cache_dir / "kernels", target))
         self._ranges: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
 
@@ -72,8 +72,11 @@ class ModuleBuilder:
 
         Raises:
             TrialError: It cannot be quantized.
+            SpaceError: The target has no kernels for one of its precisions.
         """
         variant = self.variants(config)
+        layers = config.resolve(variant.model.graph.layer_types)
+        require_precisions(self.target, {name: (one.precision,) for name, one in layers.items()}, "the configuration")
         model, ranges, weights = variant.model, self.ranges(config), variant.weights
         learned = learned_layers(model, config, ranges, weights, variant.means("measured"))
         return lower(model, config, ranges, weights, variant.means(config.bias_correction), learned)

@@ -35,6 +35,7 @@ class ModuleMeasurer:
         float_logits: float32 (N, classes) of the float module.
         threads: Threads a module runs on.
         processors: Who runs where.
+        device: What a module runs on, 'cpu' or 'cuda'.
     """
 
     open_reference: Callable[[], Any]
@@ -44,6 +45,7 @@ class ModuleMeasurer:
     float_logits: np.ndarray
     threads: int
     processors: Processors = Processors()
+    device: str = "cpu"
 
     def open(self) -> Measure:
         """Get ready in a process of its own."""
@@ -88,8 +90,10 @@ class ModuleMeasurer:
             check()
         labels = self.scorer.labels
         if check is None or labels is None:
-            (logits,) = run_blocks(prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads)
+            (logits,) = run_blocks(
+                prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads, device=self.device
+            )
             return logits
         blocks = image_blocks(self.float_logits, labels)
-        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads)
+        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads, device=self.device)
         return run_until(parts, blocks, self.float_logits, labels, check)

@@ -6,29 +6,37 @@ what is paid per trial happens in `ModelEvaluator.evaluate`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from qsearch.config import QuantConfig
 from qsearch.data import read_preprocessing
 from qsearch.models.graph import Graph
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Progress, Settings
 from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
-from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target
+from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target, require_asked
 from qsearch.search.profile import check_outputs, for_task
+from qsearch.search.space import SearchSpace
 
 __all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator"]
 
+Asked = Mapping[str, QuantConfig | SearchSpace]
 
-def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
+
+def open_evaluator(settings: Settings, progress: Progress, asked: Asked = MappingProxyType({})) -> ModelEvaluator:
     """Load a model and its images, run the float pass, measure the float module.
 
     Args:
         settings: What to load.
         progress: Called whenever a slow step begins.
+        asked: Name -> what will be asked for, if that is known; refused at once where the target cannot have it.
 
     Raises:
         UsageError: The model, the images or the target cannot be used.
     """
-    evaluator = prepare_evaluator(settings, progress)
+    evaluator = prepare_evaluator(settings, progress, asked)
     # The held-out images are needed last; a bad one among them is better met before the trials than after.
     evaluator.images("heldout")
     progress("measuring the float module")
@@ -36,7 +44,7 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     return evaluator
 
 
-def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
+def prepare_evaluator(settings: Settings, progress: Progress, asked: Asked = MappingProxyType({})) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
     target = open_local_target(settings.target, settings.threads)
     progress(f"loading model {settings.model}")
@@ -45,6 +53,7 @@ def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     dataset = open_dataset(settings, loaded, preprocessing)
     progress(f"importing model {settings.model}")
     model = import_model(settings.model, loaded.module, (1, *preprocessing.shape))
+    require_asked(target, asked, model.graph)
     check_classes(model.name, check_outputs(model.graph, loaded), loaded.classes, dataset)
     if model.graph.foreign:
         progress(foreign_notice(model.graph))

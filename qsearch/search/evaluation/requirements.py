@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qsearch.build.target import Target, open_target, require_runnable
 from qsearch.build.threads import use_threads
+from qsearch.config import QuantConfig
 from qsearch.data import Dataset, Preprocessing, load_dataset
 from qsearch.data.box_listing import BOXES_FILE, load_box_dataset
-from qsearch.errors import DataError, StudyError, UnsupportedModelError
+from qsearch.errors import DataError, SpaceError, StudyError, UnsupportedModelError
 from qsearch.measure.mean_average_precision import require_torchmetrics
+from qsearch.models.graph import Graph
 from qsearch.models.zoo import LoadedModel
+from qsearch.search.bound_space import bind_space
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.profile import HOW_TO_DECLARE
+from qsearch.search.space import SearchSpace
 
-__all__ = ["LEAST_FREE_BYTES", "check_classes", "open_dataset", "open_local_target", "require_room"]
+__all__ = [
+    "LEAST_FREE_BYTES",
+    "check_classes",
+    "open_dataset",
+    "open_local_target",
+    "require_asked",
+    "require_precisions",
+    "require_room",
+]
 
 # Objects and libraries of all kernels of a large model that are missing from the cache, with a margin.
 LEAST_FREE_BYTES = 16_000_000
@@ -36,6 +49,47 @@ def open_local_target(name: str, threads: int) -> Target:
     require_runnable(target)
     use_threads(threads)
     return target
+
+
+def require_asked(target: Target, asked: Mapping[str, QuantConfig | SearchSpace], graph: Graph) -> None:
+    """Refuse configurations and spaces with precisions that a target has no kernels for, before anything is measured.
+
+    Args:
+        target: What to compile for.
+        asked: Name -> what is to be measured on it.
+        graph: The model's layers.
+
+    Raises:
+        SpaceError: A layer may get such a precision, or what is asked for does not fit the model.
+    """
+    for name, one in asked.items():
+        if isinstance(one, SearchSpace):
+            bound = bind_space(one, graph)
+            require_precisions(target, {layer.name: layer.values for layer in bound.layers}, f"search space {name!r}")
+        else:
+            layers = {layer: (of.precision,) for layer, of in one.resolve(graph.layer_types).items()}
+            require_precisions(target, layers, f"configuration {name!r}")
+
+
+def require_precisions(target: Target, layers: Mapping[str, Collection[str]], what: str) -> None:
+    """Refuse precisions that a target has no kernels for.
+
+    Args:
+        target: What to compile for.
+        layers: Layer name -> the precisions it may get.
+        what: Who asks for them, for the message.
+
+    Raises:
+        SpaceError: There is such a layer.
+    """
+    missing = dict.fromkeys(name for names in layers.values() for name in names if name not in target.precisions)
+    for name in missing:
+        asking = [layer for layer, names in layers.items() if name in names]
+        more = f" and {len(asking) - 3} more" if len(asking) > 3 else ""
+        raise SpaceError(
+            f"{what} asks for {name} in {', '.join(asking[:3])}{more}, and target {target.name!r} has no {name} kernels, only "
+            f"{', '.join(target.precisions)}: use --target cuda, or leave {name} out"
+        )
 
 
 def open_dataset(settings: Settings, loaded: LoadedModel, preprocessing: Preprocessing) -> Dataset:

@@ -14,6 +14,7 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule, Linker, PlannedCall
 from qsearch.errors import BuildError
+from qsearch.measure.gpu_kernel_times import time_gpu_kernels
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
@@ -168,7 +169,13 @@ def _timed(
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
         modules = _built(request, unknown, progress)
         if modules:
-            clock.times.put(_new_times(time_kernels(modules, request.image, linker.target.threads), clock.times))
+            on_gpu = linker.target.device == "cuda"
+            found = (
+                time_gpu_kernels(linker, [module.program for module in modules])
+                if on_gpu
+                else time_kernels(modules, request.image, linker.target.threads)
+            )
+            clock.times.put(_new_times(found, clock.times))
     for _, calls in plans:
         for call in calls:
             clock.learn(call)

@@ -38,12 +38,12 @@ __all__ = ["IMAGES", "Pair", "Sensitivity", "SensitivityRequest", "integer_pairs
 # images with 32 of them and to 0.99 with 96; fewer rank layer_wise and 4-bit choices less well.
 IMAGES = 96
 
-# (Layer, integer precision).
+# (Layer, precision other than fp32).
 Pair = tuple[str, str]
 
 
 def integer_pairs(layers: Mapping[str, Sequence[str]]) -> tuple[Pair, ...]:
-    """Every layer with every integer precision it may take."""
+    """Every layer with every precision it may take but fp32, integers or not."""
     return tuple((layer, name) for layer, names in layers.items() for name in names if name != "fp32")
 
 
@@ -101,7 +101,7 @@ class Sensitivity:
         range_keys: Ways of deriving ranges that were measured, see `QuantConfig.ranges_key`.
         weight_keys: Ways of rounding weights, see `QuantConfig.weights_key`.
         activation: float32 (range keys, pairs, samples): s of the rounded activations; pairs of a layer and one of its
-            integer precisions, in the order of `layers`.
+            precisions but fp32, in the order of `layers`.
         weight: float32 (weight keys, pairs, samples): s of the rounded weights.
     """
 
