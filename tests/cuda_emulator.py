@@ -563,8 +563,8 @@ _DOTS: dict[str, tuple[Any, Any, Any]] = {
 }
 _MATRIX: dict[str, Callable[..., None]] = {
     "qs_mma_u8s8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.int8), sum_dtype=np.int32, exact=np.int64),
-    "qs_mma_e4m3": lambda *a: _multiply(*a, dtypes=(ml_dtypes.float8_e4m3fn,) * 2, sum_dtype=np.float32, exact=np.float64),
     "qs_mma_u8u8": lambda *a: _multiply(*a, dtypes=(np.uint8, np.uint8), sum_dtype=np.int32, exact=np.int64),
+    "qs_mma_e4m3": lambda *a: _multiply(*a, dtypes=(ml_dtypes.float8_e4m3fn,) * 2, sum_dtype=np.float32, exact=np.float64),
     "qs_mma_tf32": lambda *a: _multiply(*a, dtypes=(np.float32, np.float32), sum_dtype=np.float32, exact=np.float64),
     "qs_mma_f16": lambda *a: _multiply(*a, dtypes=(np.float16, np.float16), sum_dtype=np.float32, exact=np.float64),
 }

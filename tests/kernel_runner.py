@@ -55,7 +55,7 @@ def random_inputs(rng: np.random.Generator, key: OpKey, largest: int = 2**15 - 1
             limit = 2**15 - 1 if i else largest
             inputs.append(rng.integers(-limit, limit + 1, shape, dtype=np.int16))
         else:
-            inputs.append((3 * rng.standard_normal(shape)).astype(np.float32))
+            inputs.append((3 * rng.standard_normal(shape)).astype(np.float32).astype(dtype))
     return inputs
 
 

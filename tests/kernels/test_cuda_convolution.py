@@ -152,7 +152,8 @@ def eighths(op: Op, seed: int) -> Op:
     return replace(op, key=replace(op.key, dtypes=(FP8, *op.key.dtypes[1:]), precision="fp8"), constants=constants)
 
 
-FP8_DTYPES = [("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float16", "float32")]
+# Of the input's dtype nothing is left.
+FP8_DTYPES = [("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float16", "float32"), ("float32", FP8, FP8)]
 
 
 @settings(RELAXED, max_examples=6)
@@ -162,7 +163,10 @@ def test_fp8_agrees(case, dtypes, seed):
     op.constants["floats"][FLOATS.index("multiplier")] = 1
     inputs = random_inputs(np.random.default_rng(seed + 1), op.key, 100)
     inputs = [x.astype(ml_dtypes.float8_e4m3fn if i == 0 else op.key.dtypes[i]) for i, x in enumerate(inputs)]
-    np.testing.assert_allclose(run_emulated(op, inputs), run_op(op, inputs), rtol=1e-4, atol=1e-3)
+    found, expected = (x.astype(np.float32) for x in (run_emulated(op, inputs), run_op(op, inputs)))
+    # Sums that are ordered differently may round to the neighbour, an eighth away at most.
+    np.testing.assert_allclose(found, expected, rtol=0.125 if dtypes[-1] == FP8 else 1e-4, atol=1e-3)
+    assert (found == expected).mean() > 0.9 or dtypes[-1] != FP8
 
 
 def test_fp8_needs_its_matrix_units():

@@ -16,7 +16,7 @@ from qsearch.errors import ToolchainError
 from qsearch.models.graph import Conv, Matmul, Pool
 from qsearch.quantize.program import OpKey
 
-U8, I16, F16, F32 = "uint8", "int16", "float16", "float32"
+U8, I16, F8, F16, F32 = "uint8", "int16", "float8_e4m3fn", "float16", "float32"
 IMAGE, LARGE = (1, 14, 14, 96), (32, 28, 28, 96)
 SAME, WIDE = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 96), ((7, 7), (1, 1), (3, 3, 3, 3), (1, 1), 96)
 PRODUCT = Matmul((2, 3, 49, 49, 32), (0, 14112, 32, 288, 1), (96, 14112, 32, 1, 288), (0, 7203, 2401, 49, 1))
@@ -37,6 +37,7 @@ KEYS = {
     "depthwise int8, residual": layer(LARGE, "w4a8", WIDE, (U8, U8, U8), True),
     "depthwise int16": layer(LARGE, "int16", SAME, (I16, I16)),
     "depthwise fp16": layer(LARGE, "fp16", WIDE, (F16, F16)),
+    "depthwise fp8": layer(LARGE, "fp8", SAME, (F8, F8)),
     "depthwise fp32": layer(LARGE, "fp32", SAME, (F32, F32)),
     "maximum": OpKey("max_pool2d", (IMAGE, (1, 7, 7, 96)), (U8, U8), pool=Pool((3, 3), (2, 2), (1, 1, 1, 1))),
     "average": OpKey("avg_pool2d", (IMAGE, IMAGE), (F16, F16), pool=Pool((3, 3), (1, 1), (1, 1, 1, 1), False)),
@@ -51,6 +52,7 @@ KEYS = {
     "gather": OpKey("gather", ((1, 56, 56, 96), (3136, 96)), (U8, U8), padded=True),
     "layer norm": of_rows("layer_norm", (F16, U8), (768,), (768,)),
     "softmax": of_rows("softmax", (F32, U8)),
+    "softmax fp8": of_rows("softmax", (F16, F8)),
     "long softmax": OpKey("softmax", ((1, 1, 30_000),) * 2, (F32, F32)),
     "normalisation": of_rows("l2_normalize", (U8, F32)),
     "scale": of_rows("scale", (U8, U8), (768,)),
@@ -59,7 +61,8 @@ KEYS = {
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 # Fast to compile, and between them most of what kernels are made of.
 QUICK = {("depthwise int8", "sm_90"), ("product int8", "sm_80"), ("softmax", "sm_75"), ("channels last", "sm_90")}
-EVERY = [(name, arch) for name in KEYS for arch in ARCHITECTURES]
+# TVM has float8 in vectors only where the hardware has it.
+EVERY = [(name, arch) for name in KEYS for arch in ARCHITECTURES if "fp8" not in name or arch == "sm_90"]
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:

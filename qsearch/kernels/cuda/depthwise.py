@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.depthwise_plan import DepthwisePlan
-from qsearch.kernels.cuda.layer import LayerBuffers, LayerEnd, declare_layer, pack_layer
+from qsearch.kernels.cuda.layer import LayerBuffers, LayerEnd, declare_layer, pack_layer, starts_at_bias
 from qsearch.kernels.cuda.simt import constant, converted, fma, kernel, load, registers, store
 from qsearch.kernels.cuda.vectors import fetch, fetched, items
 from qsearch.kernels.description import Kernel
@@ -47,7 +47,8 @@ def _pack_weight(constants: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _write(plan: DepthwisePlan) -> None:
-    dtype = {"float32": "float32", "float16": "float16", "int16": "int16"}.get(plan.key.dtypes[0], "int8")
+    # Weights are of the input's dtype, bytes with a sign apart.
+    dtype = "int8" if plan.key.dtypes[0] == "uint8" else plan.key.dtypes[0]
     buffers = declare_layer(plan.key, int(np.prod(plan.key.conv.kernel)) * plan.channels, dtype)
     with items(plan.threads) as item:
         group, rest = item % plan.groups, item // plan.groups
@@ -78,9 +79,9 @@ class _Tile:
         plan, conv = self.plan, self.plan.key.conv
         _, height, width, channels = plan.key.shapes[0]
         totals = registers(plan.columns * plan.lanes, plan.total)
-        bias = fetched(self.buffers.channel["bias"], self.channel, plan.lanes)
+        bias = fetched(self.buffers.channel["bias"], self.channel, plan.lanes) if starts_at_bias(plan.key) else None
         for i in range(plan.columns * plan.lanes):
-            store(totals, i, load(bias, i % plan.lanes))
+            store(totals, i, constant(0, plan.total) if bias is None else load(bias, i % plan.lanes))
         out_height = plan.key.shapes[-1][1]
         image, y = self.row // out_height, self.row % out_height
 
@@ -136,7 +137,7 @@ class _Tile:
                 with T.Then():
                     fetch(given, self.buffers.source, at + column * channels, lanes)
                 with T.Else():
-                    fill = self.buffers.arguments.integer("a_zero_point") if plan.integer else constant(0, "int32")
+                    fill = self.buffers.arguments.integer("a_zero_point") if plan.integer else constant(0, "float32")
                     for lane in range(lanes):
                         store(given, lane, converted(fill, dtype))
         else:

@@ -9,13 +9,14 @@ from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.simt import converted, load, mul, registers, round_to_int, store
-from qsearch.quantize.program import FLOATS, INTEGERS
+from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS
 
 __all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "finished", "held"]
 
-# The dtypes that hold real numbers; all others hold integers.
+# The dtypes that hold real numbers as they are; all others are in steps of a scale.
 FLOAT_DTYPES = ("float32", "float16")
-LARGEST_HALF = 65504.0
+# The largest number of a short float.
+LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def dequantized(value: Expr, dtype: str, arguments: Arguments, which: str) -> Ex
     """f32(f32(value - zero_point) * multiplier), or f32(f32(value) * multiplier) for float values.
 
     Args:
-        value: uint8, int16, float16 or float32.
+        value: uint8, int16, float8, float16 or float32.
         dtype: Which of them.
         arguments: The kernel's scalars.
         which: 'a' or 'b': whose zero point and multiplier.
     """
-    if dtype not in FLOAT_DTYPES:
+    if dtype in INTEGER_DTYPES:
         value = converted(value, "int32") - arguments.integer(f"{which}_zero_point")
     if dtype != "float32":
         value = converted(value, "float32")
@@ -72,16 +73,16 @@ def finished(dtype: str, value: Expr, arguments: Arguments, clipped: bool) -> Ex
 
     For integers: clip(rint(value) + zero_point, qmin, qmax); the clip comes first, in float, which gives the same integers
     because its bounds are integers, and keeps the conversion to int32 from overflowing. For floats: clip(value, low, high)
-    where `clipped`, else value; float16 saturates.
+    where `clipped`, else value; float16 and float8 saturate.
     """
-    if dtype not in FLOAT_DTYPES:
+    if dtype in INTEGER_DTYPES:
         zero_point = arguments.integer("zero_point")
         low, high = (converted(arguments.integer(name) - zero_point, "float32") for name in ("qmin", "qmax"))
         whole = round_to_int(tirx.min(tirx.max(value, low), high))
         return converted(whole + zero_point, dtype)
     if clipped:
         value = tirx.min(tirx.max(value, arguments.float("low")), arguments.float("high"))
-    if dtype == "float16":
-        largest = tirx.const(LARGEST_HALF, "float32")
-        value = converted(tirx.min(tirx.max(value, tirx.const(-LARGEST_HALF, "float32")), largest), "float16")
+    if dtype in LARGEST:
+        largest = tirx.const(LARGEST[dtype], "float32")
+        value = converted(tirx.min(tirx.max(value, tirx.const(-LARGEST[dtype], "float32")), largest), dtype)
     return value

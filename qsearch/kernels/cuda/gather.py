@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, declare_arguments
+from qsearch.kernels.cuda.epilogue import declare_arguments
 from qsearch.kernels.cuda.simt import constant, converted, kernel, load, registers, store, vector_lanes
 from qsearch.kernels.cuda.vectors import fetch, items, put
 from qsearch.kernels.description import Kernel
-from qsearch.quantize.program import OpKey
+from qsearch.quantize.program import INTEGER_DTYPES, OpKey
 
 __all__ = ["gather"]
 
@@ -38,7 +38,7 @@ def _gather(key: OpKey) -> None:
     arguments = declare_arguments()
     output = T.arg("output", T.Buffer((runs * length,), dtype))
     lanes = vector_lanes(length, dtype)
-    fill = constant(0.0, dtype) if dtype in FLOAT_DTYPES else converted(arguments.integer("a_zero_point"), dtype)
+    fill = converted(arguments.integer("a_zero_point") if dtype in INTEGER_DTYPES else constant(0.0, "float32"), dtype)
     with items(runs * length // lanes) as item:
         run, offset = item // (length // lanes), item % (length // lanes) * lanes
         first, given = load(index, run), registers(lanes, dtype)

@@ -12,19 +12,29 @@ from tvm.tirx.script import builder as T
 from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished, held
 from qsearch.kernels.cuda.simt import add, converted, load, mul, registers, store
 from qsearch.kernels.cuda.vectors import fetched, put
-from qsearch.quantize.program import OpKey
+from qsearch.quantize.program import INTEGER_DTYPES, OpKey
 
-__all__ = ["LayerBuffers", "LayerEnd", "declare_layer", "pack_layer", "sums_integers"]
+__all__ = ["LayerBuffers", "LayerEnd", "declare_layer", "pack_layer", "starts_at_bias", "sums_integers"]
 
 
 def sums_integers(key: OpKey) -> bool:
     """True if products are summed in int32, False for float32."""
+    return key.dtypes[0] in INTEGER_DTYPES
+
+
+def sums_scaled(key: OpKey) -> bool:
+    """True if sums have a multiplier per output channel."""
     return key.dtypes[0] not in FLOAT_DTYPES
+
+
+def starts_at_bias(key: OpKey) -> bool:
+    """True if a sum begins with its bias; that of float8 is added once the sum is in the unit of the output."""
+    return sums_integers(key) or not sums_scaled(key)
 
 
 def _channel_constants(key: OpKey) -> tuple[str, ...]:
     """Names of the constants that have a value for every output channel, in the order of the arguments."""
-    names = ("bias", "multiplier") if sums_integers(key) else ("bias",)
+    names = ("bias", "multiplier") if sums_scaled(key) else ("bias",)
     return (*names, "clip_high") if key.clips_channels else names
 
 
@@ -86,13 +96,14 @@ class LayerEnd:
 
     def __init__(self, key: OpKey, buffers: LayerBuffers, channel: Expr, lanes: int) -> None:
         self._key, self._buffers, self._lanes, self._arguments = key, buffers, lanes, held(buffers.arguments)
-        self._tables = {name: fetched(table, channel, lanes) for name, table in buffers.channel.items() if name != "bias"}
+        names = [name for name in buffers.channel if name != "bias" or not starts_at_bias(key)]
+        self._tables = {name: fetched(buffers.channel[name], channel, lanes) for name in names}
 
     def write(self, totals: tirx.Buffer, first: int, at: Expr) -> None:
         """Finish and store all channels of one position.
 
         Args:
-            totals: Sums, bias included; float32 or int32.
+            totals: Sums, int32 or float32.
             first: Where in them the first channel's is.
             at: Index of the first channel's output.
         """
@@ -101,8 +112,10 @@ class LayerEnd:
         residual = None if buffers.residual is None else fetched(buffers.residual, at, self._lanes)
         for lane in range(self._lanes):
             value = load(totals, first + lane)
-            if integer:
+            if "multiplier" in self._tables:
                 value = mul(converted(value, "float32"), load(self._tables["multiplier"], lane))
+            if "bias" in self._tables:
+                value = add(value, load(self._tables["bias"], lane))
             if residual is not None:
                 value = add(value, dequantized(load(residual, lane), key.dtypes[1], self._arguments, "b"))
             if not integer and key.dtypes[-1] not in FLOAT_DTYPES:
