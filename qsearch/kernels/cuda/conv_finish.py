@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 from qsearch.kernels.cuda.conv_layout import Place, kept
 from qsearch.kernels.cuda.conv_plan import ConvPlan
 from qsearch.kernels.cuda.conv_units import Units, staged_sum
-from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished
+from qsearch.kernels.cuda.epilogue import FLOAT_DTYPES, Arguments, declare_arguments, dequantized, finished, held
 from qsearch.kernels.cuda.simt import add, converted, load, move, mul, registers, store, sync, vector_lanes
 
 __all__ = ["ConvBuffers", "declare_buffers", "finish"]
@@ -57,17 +57,6 @@ def declare_buffers(plan: ConvPlan) -> ConvBuffers:
     )
 
 
-def _in_registers(arguments: Arguments) -> Arguments:
-    """The scalars, loaded once: beyond a barrier the compiler would load them again."""
-    copies = []
-    for vector in (arguments.integers, arguments.floats):
-        count = int(vector.shape[0])
-        copies.append(registers(count, str(vector.dtype)))
-        for i in range(count):
-            store(copies[-1], i, load(vector, i))
-    return Arguments(*copies)
-
-
 class _Columns:
     """Adjacent output channels, the same in all rows that a thread finishes, and their constants.
 
@@ -83,7 +72,9 @@ class _Columns:
         self.plan, self.buffers, self.first, self.lanes = plan, buffers, first, lanes
         self.channel = kept(place.column_tile * plan.tile.columns + first)
         packed = place.group * plan.packed_columns + self.channel
-        self.multiplier, self.clip_high = (self._constants(x, packed) for x in (buffers.multiplier, buffers.clip_high))
+        self.multiplier, self.clip_high, self.bias = (
+            self._constants(x, packed) for x in (buffers.multiplier, buffers.clip_high, buffers.bias if plan.bias_last else None)
+        )
         self.output = kept(place.group * plan.out_channels + self.channel)
 
     def _constants(self, buffer: tirx.Buffer | None, first: Expr) -> tirx.Buffer | None:
@@ -117,6 +108,8 @@ class _Columns:
     def _value(self, i: int, total: Expr, residual: tirx.Buffer | None) -> Expr:
         key, arguments = self.plan.key, self.buffers.arguments
         value = mul(converted(total, "float32"), load(self.multiplier, i)) if self.plan.scaled else total
+        if self.bias is not None:
+            value = add(value, load(self.bias, i))
         if residual is not None:
             value = add(value, dequantized(load(residual, i), key.dtypes[1], arguments, "b"))
         if not self.plan.scaled and key.dtypes[-1] not in FLOAT_DTYPES:
@@ -137,7 +130,7 @@ def _under(tests: list[Expr], body: Callable[[], None]) -> None:
 def finish(plan: ConvPlan, buffers: ConvBuffers, units: Units, shared: tirx.Buffer, place: Place) -> None:
     """Write a block's outputs. All threads have done with shared memory before, and wait for one another here."""
     tile, lanes = plan.tile, vector_lanes(plan.out_channels, "float32")
-    buffers = replace(buffers, arguments=_in_registers(buffers.arguments))
+    buffers = replace(buffers, arguments=held(buffers.arguments))
     runs = tile.columns // lanes
     # A power of two divides the threads: of 24 runs 8 are finished at a time, whole rows of 8.
     across = runs & -runs

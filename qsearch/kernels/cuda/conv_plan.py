@@ -62,8 +62,13 @@ class ConvPlan:
 
     @property
     def scaled(self) -> bool:
-        """True if every output channel has a multiplier, and bias and sums its unit."""
-        return self.integer or self.key.precision == "fp8"
+        """True if every output channel has a multiplier."""
+        return self.integer or self.bias_last
+
+    @property
+    def bias_last(self) -> bool:
+        """True if the bias has the output's unit, and is added to the product of sum and multiplier."""
+        return self.key.precision == "fp8"
 
     @property
     def matrix(self) -> bool:

@@ -62,6 +62,8 @@ class _Warp:
     def start(self, bias: tirx.Buffer, column: Expr, lanes: int) -> list[Expr]:
         """What the sums of adjacent columns of the warp's tile start at: of warps that share the depth one has the bias."""
         dtype = self.plan.dtypes[2]
+        if self.plan.bias_last:
+            return [constant(0, dtype)] * lanes
         values = registers(lanes, dtype)
         move(values, 0, bias, self.channel + column, lanes)
         starts = [load(values, i) for i in range(lanes)]
