@@ -60,8 +60,10 @@ def test_better_roundings_move_the_outputs_less(variants: Variants) -> None:
     grouped = divergence(
         program(variants, rounding="second_order", granularity="group_wise", weight_symmetry="asymmetric"), MODEL, fresh
     )
+    by_layer = divergence(program(variants, rounding="learned_layer"), MODEL, fresh)
     assert second < nearest
     assert learned < nearest
+    assert by_layer < nearest and by_layer != learned
     assert grouped < nearest
 
 
