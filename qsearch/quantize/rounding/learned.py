@@ -4,7 +4,8 @@ Block reconstruction as in Li et al. 2021, "BRECQ" (arXiv:2102.05426), section 3
 "Up or down? Adaptive rounding" (arXiv:2004.10568), eq. 21, learn layer by layer. Their soft rounding takes ten thousand steps to
 harden. Here learning starts at integers that are good already, those of second order, and goes straight through the
 rounding (Bengio et al. 2013, arXiv:1308.3432): a hundred steps do. The block reads what the rounded blocks before it
-give, so that it also makes up for them; with the float network's input there is nothing left to gain.
+give, so that it also makes up for them; with the float network's input there is nothing left to gain. A layer alone is a block
+of one node, learned by its own output as in AdaRound.
 
 A few images are soon learned by heart. A part of them is therefore held out, and what did best on it is kept.
 """
