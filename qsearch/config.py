@@ -154,7 +154,7 @@ class QuantConfig(BaseModel):
             for a value that is never negative).
         weight_symmetry: Of 4-bit weights; others are symmetric, and so are those with one scale per layer.
         rounding: Of weights to integers: to the nearest, or so that the layer's output changes least; learned ones block
-            after block, or layer after layer.
+            after block, or layer after layer. Second order leaves the mean of what changes to `bias_correction`.
         equalization: Equalize the weight ranges of adjacent layers first.
         bias_absorption: Move large biases into the layers that follow first.
         migration: Share of the activations' range that linear layers' weights take over first, 0 to 1; 0 for none.
