@@ -39,7 +39,7 @@ CalibrationMode = Literal["max", "percentile", "kl_divergence", "mse", "global_s
 Granularity = Literal["channel_wise", "layer_wise", "group_wise"]
 WeightScale = Literal["max", "power_of_two", "mse"]
 Symmetry = Literal["symmetric", "asymmetric"]
-Rounding = Literal["nearest", "second_order", "learned"]
+Rounding = Literal["nearest", "second_order", "learned", "learned_layer"]
 BiasCorrection = Literal["none", "analytic", "measured"]
 LayerType = Literal["conv", "depthwise", "dense"]
 Position = Literal["first", "last"] | tuple[int, ...]
@@ -153,7 +153,8 @@ class QuantConfig(BaseModel):
         activations: Of 8-bit values: a zero point wherever zero is, or in the middle of the integers (at their lower end
             for a value that is never negative).
         weight_symmetry: Of 4-bit weights; others are symmetric, and so are those with one scale per layer.
-        rounding: Of weights to integers: to the nearest, or so that the layer's output changes least.
+        rounding: Of weights to integers: to the nearest, or so that the layer's output changes least; learned ones block
+            after block, or layer after layer. Second order leaves the mean of what changes to `bias_correction`.
         equalization: Equalize the weight ranges of adjacent layers first.
         bias_absorption: Move large biases into the layers that follow first.
         migration: Share of the activations' range that linear layers' weights take over first, 0 to 1; 0 for none.

@@ -83,7 +83,11 @@ class Target:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Names of the precisions that it has kernels for."""
-        return ("fp32", "fp16", "int16", "int8", "w4a8") if self.arch else ("fp32", "int16", "int8", "w4a8")
+        if not self.arch:
+            return ("fp32", "int16", "int8", "w4a8")
+        # Conversions of float8 are instructions since compute capability 8.9.
+        short = ("fp8",) if int(self.arch.removeprefix("sm_")) >= 89 else ()
+        return ("fp32", "fp16", "int16", "int8", *short, "w4a8")
 
     @property
     def description(self) -> str:

@@ -45,9 +45,9 @@ def coverage_warnings(record: StatisticsRecord, labels: Sequence[int], present: 
     warnings = []
     seen = len(set(labels))
     if seen < present:
+        shown = "one calibration image shows" if record.images == 1 else f"{record.images} calibration images show"
         warnings.append(
-            f"the {record.images} calibration images show {seen} of the {present} classes that the labelled images have: ranges "
-            "of what they do not show may be clipped"
+            f"the {shown} {seen} of the {present} classes of the labelled images: ranges of what is not shown may be clipped"
         )
     if record.images == 1:
         return [*warnings, "one calibration image tells nothing of how ranges vary: give some dozens"]

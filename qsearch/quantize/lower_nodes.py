@@ -17,7 +17,7 @@ from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
 from qsearch.quantize.program import INTEGER_DTYPES, Op, OpKey, Value
 from qsearch.quantize.reference import activation
-from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.rounding.learned import LEARNED, RoundedLayer
 from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import (
@@ -168,7 +168,7 @@ def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarr
     limits = PRECISIONS[context.layers[name].precision].weight
     if name in context.learned:
         prepared = context.learned[name].weight
-    elif context.layers[name].weights.rounding == "learned":
+    elif context.layers[name].weights.rounding in LEARNED:
         raise QuantizeError(f"layer {name!r} is to be rounded as learned, and nothing was learned; see `learned_layers`")
     else:
         prepared = context.weights.quantized(name, weight, context.layers[name].weights, limits)

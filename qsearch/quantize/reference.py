@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qsearch.models.graph import Pool
-from qsearch.qtype import FLOAT8, FLOAT16, PRECISIONS
+from qsearch.qtype import FLOAT8, FLOAT16, PRECISIONS, UNSCALED
 from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Program
 from qsearch.quantize.reference_attention import FLOAT_FUNCTIONS, gather, multiply
 
@@ -92,8 +92,7 @@ def _conv2d(op: Op, inputs: list[Array]) -> Array:
         value = (total + op.constants["bias"]).astype(np.float32)
     if op.key.residual:
         value = value + _dequantized(op, inputs[1], "b")
-    if not integer:
-        # One for float outputs.
+    if op.key.precision in UNSCALED and op.output.dtype not in ("float32", "float16"):
         value = value * _float(op, "multiplier")
     if op.key.clips_channels:
         value = np.minimum(value, op.constants["clip_high"])

@@ -6,6 +6,10 @@ with 4-bit weights. What a space or a configuration names itself wins.
 
 Nothing is chosen by the statistics of the inputs. A more precise first layer, the obvious candidate for inputs of one
 channel or a wide range, changed neither the built-in networks nor EfficientNet-Lite0 at int8 by more than their intervals.
+Nor does another calibration than max pay where the statistics are poor: of one calibration image alone the built-in
+classifier has 3,245 right by max, 3,245 by mse and 3,242 without images (float: 3,240 of 3,500), EfficientNet-Lite0 332, 332
+and 336 (float: 334 of 375); with inputs dimmed to an eighth and single pixels at full brightness 1,303, 1,303 and 1,305
+(float: 1,309 of 1,400).
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Images that quantized networks have right, counted on compiled modules, over calibration draws; prints JSON.
+"""Images that quantized networks have right, counted on compiled modules, over calibration draws; --json prints all of it.
 
-    python tests/bench/accuracy.py --model efficientnet_lite0 --data DATA --seeds 3
+    python tests/bench/accuracy.py --model efficientnet_lite0 --data DATA --seeds 3 --json
+    python tests/bench/accuracy.py --model demo
+    python tests/bench/accuracy.py --model fashion_networks:resnet18
 
+The networks of `fashion_networks.py` are trained first where the cache folder has no weights of theirs.
 Every setting is lowered, compiled and run on all images of both halves; `correct` is out of all of them. The calibration
 images are drawn from the search half, another draw for each seed. `seconds` is the time from the configuration to the
 linked module, kernels and what the methods keep compiled included where a setting is the first to need them. --peers adds
@@ -21,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fashion_networks
 import numpy as np
 
 from qsearch.config import QuantConfig
@@ -56,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "w4 inner, groups": {**INNER, **NEAREST, **GROUPS},
     "w4 inner, second order": {**INNER, **SECOND},
     "w4 inner, learned": {**INNER, "rounding": "learned"},
+    "w4 inner, learned by layer": {**INNER, "rounding": "learned_layer"},
     "w4 inner, groups, second order": {**INNER, **SECOND, **GROUPS},
     "rule_driven": {
         "calibration": {"mode": "global_scale", "global_scale": 6.0},
@@ -71,7 +76,7 @@ def peer_rows(options: argparse.Namespace, seed: int, folder: Path) -> list[dict
     evaluator = open_model(options, seed)
     images = evaluator.images("calibration")
     with contextlib.redirect_stdout(sys.stderr):
-        export_onnx(load_model(options.model, None).module.eval(), images[:1], folder / "float.onnx")
+        export_onnx(load_model(options.model, options.weights).module.eval(), images[:1], folder / "float.onnx")
     rows = []
     for peer, (make, _) in PEERS.items():
         # The makers print.
@@ -141,7 +146,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="calibration draws")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help="names, or configurations as JSON")
     parser.add_argument("--peers", action="store_true", help="ONNX Runtime and NNCF, too")
+    parser.add_argument("--json", action="store_true", help="print every count as one JSON document instead of a table")
     options = parser.parse_args()
+    home, _, name = options.model.partition(":")
+    if home == fashion_networks.__name__ and options.weights is None:
+        options.weights = fashion_networks.trained(name, options.cache)
+        options.data = options.data or Path("demo")
     rows = [row for seed in range(options.seeds) for row in measure(options, seed, options.settings)]
     for seed in range(options.seeds if options.peers else 0):
         with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +160,11 @@ def main() -> None:
     for name in dict.fromkeys(row["setting"] for row in rows):
         counts = [row["correct"] for row in rows if row["setting"] == name]
         summary.append({"setting": name, "mean": float(np.mean(counts)), "least": min(counts), "most": max(counts)})
-    print(json.dumps({"model": options.model, "results": summary, "rows": rows}, indent=1))
+    if options.json:
+        print(json.dumps({"model": options.model, "results": summary, "rows": rows}, indent=1))
+        return
+    for row in summary:
+        print(f"{row['mean']:8.1f}  {row['least']} to {row['most']}  {row['setting']}")
 
 
 if __name__ == "__main__":

@@ -50,3 +50,5 @@ def test_growth_is_told_with_its_amount() -> None:
 def test_a_single_image_is_not_enough_to_tell() -> None:
     (warning,) = coverage_warnings(record(alike(1)), [0], 1)
     assert "one calibration image" in warning
+    missing, _ = coverage_warnings(record(alike(1)), [0], 5)
+    assert "one calibration image shows 1 of the 5 classes" in missing

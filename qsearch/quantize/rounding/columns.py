@@ -26,6 +26,9 @@ __all__ = ["Columns", "columns_of", "compensated", "descended"]
 DAMPING, UNSEEN = 0.1, 128
 # Keeps the covariance of an input that never varies positive definite.
 LEAST_VARIANCE = 1e-10
+# Of few positions, or of inputs that hardly vary, the covariance is what rounding left of the mean square; this share of the
+# latter is added then, and ten times as much until the matrix is positive definite.
+LEFT_BY_ROUNDING, TRIES = 1e-7, 8
 # Columns that are swept before the others hear of it; their matrices stay in cache.
 BLOCK = 64
 
@@ -105,10 +108,35 @@ def columns_of(name: str, weight: Tensor, moments: InputMoments, limits: IntRang
     # Those that matter most are rounded while many columns are left to make up for it.
     order = variance.argsort(dim=1, descending=True, stable=True)
     damped = damped.gather(1, order[:, :, None].expand_as(damped)).gather(2, order[:, None].expand_as(damped))
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    squares = (torch.from_numpy(moments.mean) ** 2 + variance.clamp(min=0)).mean(1, keepdim=True)
+    damped, inverse = _factored(name, damped, squares)
     rows = weight.reshape(groups, -1, reads)
     rows = rows.gather(2, order[:, None].expand_as(rows))
     return Columns(rows, damped.float(), inverse.float(), order, limits)
+
+
+def _factored(name: str, damped: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """A covariance, made positive definite if it is not, and the upper factor of its inverse; (groups, K, K).
+
+    Args:
+        name: Layer name, for the message.
+        damped: float64 (groups, K, K).
+        squares: Mean square of the layer's input, float64 (groups, 1).
+
+    Raises:
+        QuantizeError: No share of the mean square makes it so.
+    """
+    for step in range(TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed.any()):
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed.any()):
+                return damped, inverse
+        added = squares * LEFT_BY_ROUNDING * 10**step
+        damped = damped + torch.diag_embed(added.expand(damped.shape[:2]))
+    raise QuantizeError(
+        f"what layer {name!r} reads on the calibration images has no usable covariance: give more images, or round it to nearest"
+    )
 
 
 def compensated(columns: Columns, scale: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Block reconstruction as in Li et al. 2021, "BRECQ" (arXiv:2102.05426), section 3
 "Up or down? Adaptive rounding" (arXiv:2004.10568), eq. 21, learn layer by layer. Their soft rounding takes ten thousand steps to
 harden. Here learning starts at integers that are good already, those of second order, and goes straight through the
 rounding (Bengio et al. 2013, arXiv:1308.3432): a hundred steps do. The block reads what the rounded blocks before it
-give, so that it also makes up for them; with the float network's input there is nothing left to gain.
+give, so that it also makes up for them; with the float network's input there is nothing left to gain. A layer alone is a block
+of one node, learned by its own output as in AdaRound.
 
 A few images are soon learned by heart. A part of them is therefore held out, and what did best on it is kept.
 """
@@ -12,8 +13,9 @@ A few images are soon learned by heart. A part of them is therefore held out, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -28,10 +30,12 @@ from qsearch.qtype import IntRange
 from qsearch.quantize.affine import Affine
 from qsearch.quantize.weights import QuantizedWeight
 
-__all__ = ["LEAST_IMAGES", "BlockData", "LearnSettings", "RoundedLayer", "Roundings", "learn_block", "run_block"]
+__all__ = ["LEARNED", "LEAST_IMAGES", "BlockData", "LearnSettings", "RoundedLayer", "Roundings", "learn_block", "run_block"]
 
 # (Reader's name, position among its inputs) -> the quantizers that what it reads passes through.
 Roundings = Mapping[tuple[str, int], tuple[Affine, ...]]
+# What a configuration calls it: block after block, or layer after layer.
+LEARNED = ("learned", "learned_layer")
 # One image in so many is held out.
 HELD_OUT, LEAST_IMAGES = 5, 5
 # How far a weight starts from its integer towards its float value, in integers: half would change the integer.
@@ -94,11 +98,22 @@ class BlockData:
         inputs: What the rounded network gives it, float32 (N, ...).
         targets: What the float network passes on there, float32 (N, ...).
         roundings: Quantizers of what its nodes read.
+        known: Further values that the rounded network gives it, by name, float32 (N, ...).
     """
 
     inputs: Tensor
     targets: Tensor
     roundings: Roundings
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, images: slice | Tensor) -> BlockData:
+        """The data of some images."""
+        known = {name: value[images] for name, value in self.known.items()}
+        return replace(self, inputs=self.inputs[images], targets=self.targets[images], known=known)
+
+    def batches(self, size: int) -> Iterator[BlockData]:
+        """The data of all images, so many at a time."""
+        return (self[slice(start, start + size)] for start in range(0, len(self.inputs), size))
 
 
 @dataclass
@@ -194,7 +209,7 @@ def learn_block(
         raise QuantizeError(f"learned rounding needs at least {LEAST_IMAGES} calibration images, got {count}: give it more")
     state, size = _State(block, start, limits), _batch_size(block)
     learning = count - max(1, count // HELD_OUT)
-    held_out = replace(data, inputs=data.inputs[learning:], targets=data.targets[learning:])
+    held_out = data[slice(learning, count)]
     # The start is what was given, not what it leans towards.
     best, kept = _error(state, held_out, size), state.layers()
     if not np.isfinite(best):
@@ -209,7 +224,8 @@ def learn_block(
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(1, settings.iterations + 1):
         drawn = torch.randperm(learning, generator=generator)[:size]
-        loss = F.mse_loss(_run(state, data.inputs[drawn], data.roundings), data.targets[drawn])
+        batch = data[drawn]
+        loss = F.mse_loss(_run(state, batch), batch.targets)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -220,7 +236,13 @@ def learn_block(
 
 
 @torch.no_grad()
-def run_block(block: Model, inputs: Tensor, roundings: Roundings, layers: Mapping[str, RoundedLayer]) -> Tensor:
+def run_block(
+    block: Model,
+    inputs: Tensor,
+    roundings: Roundings,
+    layers: Mapping[str, RoundedLayer],
+    known: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
     """Run a block over all images, a few at a time.
 
     Args:
@@ -228,6 +250,7 @@ def run_block(block: Model, inputs: Tensor, roundings: Roundings, layers: Mappin
         inputs: float32 (N, ...).
         roundings: Quantizers of what its nodes read; none for the float network.
         layers: Rounded layers; others compute in float.
+        known: Further values that it reads, by name, float32 (N, ...).
 
     Returns:
         float32 (N, ...).
@@ -235,27 +258,29 @@ def run_block(block: Model, inputs: Tensor, roundings: Roundings, layers: Mappin
     weights = {name: _integers(one.weight) * torch.tensor(one.weight.scale).reshape(-1, 1, 1, 1) for name, one in layers.items()}
     bias = block.parameters.bias | {name: block.parameters.bias[name] + one.shift for name, one in layers.items()}
     shifted = replace(block, parameters=replace(block.parameters, bias=bias))
-    size = _batch_size(block)
-    parts = [
-        forward(shifted, part, read=lambda node, i, value: _read(node, i, value, roundings), weight=weights)
-        for part in inputs.split(size)
-    ]
-    return torch.cat(parts)
+    parts = BlockData(inputs, inputs, roundings, known).batches(_batch_size(block))
+    return torch.cat([_forward(shifted, part, weights) for part in parts])
 
 
-def _run(state: _State, inputs: Tensor, roundings: Roundings) -> Tensor:
+def _forward(model: Model, data: BlockData, weights: Mapping[str, Tensor]) -> Tensor:
+    def read(node: Node, position: int, value: Tensor) -> Tensor:
+        return _read(node, position, value, data.roundings)
+
+    return forward(model, data.inputs, known=data.known, read=read, weight=weights)
+
+
+def _run(state: _State, data: BlockData) -> Tensor:
     weights, biases = state.parameters()
     # The interpreter takes tensors in place of arrays, see `forward`.
     table = cast(dict[str, np.ndarray], {**state.model.parameters.bias, **biases})
     model = replace(state.model, parameters=replace(state.model.parameters, bias=table))
-    return forward(model, inputs, read=lambda node, i, value: _read(node, i, value, roundings), weight=weights)
+    return _forward(model, data, weights)
 
 
 @torch.no_grad()
 def _error(state: _State, data: BlockData, size: int) -> float:
     """Mean squared error of the block's output."""
-    parts = zip(data.inputs.split(size), data.targets.split(size), strict=True)
-    total = sum(float(F.mse_loss(_run(state, given, data.roundings), wanted, reduction="sum")) for given, wanted in parts)
+    total = sum(float(F.mse_loss(_run(state, part), part.targets, reduction="sum")) for part in data.batches(size))
     return total / data.targets.numel()
 
 

@@ -13,7 +13,7 @@ from qsearch.qtype import PRECISIONS
 from qsearch.quantize.assign import UINT8_FORM, assign_forms
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.perturbation import rounded_reads
-from qsearch.quantize.rounding.learned import RoundedLayer
+from qsearch.quantize.rounding.learned import LEARNED, RoundedLayer
 from qsearch.quantize.rounding.learned_network import LearnRequest
 from qsearch.quantize.weight_store import WeightStore
 
@@ -48,7 +48,7 @@ def learned_layers(
     """
     layers = config.resolve(model.graph.layer_types)
     eight = {name: one for name, one in layers.items() if PRECISIONS[one.precision].activation.dtype == UINT8_FORM}
-    wanted = [name for name, one in eight.items() if one.weights.rounding == "learned"]
+    wanted = [name for name, one in eight.items() if one.weights.rounding in LEARNED]
     if not wanted:
         return {}
     start, limits = {}, {}
@@ -66,4 +66,5 @@ def learned_layers(
     assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
     reads = rounded_reads(model, assignment, ranges, weights, config.activations)
     roundings = {edge: tuple(one for one in found if one.limits.is_integer) for edge, found in reads.items()}
-    return weights.learned(LearnRequest(model, start, limits, roundings))
+    alone = frozenset(name for name in wanted if eight[name].weights.rounding == "learned_layer")
+    return weights.learned(LearnRequest(model, start, limits, roundings, alone))

@@ -1,4 +1,4 @@
-"""Learned rounding of a whole configuration, block after block, every block kept on disk by content.
+"""Learned rounding of a whole configuration, block after block or layer after layer, each kept on disk by content.
 
 What a block learns depends on all roundings before it. Its file is therefore named after these too: the same
 configuration costs nothing the second time, and after a change of a late layer only what follows is learned again.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qsearch.models.content import array_digest, value_digests
 from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
 from qsearch.qtype import IntRange
-from qsearch.quantize.rounding.blocks import Block, blocks_of
+from qsearch.quantize.rounding.blocks import Block, blocks_of, divided
 from qsearch.quantize.rounding.learned import BlockData, LearnSettings, RoundedLayer, Roundings, learn_block, run_block
 from qsearch.quantize.rounding.rounding_file import load_rounding, rounding_path, save_rounding
 
@@ -40,6 +40,7 @@ class LearnRequest:
         limits: Layer name -> range of its integers, of the layers whose integers are learned. In the blocks that have
             one, scales of these and biases of all rounded layers are learned too; other blocks stay as they are.
         roundings: Quantizers of what its nodes read.
+        alone: Layers that are learned by their own output; the blocks that have one are divided into their nodes.
         settings: How to learn.
     """
 
@@ -47,6 +48,7 @@ class LearnRequest:
     start: Mapping[str, RoundedLayer]
     limits: Mapping[str, IntRange]
     roundings: Roundings
+    alone: frozenset[str] = frozenset()
     settings: LearnSettings = LearnSettings()
 
 
@@ -74,35 +76,40 @@ def learn_network(
         QuantizeError: There are too few images, or a block is not finite.
         StudyError: A result cannot be written.
     """
-    blocks = blocks_of(request.model.graph)
+    blocks = divided(blocks_of(request.model.graph), request.alone)
     digests = _digests(request, blocks, source)
     kept = [_kept(request, block, digest, folder) for block, digest in zip(blocks, digests, strict=True)]
     if None in kept:
-        real = given = torch.tensor(np.ascontiguousarray(images(), np.float32))
+        first = torch.tensor(np.ascontiguousarray(images(), np.float32))
+        real, given = {request.model.graph.input.name: first}, {request.model.graph.input.name: first}
         # Whatever lies behind the last block that is missing is known, and need not be run.
         last = max(i for i, found in enumerate(kept) if found is None)
         for i, block in enumerate(blocks[: last + 1]):
             model, layers = block.model(request.model), kept[i]
-            target = run_block(model, real, {}, {})
+            target = run_block(model, real[block.source], {}, {}, _of(real, block.others))
+            entry, known = given[block.source], _of(given, block.others)
             if layers is None:
-                start, limits = _of(request.start, block), _of(request.limits, block)
-                layers = learn_block(model, start, limits, BlockData(given, target, request.roundings), request.settings)
+                start, limits = _of(request.start, block.layers), _of(request.limits, block.layers)
+                layers = learn_block(model, start, limits, BlockData(entry, target, request.roundings, known), request.settings)
                 _keep(layers, block, digests[i], folder)
                 kept[i] = layers
-            real, given = target, run_block(model, given, request.roundings, layers)
+            passed = block.nodes[-1].name
+            real[passed], given[passed] = target, run_block(model, entry, request.roundings, layers, known)
+            read = {name for later in blocks[i + 1 : last + 1] for name in (later.source, *later.others)}
+            real, given = _of(real, read), _of(given, read)
             if progress is not None:
                 progress(i + 1, len(blocks))
     return {name: layer for layers in kept if layers is not None for name, layer in layers.items()}
 
 
-def _of(table: Mapping[str, Any], block: Block) -> dict[str, Any]:
-    return {name: table[name] for name in block.layers if name in table}
+def _of(table: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: table[name] for name in names if name in table}
 
 
 def _kept(request: LearnRequest, block: Block, digest: str, folder: Path) -> dict[str, RoundedLayer] | None:
     """A block's layers if they are on disk, or if there is nothing to learn."""
-    start = _of(request.start, block)
-    if not _of(request.limits, block):
+    start = _of(request.start, block.layers)
+    if not _of(request.limits, block.layers):
         return start
     found = {}
     for name in start:

@@ -14,7 +14,7 @@ from qsearch.models.graph import Model
 from qsearch.models.interpret import forward
 from qsearch.qtype import IntRange
 from qsearch.quantize.affine import affine_from_range
-from qsearch.quantize.rounding.blocks import blocks_of
+from qsearch.quantize.rounding.blocks import blocks_of, divided
 from qsearch.quantize.rounding.learned import BlockData, LearnSettings, RoundedLayer, learn_block, run_block
 from qsearch.quantize.rounding.learned_network import LearnRequest, learn_network
 from qsearch.quantize.weights import quantize_weight, weight_scales
@@ -39,7 +39,7 @@ def request(model: Model) -> LearnRequest:
         for node in model.graph.layers
     }
     start = nearest(model)
-    return LearnRequest(model, start, dict.fromkeys(start, FOUR), roundings, SHORT)
+    return LearnRequest(model, start, dict.fromkeys(start, FOUR), roundings, settings=SHORT)
 
 
 ENDS = ("minimum", "maximum")
@@ -74,6 +74,47 @@ def test_blocks_one_after_the_other_are_the_network(name: str) -> None:
         value = run_block(block.model(model), value, {}, {})
     with torch.no_grad():
         torch.testing.assert_close(value, forward(model, data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "excite", "foreign", "vit"])
+def test_layers_one_after_the_other_are_the_network(name: str) -> None:
+    model, data = network(name)[0], torch.tensor(images(4))
+    parts = divided(blocks_of(model.graph), {node.name for node in model.graph.layers})
+    assert [node for part in parts for node in part.nodes] == list(model.graph.nodes[1:])
+    assert all(len(part.nodes) == 1 for part in parts)
+    values = {model.graph.input.name: data}
+    for part in parts:
+        others = {name: values[name] for name in part.others}
+        values[part.nodes[-1].name] = run_block(part.model(model), values[part.source], {}, {}, others)
+    with torch.no_grad():
+        torch.testing.assert_close(values[model.graph.output], forward(model, data), rtol=1e-4, atol=1e-5)
+
+
+def test_only_blocks_with_a_layer_alone_are_divided(residual: LearnRequest) -> None:
+    blocks = blocks_of(residual.model.graph)
+    assert divided(blocks, ()) == blocks
+    parts = divided(blocks, {blocks[0].layers[-1]})
+    assert parts[len(blocks[0].nodes) :] == blocks[1:]
+    assert [part.layers for part in parts if part.layers][: len(blocks[0].layers)] == [(name,) for name in blocks[0].layers]
+
+
+def test_layers_learned_alone_err_less_than_their_start_and_are_found_again(residual: LearnRequest, tmp_path: Path) -> None:
+    asked = replace(residual, alone=frozenset(residual.start))
+    calls: list[str] = []
+    found, again = learned(asked, tmp_path, calls), learned(asked, tmp_path, calls)
+    assert calls == ["images"] and all(same(found[name], again[name]) for name in found)
+    assert list(found) == [node.name for node in residual.model.graph.layers]
+    first = residual.model.graph.layers[0].name
+    (part,) = (one for one in divided(blocks_of(residual.model.graph), asked.alone) if one.layers == (first,))
+    data, model = torch.tensor(images(20, 3)), part.model(residual.model)
+    target = run_block(model, data, {}, {})
+    before, after = (
+        float(((run_block(model, data, asked.roundings, {first: layers[first]}) - target)[-4:] ** 2).mean())
+        for layers in (residual.start, found)
+    )
+    assert after < before
+    by_block = learned(residual, tmp_path)
+    assert any(not same(found[name], by_block[name]) for name in found)
 
 
 def test_a_residual_network_has_several_blocks(residual: LearnRequest) -> None:

@@ -60,14 +60,24 @@ def test_better_roundings_move_the_outputs_less(variants: Variants) -> None:
     grouped = divergence(
         program(variants, rounding="second_order", granularity="group_wise", weight_symmetry="asymmetric"), MODEL, fresh
     )
+    by_layer = divergence(program(variants, rounding="learned_layer"), MODEL, fresh)
     assert second < nearest
     assert learned < nearest
+    assert by_layer < nearest and by_layer != learned
     assert grouped < nearest
 
 
 def test_learned_rounding_of_groups_is_refused(variants: Variants) -> None:
     with pytest.raises(QuantizeError, match="neither groups nor asymmetric"):
         program(variants, rounding="learned", granularity="group_wise")
+
+
+def test_one_image_is_enough_for_second_order_and_learning_says_how_many_it_wants(tmp_path: Path) -> None:
+    one = DATA[:1]
+    of = Variants(MODEL, lambda model: observe(model, one, 8), lambda model: RoundedWeights(model, lambda: one, "1", tmp_path))
+    assert np.isfinite(divergence(program(of, rounding="second_order"), MODEL, DATA[1:3]))
+    with pytest.raises(QuantizeError, match="at least 5 calibration images, got 1: give it more"):
+        program(of, rounding="learned_layer")
 
 
 def test_without_images_nothing_is_rounded_by_them() -> None:

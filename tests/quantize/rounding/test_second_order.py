@@ -117,6 +117,16 @@ def test_dead_channels_constant_inputs_and_few_images() -> None:
     np.testing.assert_array_equal(constant.values, quantize_weight(weight, constant.scale, FOUR).values)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_covariance_that_is_nothing_but_rounding_errors_is_made_usable(seed: int) -> None:
+    noise = np.random.default_rng(seed).normal(size=(1, 24, 24)) * 1e-6
+    found = InputMoments(np.full((1, 24), 3.0), noise + noise.transpose(0, 2, 1), 1)
+    rounded = round_second_order("layer", layer(1, 6, 24, (1, 1)), found, FOUR)
+    assert rounded.values.any((1, 2, 3)).all() and np.isfinite(rounded.scale).all()
+    columns = columns_of("layer", torch.tensor(layer(1, 6, 24, (1, 1))), found, FOUR)
+    assert torch.linalg.eigvalsh(columns.covariance.double()).min() > 0
+
+
 def test_sixteen_bits_and_many_channels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, found = layer(1, 9, 20, (1, 1)), moments(1, 20)
     whole = round_second_order("layer", weight, found, INT16.weight)
