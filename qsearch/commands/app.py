@@ -16,6 +16,7 @@ from qsearch.commands.diagnose import diagnose
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
+from qsearch.commands.pack import measure_pack, pack
 from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.tables import tables
@@ -27,7 +28,20 @@ from qsearch.errors import QSearchError
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, diagnose, tables, tune, export, verify, run, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (
+    search,
+    front,
+    evaluate,
+    diagnose,
+    tables,
+    tune,
+    export,
+    verify,
+    run,
+    pack,
+    measure_pack,
+    dashboard,
+)
 
 
 # What an environment may do to any command, and what helps.

@@ -6,6 +6,7 @@ what is paid per trial happens in `ModelEvaluator.evaluate`.
 
 from __future__ import annotations
 
+from qsearch.build.target import Target
 from qsearch.data import read_preprocessing
 from qsearch.models.graph import Graph
 from qsearch.models.import_torch import import_model
@@ -15,7 +16,7 @@ from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
 from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target
 from qsearch.search.profile import check_outputs, for_task
 
-__all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator"]
+__all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator", "prepare_for"]
 
 
 def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
@@ -38,7 +39,11 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
 
 def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
-    target = open_local_target(settings.target, settings.threads)
+    return prepare_for(settings, open_local_target(settings.target, settings.threads), progress)
+
+
+def prepare_for(settings: Settings, target: Target, progress: Progress) -> ModelEvaluator:
+    """Like `prepare_evaluator`, for a target that need not run here."""
     progress(f"loading model {settings.model}")
     loaded = for_task(load_model(settings.model, settings.weights), settings.task)
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing
