@@ -10,6 +10,7 @@ import typer
 
 __all__ = [
     "ConvertChannels",
+    "CostTable",
     "Data",
     "Json",
     "Model",
@@ -47,6 +48,10 @@ Task = Annotated[
         help="classification or detection: what is lost, top-1 or mAP, and which layers stay precise.",
         show_default="from the model",
     ),
+]
+CostTable = Annotated[
+    Path | None,
+    typer.Option(help="Kernel times of a device that is not here, from measure-pack: latency is then modelled, not measured."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Study = Annotated[str, typer.Option(help="Name of the study.")]

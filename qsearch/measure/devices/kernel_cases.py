@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class KernelCase:
         symbol: Its name.
         kernel: How it is generated.
         what: What it computes, for people.
+        operation: Digest of the operation: kernels that differ in their tile only share it.
         arguments: In call order, all but the output.
         expected: The output.
         tolerance: Largest difference of a float output as a share of its largest magnitude; None where every bit counts.
@@ -53,6 +55,7 @@ class KernelCase:
     symbol: str
     kernel: Kernel
     what: str
+    operation: str
     arguments: tuple[np.ndarray, ...]
     expected: np.ndarray
     tolerance: float | None
@@ -130,6 +133,7 @@ def _own_cases(
     ]
     expected = np.ascontiguousarray(run_op(op, inputs)).ravel()
     what = f"{key.kind} {key.precision or key.function or key.dtypes[0]} {key.shapes[0]} -> {key.shapes[-1]}"
+    operation = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     for symbol, kernel, tile in variants:
         constants = list(kernel.pack(op.constants))
         if kernel.pack_weight is not None:
@@ -137,7 +141,7 @@ def _own_cases(
         arguments = tuple(np.ascontiguousarray(one) for one in (*(value.ravel() for value in inputs), *constants))
         group = "" if tile is None else linker.tiles.name(key)
         plain = None if tile is None else asdict(tile)
-        yield KernelCase(symbol, kernel, what, arguments, expected, tolerance_of(op), plain, group)
+        yield KernelCase(symbol, kernel, what, operation, arguments, expected, tolerance_of(op), plain, group)
 
 
 def _step(op: Op) -> float:
@@ -191,7 +195,7 @@ def _foreign_cases(linker: Linker, op: Op, rng: np.random.Generator) -> Iterator
         compiled.mod[call.symbol](*(tvm.runtime.tensor(one) for one in arguments), output)
         values[call.output] = output.numpy()
         what = f"{op.key.foreign.target if op.key.foreign else op.key.kind} -> {call.shape}"
-        yield KernelCase(call.symbol, call.kernel, what, arguments, output.numpy(), FUNCTION_TOLERANCE)
+        yield KernelCase(call.symbol, call.kernel, what, call.symbol, arguments, output.numpy(), FUNCTION_TOLERANCE)
 
 
 def _argument(values: dict[str, np.ndarray], argument: str | Constant, call: Call, place: int) -> np.ndarray:
@@ -205,6 +209,7 @@ def as_json(case: KernelCase) -> dict[str, Any]:
     return {
         "symbol": case.symbol,
         "what": case.what,
+        "operation": case.operation,
         "tolerance": case.tolerance,
         "tile": case.tile,
         "tile_group": case.tile_group,

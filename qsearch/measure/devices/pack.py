@@ -30,8 +30,8 @@ from qsearch.quantize.program import Op, OpKey, Program, Value
 
 __all__ = ["PackRequest", "chain_program", "target_json", "write_pack"]
 
-# Calls of an almost empty kernel in one module: what is left of its time, shared among them, is what a call costs.
-CHAIN = 64
+# Calls of an almost empty kernel in two modules: their times tell what a call costs in a module, and what an inference does.
+CHAINS = (1, 65)
 CHAIN_SHAPE = (1, 1, 1, 16)
 # Members of one zip are as old as the format can say: the same kernels give the same bytes.
 OLDEST = (1980, 1, 1, 0, 0, 0)
@@ -72,7 +72,7 @@ def write_pack(request: PackRequest, file: Path, progress: Callable[[str], None]
     """
     linker = request.linker
     compiler_for(linker.target)
-    chain = chain_program()
+    chain = chain_program(1)
     cases = list(kernel_cases(linker, [chain, *request.programs], request.tiles))
     progress(f"compiling {len(cases)} kernels for {linker.target.description}")
     kept = _compilable(linker, cases, progress)
@@ -88,7 +88,7 @@ def write_pack(request: PackRequest, file: Path, progress: Callable[[str], None]
     return {"kernels": len(kept), "bytes": file.stat().st_size, "left_out": len(cases) - len(kept)}
 
 
-def chain_program(calls: int = CHAIN) -> Program:
+def chain_program(calls: int) -> Program:
     """A program that calls a kernel with next to nothing to do, again and again."""
     key = OpKey("activation", (CHAIN_SHAPE, CHAIN_SHAPE), ("float32", "float32"), function="clip")
     names = ["x", *(f"v{i}" for i in range(calls - 1)), "y"]
@@ -100,13 +100,22 @@ def chain_program(calls: int = CHAIN) -> Program:
 def target_json(target: Target) -> dict[str, Any]:
     """What a pack, and the table that is measured with it, say of their target."""
     return {
-        "name": target.name,
+        "name": _portable_name(target),
         "device": "cpu",
         "architecture": target.architecture,
         "threads": target.threads,
         "description": target.description,
         "cpu_flags": target.cpu_flags,
     }
+
+
+def _portable_name(target: Target) -> str:
+    """A name that means the same target on every machine."""
+    if target.name != "host":
+        return target.name
+    if not target.mcpu:
+        return "portable"
+    return target.mcpu if target.architecture == "x86_64" else f"{target.architecture}:{target.mcpu}"
 
 
 def _compilable(linker: Linker, cases: list[KernelCase], progress: Callable[[str], None]) -> list[KernelCase]:
@@ -164,13 +173,16 @@ def _fill(writer: _Writer, request: PackRequest, cases: list[KernelCase], chain:
     linker = request.linker
     compiled = linker.cache.get((case.symbol, case.kernel) for case in cases)
     writer.add("__main__.py", Path(pack_runner.__file__).read_bytes())
-    library, chained = "kernels/kernels.so", "kernels/chain.so"
+    library = "kernels/kernels.so"
     link_for(linker.target, scratch / "kernels.so", [compiled[case.symbol].object_path for case in cases])
     writer.add(library, (scratch / "kernels.so").read_bytes())
-    module = linker.build(chain, linked=False)
-    addons = [str(path) for path in module.objects]
-    module.executable.export_library(str(scratch / "chain.so"), addons=addons, cc=compiler_for(linker.target))
-    writer.add(chained, (scratch / "chain.so").read_bytes())
+    chains = {}
+    for calls in CHAINS:
+        module, name = linker.build(chain_program(calls), linked=False), f"chain{calls}.so"
+        addons = [str(path) for path in module.objects]
+        module.executable.export_library(str(scratch / name), addons=addons, cc=compiler_for(linker.target))
+        writer.add(f"kernels/{name}", (scratch / name).read_bytes())
+        chains[f"kernels/{name}"] = calls
     kernels = [
         as_json(case)
         | {
@@ -188,5 +200,5 @@ def _fill(writer: _Writer, request: PackRequest, cases: list[KernelCase], chain:
         "made_by": {"qsearch": qsearch.__version__},
         "versions": {"tvm": tvm.__version__},
         "kernels": kernels,
-        "chain": {"library": chained, "symbol": symbol, "calls": len(chain.ops), "shape": list(CHAIN_SHAPE)},
+        "chain": {"symbol": symbol, "calls": chains, "shape": list(CHAIN_SHAPE)},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from qsearch.build.target import Target
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
 from qsearch.measure.clock import Clock
-from qsearch.measure.measurement import Memory
-from qsearch.measure.memory import measure_memory
+from qsearch.measure.devices.device import Away, Prepared
+from qsearch.measure.memory import measure_memory, plan_memory
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.rounding.learned_config import learned_layers
@@ -23,23 +22,6 @@ from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.requirements import require_room
 
 __all__ = ["ModuleBuilder", "Prepared"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A linked module, ready to be timed.
-
-    Attributes:
-        open: Makes a virtual machine of it.
-        memory: The bytes it needs.
-        kernels_sha256: Digest of its kernels.
-        seconds: Wall time of lower and build.
-    """
-
-    open: Callable[[], Any]
-    memory: Memory
-    kernels_sha256: str
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class ModuleBuilder:
@@ -50,10 +32,18 @@ class ModuleBuilder:
         value_range: (low, high) of its input.
         target: What to compile for.
         cache_dir: Where kernels are kept.
+        away: Where modules are timed, if that is not on this machine; `target` is then what they are run for here.
     """
 
-    def __init__(self, variants: Variants, value_range: tuple[float, float], target: Target, cache_dir: Path) -> None:
-        self.variants, self.value_range, self.cache_dir = variants, value_range, cache_dir
+    def __init__(
+        self,
+        variants: Variants,
+        value_range: tuple[float, float],
+        target: Target,
+        cache_dir: Path,
+        away: Away | None = None,
+    ) -> None:
+        self.variants, self.value_range, self.cache_dir, self.away = variants, value_range, cache_dir, away
         self.linker = Linker(KernelCache(cache_dir / "kernels", target))
         self._ranges: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
 
@@ -103,7 +93,17 @@ class ModuleBuilder:
         clock.lap("lower")
         module = self.build(program)
         clock.lap("build")
-        return Prepared(module.open, measure_memory(module), module.kernels_sha256, clock.seconds)
+        return self._prepared(module.open, module, clock)
+
+    def _prepared(self, open_here: Callable[[], Any], module: CompiledModule, clock: Clock) -> Prepared:
+        """What is to be measured of a module, or of the same program's module elsewhere."""
+        if self.away is None:
+            return Prepared(open_here, measure_memory(module), module.kernels_sha256, clock.seconds)
+        program, linker = module.program, self.away.linker
+        made = self.away.prepare(program)
+        clock.lap("away")
+        memory, digest = plan_memory(linker.plan(program), program), linker.kernels_sha256(program)
+        return Prepared(open_here, memory, digest, clock.seconds, made)
 
     def pack(self, config: QuantConfig, folder: Path, kept: bool = False) -> Prepared:
         """Lower and link one configuration, to be run in another process.
@@ -130,4 +130,4 @@ class ModuleBuilder:
         # like this configuration's fault.
         require_room(folder)
         clock.lap("build")
-        return Prepared(packed.open, measure_memory(module), module.kernels_sha256, clock.seconds)
+        return self._prepared(packed.open, module, clock)

@@ -11,11 +11,11 @@ import numpy as np
 
 from qsearch.measure.accuracy import run_blocks
 from qsearch.measure.clock import Clock
+from qsearch.measure.devices.device import Device, Prepared
+from qsearch.measure.devices.local import LocalDevice
 from qsearch.measure.image_blocks import image_blocks, run_until
-from qsearch.measure.latency import measure_paired
 from qsearch.measure.measurement import Measurement
 from qsearch.measure.task import Scorer
-from qsearch.search.evaluation.module_builder import Prepared
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Measure
@@ -28,13 +28,14 @@ class ModuleMeasurer:
     """Measures modules of one model on the search images; small when it is sent to another process.
 
     Attributes:
-        open_reference: Makes a virtual machine of the float module.
+        open_reference: Makes the device's handle of the float module; on this machine, a virtual machine.
         reference_ms: The latency that all others are counted against, milliseconds.
         open_images: Maps the images, float32 (N, C, H, W).
         scorer: Of these images.
         float_logits: float32 (N, classes) of the float module.
         threads: Threads a module runs on.
         processors: Who runs where.
+        device: What modules are timed on.
     """
 
     open_reference: Callable[[], Any]
@@ -44,6 +45,7 @@ class ModuleMeasurer:
     float_logits: np.ndarray
     threads: int
     processors: Processors = Processors()
+    device: Device = LocalDevice()
 
     def open(self) -> Measure:
         """Get ready in a process of its own."""
@@ -55,7 +57,7 @@ class ModuleMeasurer:
 
     @cached_property
     def reference(self) -> Any:
-        """A virtual machine of the float module."""
+        """The device's handle of the float module."""
         return self.open_reference()
 
     @cached_property
@@ -74,8 +76,8 @@ class ModuleMeasurer:
         """
         clock = Clock()
         with self.processors.alone():
-            machines = [prepared.open()]
-            (latency,) = measure_paired(self.reference, machines, self.images[:1], self.reference_ms, threads=self.threads)
+            handles = [self.device.handle(prepared)]
+            (latency,) = self.device.paired(self.reference, handles, self.images[:1], self.reference_ms)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
         accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)

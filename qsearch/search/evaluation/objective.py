@@ -13,7 +13,8 @@ from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Progress, Settings
 from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
-from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target
+from qsearch.search.evaluation.open_away import named_target, open_target_of
+from qsearch.search.evaluation.requirements import check_classes, open_dataset
 from qsearch.search.profile import check_outputs, for_task
 
 __all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator", "prepare_for"]
@@ -39,7 +40,8 @@ def open_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
 
 def prepare_evaluator(settings: Settings, progress: Progress) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
-    return prepare_for(settings, open_local_target(settings.target, settings.threads), progress)
+    settings = named_target(settings)
+    return prepare_for(settings, open_target_of(settings), progress)
 
 
 def prepare_for(settings: Settings, target: Target, progress: Progress) -> ModelEvaluator:

@@ -10,6 +10,7 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.config import QuantConfig
+from qsearch.measure.devices.device import Away
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
@@ -33,6 +34,7 @@ class TableSource(Protocol):
     settings: Settings
     model: Model
     linker: Linker
+    away: Away | None
     variants: Variants
     seconds: dict[str, float]
 
@@ -108,6 +110,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
         source.images("search")[:1],
         source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
+        known=None if source.away is None else source.away.seconds,
     )
     return measure_costs(request, progress)
 
