@@ -13,6 +13,7 @@ import typer
 
 from qsearch.commands.dashboard import dashboard
 from qsearch.commands.diagnose import diagnose
+from qsearch.commands.doctor import doctor
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
@@ -40,6 +41,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     run,
     pack,
     measure_pack,
+    doctor,
     dashboard,
 )
 

@@ -14,6 +14,8 @@ from qsearch.commands.options import (
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Target,
     Task,
@@ -45,6 +47,8 @@ def evaluate(
     task: Task = None,
     convert_channels: ConvertChannels = False,
     cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     json: Json = False,
 ) -> None:
     """Measure precisions of a model: latency, memory, speed-up, accuracy."""
@@ -67,6 +71,8 @@ def evaluate(
         threads=threads,
         task=checked_task(task),
         cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
     settings = named_target(settings)
     with stdout_reserved():

@@ -13,6 +13,8 @@ from qsearch.commands.options import (
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Storage,
     Target,
@@ -62,6 +64,8 @@ def search(
     task: Task = None,
     convert_channels: ConvertChannels = False,
     cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     json: Json = False,
 ) -> None:
     """Search per-layer precisions; the same command again continues its study.
@@ -90,11 +94,13 @@ def search(
         threads=threads,
         task=checked_task(task),
         cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
     settings = named_target(settings)
 
-    if tune and cost_table is not None:
-        raise UsageError("--tune times tiles on this machine, and --cost-table has those of another: a pack brings its own tiles")
+    if tune and (cost_table or rpc):
+        raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 
     from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model

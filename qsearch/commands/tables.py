@@ -14,6 +14,8 @@ from qsearch.commands.options import (
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Target,
     Task,
@@ -38,6 +40,8 @@ def tables(
     task: Task = None,
     convert_channels: ConvertChannels = False,
     cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write a picture of the tables to.")] = None,
     json: Json = False,
 ) -> None:
@@ -55,6 +59,8 @@ def tables(
         threads=threads,
         task=checked_task(task),
         cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
     settings = named_target(settings)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -97,6 +97,10 @@ class Away(Protocol):
         Raises:
             BuildError: It cannot be built, or not all that is needed of it is known.
         """
+        ...
+
+    def learn(self, programs: Iterable[Program]) -> None:
+        """Find out what the kernels of some programs take there, where that is not known yet."""
         ...
 
     def seconds(self, symbol: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,9 @@ class PackAway:
             self._require(self.linker.plan(program).calls)
         except BuildError as error:
             raise UsageError(str(error)) from error
+
+    def learn(self, programs: Iterable[Program]) -> None:
+        """Nothing: the device is not here."""
 
     def seconds(self, symbol: str) -> float | None:
         """As the table has it."""

@@ -56,6 +56,8 @@ class Settings:
         threads: Threads a module runs on.
         task: What the model is for; None for what the model itself says.
         cost_table: Kernel times of a device that is not here; None to time modules on this machine.
+        rpc: HOST:PORT of an RPC tracker whose device times modules; None for this machine.
+        rpc_key: The key of that device.
     """
 
     model: str = "demo"
@@ -69,6 +71,8 @@ class Settings:
     threads: int = 1
     task: Task | None = None
     cost_table: Path | None = None
+    rpc: str | None = None
+    rpc_key: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""

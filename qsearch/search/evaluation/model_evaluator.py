@@ -246,7 +246,8 @@ class ModelEvaluator:
         Raises:
             UsageError: There are not enough processors for so many jobs.
         """
-        processors = split_processors(jobs, self.run_target.threads)
+        # Sessions with a device elsewhere are this process's.
+        processors = None if self.settings.rpc is not None else split_processors(jobs, self.run_target.threads)
         if processors is None:
             yield None
             return

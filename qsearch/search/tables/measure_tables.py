@@ -21,6 +21,7 @@ from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
+from qsearch.search.tables.needed_kernels import needed_programs
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
@@ -101,6 +102,9 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     def lowered(row: np.ndarray) -> Program:
         return source.lower(assignment_config(space, setting, row))
 
+    if source.away is not None:
+        progress(f"times of kernels are those of {source.away.description}")
+        source.away.learn(needed_programs(source, space, progress))
     request = CostRequest(
         source.model.graph,
         _layers(space),
