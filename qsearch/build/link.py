@@ -119,7 +119,7 @@ class Linker:
         import tvm
         from tvm import relax
 
-        calls = self.calls(program)
+        calls = [call for _, call in self.calls(program.ops)]
         compiled = self.cache.get((call.symbol, call.kernel) for call in calls)
         writer = ModuleWriter(program, calls)
         module = writer.write()
@@ -140,18 +140,31 @@ class Linker:
         kernels, arena = tuple(compiled.values()), writer.arena.bytes
         return CompiledModule(program, executable, arena, kernels, writer.constant_bytes, workspace, self.target.device)
 
-    def calls(self, program: Program) -> list[Call]:
-        """The kernel calls of a program, in order."""
-        return [call for op in program.ops for call in self._calls(op)]
-
     def plan(self, program: Program) -> ProgramPlan:
         """Kernels and memory of a program; nothing is compiled."""
-        calls = [(op, call) for op in program.ops for call in self._calls(op)]
+        calls = self.calls(program.ops)
         constants = {id(one): one.bytes for _, call in calls for one in call.constants}
         arena = place_values([call for _, call in calls], program.output.name).bytes
         workspace = max((call.kernel.workspace_bytes for _, call in calls), default=0)
         planned = tuple(PlannedCall(op, call.symbol, sum(one.bytes for one in call.constants)) for op, call in calls)
         return ProgramPlan(planned, sum(constants.values()), arena, workspace)
+
+    def calls(self, ops: Iterable[Op]) -> list[tuple[Op, Call]]:
+        """The kernel calls of operations, each with its operation; nothing is compiled."""
+        return [(op, call) for op in ops for call in self._calls(op)]
+
+    def candidates(self, key: OpKey, count: int) -> list[tuple[str, Kernel, Tile | None]]:
+        """Kernels for an operation of one's own, with their symbols and tiles: the one that is used, then others to time."""
+        symbol, kernel = self._describe(key)
+        target = self.target
+        found: dict[str, tuple[str, Kernel, Tile | None]] = {}
+        tiles = target.candidate_tiles(key, count) if key.kind == "conv2d" else []
+        for tile in tiles:
+            other = target.describe(key, tile)
+            found.setdefault(name := kernel_symbol(other, target), (name, other, tile))
+        # A tile that was tuned need not be among the predicted ones.
+        used = found.pop(symbol, (symbol, kernel, self.tiles.get(key) if tiles else None))
+        return [used, *list(found.values())[: count - 1]]
 
     def kernels_sha256(self, program: Program) -> str:
         """What `CompiledModule.kernels_sha256` would be if the program were built now; nothing is compiled."""

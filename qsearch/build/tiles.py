@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,6 +48,10 @@ class TileChoices:
             except (OSError, ValueError, TypeError):
                 self._known[name] = None
         return self._known[name]
+
+    def hold(self, tiles: Mapping[str, Mapping[str, int]]) -> None:
+        """Use tiles, by the names of what shares them, without remembering them on disk: another device's choices."""
+        self._known |= {name: self.target.tile(tile) for name, tile in tiles.items()}
 
     def put(self, key: OpKey, tile: Tile) -> None:
         """Remember a tile."""

@@ -13,9 +13,11 @@ import typer
 
 from qsearch.commands.dashboard import dashboard
 from qsearch.commands.diagnose import diagnose
+from qsearch.commands.doctor import doctor
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
+from qsearch.commands.pack import measure_pack, pack
 from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.tables import tables
@@ -27,7 +29,21 @@ from qsearch.errors import QSearchError
 __all__ = ["app", "main"]
 
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
-VERBS: tuple[Callable[..., None], ...] = (search, front, evaluate, diagnose, tables, tune, export, verify, run, dashboard)
+VERBS: tuple[Callable[..., None], ...] = (
+    search,
+    front,
+    evaluate,
+    diagnose,
+    tables,
+    tune,
+    export,
+    verify,
+    run,
+    pack,
+    measure_pack,
+    doctor,
+    dashboard,
+)
 
 
 # What an environment may do to any command, and what helps.

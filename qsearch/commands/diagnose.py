@@ -107,6 +107,8 @@ def _find(subject: _Subject, images: int, seconds: float, worst: int) -> tuple[D
         evaluator = prepare_evaluator(subject.settings, say, {subject.title: subject.config})
         if subject.study is not None:
             check_identity(subject.study, subject.parts, evaluator.identity)
+        if evaluator.away is not None:
+            say(f"latencies of remedies are this machine's, not those of {evaluator.away.description}")
         return find(evaluator, subject.config, DiagnosisLimits(images, seconds, worst)), evaluator.target.description
 
 

@@ -9,10 +9,13 @@ import typer
 
 from qsearch.commands.options import (
     ConvertChannels,
+    CostTable,
     Data,
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Target,
     Task,
@@ -45,12 +48,16 @@ def evaluate(
     preprocessing: Preprocessing = None,
     task: Task = None,
     convert_channels: ConvertChannels = False,
+    cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     json: Json = False,
 ) -> None:
     """Measure precisions of a model: latency, memory, speed-up, accuracy."""
     from qsearch.config import named_config
     from qsearch.errors import UsageError
     from qsearch.search.evaluation.evaluator import Settings
+    from qsearch.search.evaluation.open_away import named_target
     from qsearch.search.space import load_space
 
     if split not in ("search", "heldout"):
@@ -62,8 +69,14 @@ def evaluate(
     configs = {name: named_config(name) for name in names}
     spaces = {name.strip(): load_space(name.strip()) for name in (preset or "").split(",") if name.strip()}
     settings = Settings(
-        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+        *(model, weights, data, target, convert_channels, preprocessing, seed),
+        threads=threads,
+        task=checked_task(task),
+        cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
+    settings = named_target(settings)
     with stdout_reserved():
         from dataclasses import asdict
 
@@ -87,10 +100,14 @@ def evaluate(
         rows = []
         for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
             shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
-            scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric)
+            scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric, latency.source)
             rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores))
     if json:
         facts = {"model": model, "target": evaluator.target.description, "split": split, "task": evaluator.profile.task}
+        facts |= {} if evaluator.away is None else {"device": evaluator.away.description}
         print_json(facts | {"rows": [asdict(row) for row in rows]})
         return
-    print_table(evaluate_table(rows, f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"))
+    title = f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"
+    if evaluator.away is not None:
+        title += f"; latency {rows[0].latency_source} for {evaluator.away.description}, accuracy measured on this machine"
+    print_table(evaluate_table(rows, title))

@@ -65,6 +65,8 @@ def export(
         check_identity(study, parts, evaluator.identity)
         if not remeasure:
             check_kernels(evaluator, points)
+        if evaluator.away is not None:
+            say(f"compiling for {evaluator.target.description}, which is not run here; `verify` the bundle on the device")
         assert baseline is not None
         rows = []
         for point, directory in zip(points, directories, strict=True):

@@ -10,10 +10,13 @@ import typer
 
 __all__ = [
     "ConvertChannels",
+    "CostTable",
     "Data",
     "Json",
     "Model",
     "Preprocessing",
+    "Rpc",
+    "RpcKey",
     "Seed",
     "Storage",
     "Study",
@@ -48,6 +51,14 @@ Task = Annotated[
         show_default="from the model",
     ),
 ]
+CostTable = Annotated[
+    Path | None,
+    typer.Option(help="Kernel times of a device that is not here, from measure-pack: latency is then modelled, not measured."),
+]
+Rpc = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a TVM RPC tracker: modules are timed on its device under --key. Needs --target.")
+]
+RpcKey = Annotated[str | None, typer.Option("--key", help="Key of the device that --rpc's tracker is asked for.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Study = Annotated[str, typer.Option(help="Name of the study.")]
 Storage = Annotated[

@@ -8,10 +8,13 @@ import typer
 
 from qsearch.commands.options import (
     ConvertChannels,
+    CostTable,
     Data,
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Storage,
     Target,
@@ -60,6 +63,9 @@ def search(
     preprocessing: Preprocessing = None,
     task: Task = None,
     convert_channels: ConvertChannels = False,
+    cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     json: Json = False,
 ) -> None:
     """Search per-layer precisions; the same command again continues its study.
@@ -67,8 +73,10 @@ def search(
     A study keeps its constraints: others are refused and need another --study name. If no configuration is within them
     at the end, the closest ones are printed and the exit status is 3. Trials stopped early count against the budget.
     """
+    from qsearch.errors import UsageError
     from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluation.evaluator import Settings
+    from qsearch.search.evaluation.open_away import named_target
     from qsearch.search.loop.processors import check_jobs
     from qsearch.search.samplers import check_sampler
     from qsearch.search.space import load_space
@@ -82,8 +90,17 @@ def search(
     check_jobs(jobs, threads)
     chosen = load_space(space)
     settings = Settings(
-        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+        *(model, weights, data, target, convert_channels, preprocessing, seed),
+        threads=threads,
+        task=checked_task(task),
+        cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
+    settings = named_target(settings)
+
+    if tune and (cost_table or rpc):
+        raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 
     from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model

@@ -9,10 +9,13 @@ import typer
 
 from qsearch.commands.options import (
     ConvertChannels,
+    CostTable,
     Data,
     Json,
     Model,
     Preprocessing,
+    Rpc,
+    RpcKey,
     Seed,
     Target,
     Task,
@@ -36,20 +39,30 @@ def tables(
     preprocessing: Preprocessing = None,
     task: Task = None,
     convert_channels: ConvertChannels = False,
+    cost_table: CostTable = None,
+    rpc: Rpc = None,
+    rpc_key: RpcKey = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write a picture of the tables to.")] = None,
     json: Json = False,
 ) -> None:
     """Measure the planner's tables: each layer's cost and sensitivity at each precision, most sensitive first."""
     from qsearch.errors import UsageError
     from qsearch.search.evaluation.evaluator import Settings
+    from qsearch.search.evaluation.open_away import named_target
     from qsearch.search.space import load_space
 
     if plot is not None and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
         raise UsageError(f"--plot: expected a PNG file in a directory that exists, such as tables.png, got {plot}")
     chosen = load_space(space)
     settings = Settings(
-        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+        *(model, weights, data, target, convert_channels, preprocessing, seed),
+        threads=threads,
+        task=checked_task(task),
+        cost_table=cost_table,
+        rpc=rpc,
+        rpc_key=rpc_key,
     )
+    settings = named_target(settings)
 
     from qsearch.search.bound_space import bind_space
     from qsearch.search.evaluation.objective import open_evaluator

@@ -23,6 +23,7 @@ from tvm.support import cc
 import qsearch
 from qsearch.build.cache import LEAST_FREE_BYTES
 from qsearch.build.link import CompiledModule, Linker
+from qsearch.build.object_cache import compiler_for
 from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
@@ -145,7 +146,7 @@ def require_vacant(directory: Path) -> None:
 
 def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
     module = linker.build(program, linked=False, exported=True)
-    _export_library(module, directory / "model.so")
+    _export_library(module, directory / "model.so", linker.target)
     _write_json(directory / "config.json", content.config.to_json())
     _write_json(directory / "preprocessing.json", content.preprocessing)
     _write_json(directory / "classes.json", list(content.classes))
@@ -164,14 +165,15 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     _write_manifest(directory, linker.target, versions, content.metrics)
 
 
-def _export_library(module: CompiledModule, path: Path) -> None:
+def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
     """One shared library: the executable, its constants, and the kernels' own object files."""
     if not cc.get_cc():
         raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
+    compiler = compiler_for(target)
     try:
         # Those of GPU kernels are part of what they are imported in.
         addons = [str(file) for file in module.objects] if module.device == "cpu" else []
-        module.executable.export_library(str(path), addons=addons)
+        module.executable.export_library(str(path), addons=addons, cc=compiler)
     except RuntimeError as error:
         if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -19,6 +19,10 @@ from qsearch.search.front import FrontPoint, Heldout
 __all__ = ["check_identity", "check_kernels", "export_point"]
 
 RECORDED_IMAGES = 16
+NEVER_RUN = (
+    "compiled for a device that was not there, and never run: its latency is the device's by the source that the figures name; "
+    "the recorded outputs are those of a module for another CPU, of which float layers may differ in their last bits"
+)
 
 
 def check_identity(name: str, recorded: dict[str, str], found: dict[str, str]) -> None:
@@ -103,11 +107,13 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
     Raises:
         BundleError: The module that is built now is not the one that was measured, or nothing can be written.
     """
-    remark = None
-    if _kernels_changed(evaluator, point):
+    remarks: list[str] = []
+    if remeasured := _kernels_changed(evaluator, point):
         before = point.measurement.kernels_sha256[:12] or "unknown"
-        remark = f"measured again at export: the kernels of the search's measurement (digest {before}) were others"
+        remarks.append(f"measured again at export: the kernels of the search's measurement (digest {before}) were others")
         point, baseline = _measured_again(evaluator, point), evaluator.baseline
+    if evaluator.away is not None:
+        remarks.append(NEVER_RUN)
     program = evaluator.lower(point.config)
     logits = evaluator.logits(evaluator.build(program), "search")
     _check_outputs(point, logits)
@@ -115,14 +121,14 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
-        metrics=_metrics(point, baseline) | ({"remark": remark} if remark else {}),
+        metrics=_metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {}),
         inputs=evaluator.images("search")[:RECORDED_IMAGES],
         outputs=logits[:RECORDED_IMAGES],
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
     module_bytes = (directory / "model.so").stat().st_size
-    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remark is not None}
+    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:

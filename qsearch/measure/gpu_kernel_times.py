@@ -36,7 +36,7 @@ def time_gpu_kernels(linker: Linker, programs: Sequence[Program]) -> dict[str, f
     """
     import tvm
 
-    calls = {call.symbol: call for program in programs for call in linker.calls(program)}
+    calls = {call.symbol: call for program in programs for _, call in linker.calls(program.ops)}
     compiled = linker.cache.get((symbol, call.kernel) for symbol, call in calls.items())
     found = {}
     for symbol, call in calls.items():

@@ -139,6 +139,8 @@ class _Timer:
 
     def __init__(self, machine: Any, image: Any, settings: TimingSettings, threads: int) -> None:
         self.machine, self.image, self.settings, self.threads = machine, image, settings, threads
+        # A machine elsewhere, or a GPU, takes none of this thread's time.
+        self.own_clock = threads == 1 and machine.on_cpu
         self.number = 1
         self.samples: list[float] = []
         self._timed: dict[int, Any] = {}
@@ -162,7 +164,7 @@ class _Timer:
         seconds = self._seconds(self.number)
         # TVM runs once more before it counts.
         own = (time.thread_time() - own) / (self.number + 1)
-        self.samples.append(own if self.threads == 1 and self.machine.on_cpu else seconds)
+        self.samples.append(own if self.own_clock else seconds)
 
     def result(self, threads: int) -> Latency:
         """Median and half the interquartile range."""

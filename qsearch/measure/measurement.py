@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-__all__ = ["MEAN_AVERAGE_PRECISION", "TOP1", "Accuracy", "Latency", "Measurement", "Memory", "Task"]
+__all__ = ["MEAN_AVERAGE_PRECISION", "TOP1", "Accuracy", "Latency", "Measurement", "Memory", "Source", "Task"]
 
 Task = Literal["classification", "detection"]
 """What a model is for."""
+
+Source = Literal["measured", "modelled"]
+"""Where a latency comes from."""
 
 TOP1, MEAN_AVERAGE_PRECISION = "top-1", "mAP"
 # What the second figure of each metric is called.
@@ -32,6 +35,7 @@ class Latency:
         ratio: Median of the paired ratios of this module's time to the reference's; None where it was timed alone.
         raw_ms: Median over the repeats of a paired module's own time, milliseconds; None where it was timed alone.
         noisy: Whether the paired ratios spread further than can be relied on, longer try included.
+        source: 'measured', or 'modelled': the sum of what the kernels took by themselves on the device.
     """
 
     median_ms: float
@@ -42,6 +46,7 @@ class Latency:
     ratio: float | None = None
     raw_ms: float | None = None
     noisy: bool = False
+    source: Source = "measured"
 
 
 @dataclass(frozen=True)

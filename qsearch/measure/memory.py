@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from qsearch.build.link import CompiledModule
+from qsearch.build.link import CompiledModule, ProgramPlan
 from qsearch.measure.measurement import Memory
+from qsearch.quantize.program import Program
 
-__all__ = ["measure_memory"]
+__all__ = ["measure_memory", "plan_memory"]
 
 
 def measure_memory(module: CompiledModule) -> Memory:
@@ -18,3 +19,9 @@ def measure_memory(module: CompiledModule) -> Memory:
     """
     activations = module.arena_bytes + module.program.input.bytes + module.program.output.bytes
     return Memory(module.weight_bytes, activations, module.workspace_bytes)
+
+
+def plan_memory(plan: ProgramPlan, program: Program) -> Memory:
+    """What `measure_memory` would count of a program's module, without building it."""
+    activations = plan.arena_bytes + program.input.bytes + program.output.bytes
+    return Memory(plan.weight_bytes, activations, plan.workspace_bytes)

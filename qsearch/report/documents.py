@@ -23,7 +23,7 @@ from qsearch.search.front import (
     measurement_from_json,
     study_front,
 )
-from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names
+from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
 
 __all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
 
@@ -80,7 +80,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         study = handle.study
         run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
         baseline, front, closest = baseline_of(handle), study_front(study), closest_points(study)
-        complete, measured = finished(study), measured_trials(study)
+        complete, measured, parts = finished(study), measured_trials(study), recorded_parts(study)
         volume = None if baseline is None else hypervolume(kept_points(front), baseline)
         images = 0 if baseline is None else baseline.accuracy.images
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
@@ -89,6 +89,8 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         "storage": handle.shown_url,
         "model": run.get("model"),
         "target": run.get("target"),
+        "device": parts.get("device"),
+        "figures": _figures(baseline, "device" in parts),
         "trials": {
             "complete": len(complete),
             "pruned": counts["pruned"],
@@ -114,10 +116,18 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
     }
 
 
+def _figures(baseline: Measurement | None, away: bool) -> dict[str, str]:
+    """Where each kind of figure comes from."""
+    modelled = baseline is not None and baseline.latency.source == "modelled"
+    latency = "modelled: the sum of kernel times that were measured on the device" if modelled else "measured"
+    return {"latency_ms": latency, "peak_bytes": "counted", "top1_loss_pp": "measured on this machine" if away else "measured"}
+
+
 def _baseline(baseline: Measurement) -> dict[str, Any]:
     accuracy = baseline.accuracy
     return {
         "latency_ms": baseline.latency.median_ms,
+        "latency_source": baseline.latency.source,
         "peak_bytes": baseline.memory.peak_bytes,
         "top1": accuracy.top1,
         "top5": accuracy.top5,
@@ -145,6 +155,7 @@ def _point(point: FrontPoint) -> dict[str, Any]:
         "trial": point.trial,
         "latency_ms": measured.latency.median_ms,
         "latency_spread_ms": measured.latency.spread_ms,
+        "latency_source": measured.latency.source,
         "noisy_timing": measured.latency.noisy,
         "peak_bytes": measured.memory.peak_bytes,
         "top1_loss_pp": measured.accuracy.top1_loss_pp,

@@ -96,6 +96,11 @@ def note_text(config: QuantConfig, measurement: Measurement, baseline: Measureme
         "- layers: " + ", ".join(f"{count} {precision}" for precision, count in sorted(counts.items())),
         f"- calibration: {calibration_text(config)}",
     ]
+    if latency.source == "modelled":
+        rows.append(
+            "- **latency is modelled**: the sum of its kernels' times on the device and what calls cost there, not measured; "
+            "memory is counted; accuracy was measured, on this machine's CPU"
+        )
     if latency.ratio is not None:
         noisy = "; **too noisy to rely on**" if latency.noisy else ""
         clock = "of the thread's processor time" if latency.threads == 1 else "on the wall"

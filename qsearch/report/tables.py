@@ -33,6 +33,7 @@ class EvaluateRow:
         images: Number of images.
         metric: What `top1` is: top-1, or mAP of a detector.
         second_metric: What `top5` is: top-5, or mAP@50.
+        latency_source: measured or modelled.
     """
 
     precision: str
@@ -44,6 +45,7 @@ class EvaluateRow:
     images: int
     metric: str = "top-1"
     second_metric: str = "top-5"
+    latency_source: str = "measured"
 
 
 def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
@@ -66,10 +68,15 @@ def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
     """The front of a study; where no trial is within its constraints, those that come closest, under a title that says so."""
     with handle.guard():
         front, closest = study_front(handle.study), closest_points(handle.study)
-        limits = recorded_parts(handle.study).get("constraints")
+        parts = recorded_parts(handle.study)
+    where = ""
+    if "device" in parts:
+        verb = "modelled" if baseline.latency.source == "modelled" else "measured"
+        where = f"; latency {verb} for {parts['device']}, memory counted, loss measured on this machine"
     if closest:
-        return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are")
-    return front_table(front, baseline, f"front of study {handle.name}")
+        limits = parts.get("constraints")
+        return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are{where}")
+    return front_table(front, baseline, f"front of study {handle.name}{where}")
 
 
 def front_words(document: Mapping[str, Any]) -> str:

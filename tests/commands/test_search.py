@@ -38,13 +38,13 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_document_of_search(searched: tuple[Path, dict]) -> None:
     _, document = searched
-    run = ["study", "storage", "model", "target", "trials", "image_evaluations", "constraints", "baseline"]
+    run = ["study", "storage", "model", "target", "device", "figures", "trials", "image_evaluations", "constraints", "baseline"]
     assert list(document) == [*run, "front", "dropped", "beats_float", "closest", "hypervolume", "bound", "seconds"]
     assert document["study"] == document["model"] == "demo"
     assert document["storage"] == "sqlite:///studies/demo.db"
     assert document["trials"]["complete"] == 12
     assert document["trials"]["failed"] == 1
-    assert set(document["baseline"]) == {"latency_ms", "peak_bytes", "top1", "top5", "images", "metric"}
+    assert set(document["baseline"]) == {"latency_ms", "latency_source", "peak_bytes", "top1", "top5", "images", "metric"}
     assert {"total", "float_pass", "per_trial_median", "build_median"} <= set(document["seconds"])
     assert 0 < document["hypervolume"] < 1
     # The planner searches where no sampler is named, and no other one has a bound.
@@ -55,6 +55,7 @@ def test_document_of_search(searched: tuple[Path, dict]) -> None:
             "trial",
             "latency_ms",
             "latency_spread_ms",
+            "latency_source",
             "noisy_timing",
             "peak_bytes",
             "top1_loss_pp",

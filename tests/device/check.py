@@ -101,8 +101,10 @@ class Checker:
         for op in program.ops:
             given = [values[value] for value in op.inputs]
             values[op.output.name] = run_op(op, given)
-            (call,) = list(self.linker.calls(Program(program.input, (op,), op.output))) if op.key.kind != "foreign" else (None,)
-            if call is None or call.symbol in self.seen:
+            if op.key.kind == "foreign":
+                continue
+            ((_, call),) = self.linker.calls([op])
+            if call.symbol in self.seen:
                 continue
             self.seen.add(call.symbol)
             self.check(name, op, call, given, values[op.output.name])

@@ -37,7 +37,7 @@ def said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
     return report
 
 
-_PATHS = ("weights", "data", "preprocessing", "cache_dir")
+_PATHS = ("weights", "data", "preprocessing", "cache_dir", "cost_table")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Settings:
         cache_dir: Where kernels and statistics are kept between runs.
         threads: Threads a module runs on.
         task: What the model is for; None for what the model itself says.
+        cost_table: Kernel times of a device that is not here; None to time modules on this machine.
+        rpc: HOST:PORT of an RPC tracker whose device times modules; None for this machine.
+        rpc_key: The key of that device.
     """
 
     model: str = "demo"
@@ -67,6 +70,9 @@ class Settings:
     cache_dir: Path = CACHE
     threads: int = 1
     task: Task | None = None
+    cost_table: Path | None = None
+    rpc: str | None = None
+    rpc_key: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""
@@ -78,7 +84,8 @@ class Settings:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Settings:
         """The inverse of `to_json`."""
-        return cls(**data | {name: None if data[name] is None else Path(data[name]) for name in _PATHS})
+        # Studies of older versions do not have all of them.
+        return cls(**data | {name: Path(data[name]) for name in _PATHS if data.get(name) is not None})
 
 
 class Evaluator(Protocol):

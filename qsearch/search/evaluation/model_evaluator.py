@@ -21,9 +21,10 @@ from qsearch.config import QuantConfig
 from qsearch.data import Dataset, Part
 from qsearch.errors import TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import run_images
-from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
+from qsearch.measure.devices.device import Device, Prepared
+from qsearch.measure.devices.local import LocalDevice
+from qsearch.measure.latency import TimingSettings
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
-from qsearch.measure.memory import measure_memory
 from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
 from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.detection import DetectionHead
@@ -37,8 +38,9 @@ from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.evaluation.float_pass import float_statistics
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
+from qsearch.search.evaluation.open_away import open_away
 from qsearch.search.evaluation.remeasure import remeasure
-from qsearch.search.evaluation.requirements import require_room
+from qsearch.search.evaluation.requirements import open_local_target, require_room
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import split_processors
@@ -86,8 +88,13 @@ class ModelEvaluator:
         self.seconds["float_pass"] = time.monotonic() - start
         for warning in self.coverage_warnings():
             progress(warning)
-        self._builder = ModuleBuilder(self.variants, dataset.preprocessing.value_range, target, settings.cache_dir)
-        self.linker = self._builder.linker
+        self.away = open_away(settings, target)
+        # What modules are compiled for to be run here, in order to see what they compute.
+        self.run_target = target if self.away is None else open_local_target("host", 1)
+        value_range = dataset.preprocessing.value_range
+        self._builder = ModuleBuilder(self.variants, value_range, self.run_target, settings.cache_dir, self.away)
+        self.linker = self._builder.linker if self.away is None else self.away.linker
+        self.device: Device = LocalDevice(target.threads) if self.away is None else self.away.device
         self._float_logits: dict[str, np.ndarray] = {}
         self._scorers: dict[str, Scorer] = {}
         self._baseline: Measurement | None = None
@@ -125,6 +132,8 @@ class ModelEvaluator:
             "data": self.dataset.fingerprint,
             "target": self.target.description,
         }
+        if self.away is not None:
+            found["device"] = self.away.description
         return found if self.head is None else found | {"detection": json.dumps(self.head.to_json(), sort_keys=True)}
 
     @property
@@ -141,10 +150,11 @@ class ModelEvaluator:
         Raises:
             UnsupportedModelError: It cannot be built or measured.
         """
+        self._require_float()
         with self._of_float():
             prepared = self._builder.prepare(FLOAT)
             longer = TimingSettings(repeats=4 * TimingSettings.repeats)
-            latency = measure_latency(prepared.open(), self.images("search")[:1], longer, self.target.threads)
+            latency = self.device.alone(self.device.handle(prepared), self.images("search")[:1], longer)
             logits = self.float_logits("search")
         accuracy = self.scorer("search").compare(logits, logits)
         self.refer_to(Measurement(latency, prepared.memory, accuracy, prepared.seconds, prepared.kernels_sha256))
@@ -178,6 +188,11 @@ class ModelEvaluator:
     def build(self, program: Program) -> CompiledModule:
         """Link a program, see `ModuleBuilder.build`."""
         return self._builder.build(program)
+
+    def _require_float(self) -> None:
+        """Refuse a device elsewhere that knows nothing of float."""
+        if self.away is not None:
+            self.away.require(self._builder.lower(FLOAT))
 
     @contextmanager
     def _of_float(self) -> Iterator[None]:
@@ -217,9 +232,16 @@ class ModelEvaluator:
         if self._measurer is None:
             images, scorer = partial(self.images, "search"), self.scorer("search")
             logits, reference_ms = self.float_logits("search"), self.baseline.latency.median_ms
-            target = self.target
+            threads, device = self.run_target.threads, self.device
             self._measurer = ModuleMeasurer(
-                lambda: self._reference, reference_ms, images, scorer, logits, target.threads, device=target.device
+                lambda: self._reference,
+                reference_ms,
+                images,
+                scorer,
+                logits,
+                threads,
+                device=device,
+                runs_on=self.run_target.device,
             )
         return self._measurer
 
@@ -233,7 +255,8 @@ class ModelEvaluator:
         Raises:
             UsageError: There are not enough processors for so many jobs.
         """
-        processors = split_processors(jobs, self.target.threads)
+        # Sessions with a device elsewhere are this process's.
+        processors = None if self.settings.rpc is not None else split_processors(jobs, self.run_target.threads)
         if processors is None:
             yield None
             return
@@ -243,20 +266,16 @@ class ModelEvaluator:
             with self._of_float():
                 reference = self._builder.pack(FLOAT, Path(name), kept=True)
             open_images = partial(self.dataset.images, "search", images)
-            device = replace(self.measurer, open_reference=reference.open, open_images=open_images, processors=processors)
-            with Pipeline(partial(self._builder.pack, folder=Path(name)), Worker(device.open), processors) as pipeline:
+            opened = partial(self.device.handle, reference)
+            measurer = replace(self.measurer, open_reference=opened, open_images=open_images, processors=processors)
+            with Pipeline(partial(self._builder.pack, folder=Path(name)), Worker(measurer.open), processors) as pipeline:
                 yield pipeline
-
-    def _paired(self, *machines: Any) -> list[Latency]:
-        """The latencies of modules, in turns with the float module."""
-        image, reference_ms = self.images("search")[:1], self.baseline.latency.median_ms
-        return measure_paired(self._reference, machines, image, reference_ms, threads=self.target.threads)
 
     @cached_property
     def _reference(self) -> Any:
-        """A virtual machine of the float module."""
+        """The device's handle of the float module."""
         with self._of_float():
-            return self.compile(FLOAT).open()
+            return self.device.handle(self._builder.prepare(FLOAT))
 
     def tables(self, space: BoundSpace) -> Tables:
         """The planner's tables."""
@@ -272,19 +291,19 @@ class ModelEvaluator:
         Returns:
             Name -> latency, memory, accuracy, and float's latency over this one's.
         """
+        self._require_float()
         with self._of_float():
-            reference = self.compile(FLOAT)
+            reference = self._reference
             self.float_logits(part)
-        modules = {name: self.compile(config) for name, config in configs.items()}
-        machines = [module.open() for module in (reference, *modules.values())]
-        image = self.images(part)[:1]
-        float_latency, *latencies = measure_interleaved(machines, image, threads=self.target.threads)
+        modules = {name: self._builder.prepare(config) for name, config in configs.items()}
+        handles = [reference, *(self.device.handle(module) for module in modules.values())]
+        float_latency, *latencies = self.device.in_turns(handles, self.images(part)[:1])
         return {
-            name: (latency, measure_memory(module), self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
+            name: (latency, module.memory, self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
             for (name, module), latency in zip(modules.items(), latencies, strict=True)
         }
 
-    def accuracy(self, module: CompiledModule, part: str) -> Accuracy:
+    def accuracy(self, module: CompiledModule | Prepared, part: str) -> Accuracy:
         """Accuracy of a module on a part of the images."""
         return self.scorer(part).compare(self.logits(module, part), self.float_logits(part))
 
@@ -299,9 +318,10 @@ class ModelEvaluator:
             )
         return self._scorers[part]
 
-    def logits(self, module: CompiledModule, part: str) -> np.ndarray:
+    def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
-        return run_images(module.open, self.images(part), threads=self.target.threads, device=self.target.device)
+        target = self.run_target
+        return run_images(module.open, self.images(part), threads=target.threads, device=target.device)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Like `measure_again`, in a process of its own."""
@@ -309,8 +329,9 @@ class ModelEvaluator:
 
     def measure_again(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
-        modules = [self.compile(config) for config in configs]
-        latencies = self._paired(*(module.open() for module in modules))
+        modules = [self._builder.prepare(config) for config in configs]
+        image, reference_ms = self.images("search")[:1], self.baseline.latency.median_ms
+        latencies = self.device.paired(self._reference, [self.device.handle(one) for one in modules], image, reference_ms)
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
 
     def images(self, part: str) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from qsearch.build.target import Target
 from qsearch.calibrate.ranges import activation_ranges
 from qsearch.config import QuantConfig
 from qsearch.measure.clock import Clock
-from qsearch.measure.measurement import Memory
-from qsearch.measure.memory import measure_memory
+from qsearch.measure.devices.device import Away, Prepared
+from qsearch.measure.memory import measure_memory, plan_memory
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
 from qsearch.quantize.rounding.learned_config import learned_layers
@@ -23,23 +22,6 @@ from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.requirements import require_precisions, require_room
 
 __all__ = ["ModuleBuilder", "Prepared"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A linked module, ready to be timed.
-
-    Attributes:
-        open: Makes a virtual machine of it.
-        memory: The bytes it needs.
-        kernels_sha256: Digest of its kernels.
-        seconds: Wall time of lower and build.
-    """
-
-    open: Callable[[], Any]
-    memory: Memory
-    kernels_sha256: str
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class ModuleBuilder:
@@ -50,10 +32,19 @@ class ModuleBuilder:
         value_range: (low, high) of its input.
         target: What to compile for.
         cache_dir: Where kernels are kept.
+        away: Where modules are timed, if that is not on this machine; `target` is then what they are run for here.
     """
 
-    def __init__(self, variants: Variants, value_range: tuple[float, float], target: Target, cache_dir: Path) -> None:
-        self.variants, self.value_range, self.cache_dir, self.target = variants, value_range, cache_dir, target
+    def __init__(
+        self,
+        variants: Variants,
+        value_range: tuple[float, float],
+        target: Target,
+        cache_dir: Path,
+        away: Away | None = None,
+    ) -> None:
+        self.variants, self.value_range, self.cache_dir = variants, value_range, cache_dir
+        self.target, self.away = target, away
         self.linker = Linker(KernelCache(cache_dir / "kernels", target))
         self._ranges: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
 
@@ -76,7 +67,8 @@ class ModuleBuilder:
         """
         variant = self.variants(config)
         layers = config.resolve(variant.model.graph.layer_types)
-        require_precisions(self.target, {name: (one.precision,) for name, one in layers.items()}, "the configuration")
+        target = self.target if self.away is None else self.away.target
+        require_precisions(target, {name: (one.precision,) for name, one in layers.items()}, "the configuration")
         model, ranges, weights = variant.model, self.ranges(config), variant.weights
         learned = learned_layers(model, config, ranges, weights, variant.means("measured"))
         return lower(model, config, ranges, weights, variant.means(config.bias_correction), learned)
@@ -104,9 +96,33 @@ class ModuleBuilder:
         clock = Clock()
         program = self.lower(config)
         clock.lap("lower")
-        module = self.build(program)
+        module = self.build(self._runnable(config, program))
         clock.lap("build")
-        return Prepared(module.open, measure_memory(module), module.kernels_sha256, clock.seconds)
+        return self._prepared(module.open, module, program, clock)
+
+    def _runnable(self, config: QuantConfig, program: Program) -> Program:
+        """What this machine runs to see the outputs of a program that is timed elsewhere.
+
+        Integers are the same on all targets. Layers in short floats that it has no kernels for compute in fp32 here.
+        """
+        if self.away is None:
+            return program
+        layers = config.resolve(self.variants(config).model.graph.layer_types)
+        here = {name: one.precision if one.precision in self.target.precisions else "fp32" for name, one in layers.items()}
+        if all(here[name] == one.precision for name, one in layers.items()):
+            return program
+        rules = tuple(rule.model_copy(update={"precision": None}) for rule in config.rules)
+        return self.lower(config.model_copy(update={"default_precision": "fp32", "precision": here, "rules": rules}))
+
+    def _prepared(self, open_here: Callable[[], Any], module: CompiledModule, program: Program, clock: Clock) -> Prepared:
+        """What is to be measured of a module, or of the program's module elsewhere."""
+        if self.away is None:
+            return Prepared(open_here, measure_memory(module), module.kernels_sha256, clock.seconds)
+        linker = self.away.linker
+        made = self.away.prepare(program)
+        clock.lap("away")
+        memory, digest = plan_memory(linker.plan(program), program), linker.kernels_sha256(program)
+        return Prepared(open_here, memory, digest, clock.seconds, made)
 
     def pack(self, config: QuantConfig, folder: Path, kept: bool = False) -> Prepared:
         """Lower and link one configuration, to be run in another process.
@@ -126,11 +142,11 @@ class ModuleBuilder:
         clock = Clock()
         program = self.lower(config)
         clock.lap("lower")
-        module = self.build(program, linked=False)
+        module = self.build(self._runnable(config, program), linked=False)
         name = f"{'kept-' if kept else ''}{config.content_hash()[:24]}.module"
         packed = pack_module(module, folder / name, kept)
         # TVM does not notice that the disk fills up while it writes. Half a module would fail where it is opened, and look
         # like this configuration's fault.
         require_room(folder)
         clock.lap("build")
-        return Prepared(packed.open, measure_memory(module), module.kernels_sha256, clock.seconds)
+        return self._prepared(packed.open, module, program, clock)

@@ -11,11 +11,11 @@ import numpy as np
 
 from qsearch.measure.accuracy import run_blocks
 from qsearch.measure.clock import Clock
+from qsearch.measure.devices.device import Device, Prepared
+from qsearch.measure.devices.local import LocalDevice
 from qsearch.measure.image_blocks import image_blocks, run_until
-from qsearch.measure.latency import measure_paired
 from qsearch.measure.measurement import Measurement
 from qsearch.measure.task import Scorer
-from qsearch.search.evaluation.module_builder import Prepared
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Measure
@@ -28,14 +28,15 @@ class ModuleMeasurer:
     """Measures modules of one model on the search images; small when it is sent to another process.
 
     Attributes:
-        open_reference: Makes a virtual machine of the float module.
+        open_reference: Makes the device's handle of the float module; on this machine, a virtual machine.
         reference_ms: The latency that all others are counted against, milliseconds.
         open_images: Maps the images, float32 (N, C, H, W).
         scorer: Of these images.
         float_logits: float32 (N, classes) of the float module.
         threads: Threads a module runs on.
         processors: Who runs where.
-        device: What a module runs on, 'cpu' or 'cuda'.
+        device: What modules are timed on.
+        runs_on: What they are run on for their outputs, 'cpu' or 'cuda'.
     """
 
     open_reference: Callable[[], Any]
@@ -45,7 +46,8 @@ class ModuleMeasurer:
     float_logits: np.ndarray
     threads: int
     processors: Processors = Processors()
-    device: str = "cpu"
+    device: Device = LocalDevice()
+    runs_on: str = "cpu"
 
     def open(self) -> Measure:
         """Get ready in a process of its own."""
@@ -57,7 +59,7 @@ class ModuleMeasurer:
 
     @cached_property
     def reference(self) -> Any:
-        """A virtual machine of the float module."""
+        """The device's handle of the float module."""
         return self.open_reference()
 
     @cached_property
@@ -76,8 +78,8 @@ class ModuleMeasurer:
         """
         clock = Clock()
         with self.processors.alone():
-            machines = [prepared.open()]
-            (latency,) = measure_paired(self.reference, machines, self.images[:1], self.reference_ms, threads=self.threads)
+            handles = [self.device.handle(prepared)]
+            (latency,) = self.device.paired(self.reference, handles, self.images[:1], self.reference_ms)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
         accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
@@ -91,9 +93,9 @@ class ModuleMeasurer:
         labels = self.scorer.labels
         if check is None or labels is None:
             (logits,) = run_blocks(
-                prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads, device=self.device
+                prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads, device=self.runs_on
             )
             return logits
         blocks = image_blocks(self.float_logits, labels)
-        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads, device=self.device)
+        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads, device=self.runs_on)
         return run_until(parts, blocks, self.float_logits, labels, check)

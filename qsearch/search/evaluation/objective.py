@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.data import read_preprocessing
 from qsearch.models.graph import Graph
@@ -16,11 +17,12 @@ from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Progress, Settings
 from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
-from qsearch.search.evaluation.requirements import check_classes, open_dataset, open_local_target, require_asked
+from qsearch.search.evaluation.open_away import named_target, open_target_of
+from qsearch.search.evaluation.requirements import check_classes, open_dataset, require_asked
 from qsearch.search.profile import check_outputs, for_task
 from qsearch.search.space import SearchSpace
 
-__all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator"]
+__all__ = ["FLOAT", "ModelEvaluator", "open_evaluator", "prepare_evaluator", "prepare_for"]
 
 Asked = Mapping[str, QuantConfig | SearchSpace]
 
@@ -46,7 +48,12 @@ def open_evaluator(settings: Settings, progress: Progress, asked: Asked = Mappin
 
 def prepare_evaluator(settings: Settings, progress: Progress, asked: Asked = MappingProxyType({})) -> ModelEvaluator:
     """Like `open_evaluator`, without measuring the float module."""
-    target = open_local_target(settings.target, settings.threads)
+    settings = named_target(settings)
+    return prepare_for(settings, open_target_of(settings), progress, asked)
+
+
+def prepare_for(settings: Settings, target: Target, progress: Progress, asked: Asked = MappingProxyType({})) -> ModelEvaluator:
+    """Like `prepare_evaluator`, for a target that need not run here."""
     progress(f"loading model {settings.model}")
     loaded = for_task(load_model(settings.model, settings.weights), settings.task)
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing

@@ -14,7 +14,7 @@ import numpy as np
 from qsearch.models.graph import Graph
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["covering", "fit_costs", "layers_around", "pairs_around"]
+__all__ = ["covering", "fit_costs", "layers_around", "mixture", "pairs_around"]
 
 # Precisions of the layers around a node that are told apart; more would make the fit of a node ambiguous.
 MAX_AROUND = 6
@@ -107,7 +107,7 @@ def fit_costs(
     scopes = {node: tuple(sorted(index[one] for one in around)) for node, around in layers_around(graph).items()}
     terms = max((len(_columns(scope, sizes)) for scope in scopes.values()), default=1)
     count = max(64, SAMPLES_PER_TERM * (terms + 1))
-    samples = np.array([_mixture(sizes, rng) for _ in range(count)])
+    samples = np.array([mixture(sizes, rng) for _ in range(count)])
     costs = [node_costs(row) for row in samples]
     nothing = np.zeros(kinds)
     values = {node: np.array([one.get(node, nothing) for one in costs]) for node in scopes}
@@ -125,7 +125,7 @@ def _sum_of_nodes(
     return PairwiseSum(tuple(unary), {pair: table for pair, table in pairs.items() if np.ptp(table) > 0}, constant)
 
 
-def _mixture(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+def mixture(sizes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """A random assignment, from nearly uniform to thoroughly mixed."""
     share = rng.dirichlet(np.full(max(sizes), 0.7))
     return np.array([rng.choice(size, p=share[:size] / share[:size].sum()) for size in sizes])

@@ -51,6 +51,7 @@ class CostRequest:
         reference: The float module, which trials are timed in turns with.
         reference_ms: Its latency, on whose clock theirs are told, milliseconds.
         seed: Of the sampled configurations.
+        known: Symbol -> seconds of a kernel on a device that is not here; None to time kernels on this machine.
     """
 
     graph: Graph
@@ -62,6 +63,7 @@ class CostRequest:
     reference: Program
     reference_ms: float
     seed: int = 0
+    known: Callable[[str], float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ class CostTable:
         return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
 
 
+@dataclass(frozen=True)
+class GivenTimes:
+    """Times that were measured elsewhere: `get` is symbol -> seconds of one call, None where it has none."""
+
+    get: Callable[[str], float | None]
+
+
 @dataclass
 class KernelClock:
     """Seconds of kernels; of those that no measured network had, the mean of their kin.
@@ -98,7 +107,7 @@ class KernelClock:
         times: What was measured.
     """
 
-    times: KernelTimes
+    times: KernelTimes | GivenTimes
     _kin: dict[tuple, list[float]] = field(default_factory=dict)
 
     def learn(self, call: PlannedCall) -> None:
@@ -163,9 +172,12 @@ def _timed(
     request: CostRequest, plans: Sequence[tuple[Program, Sequence[PlannedCall]]], progress: Callable[[str], None]
 ) -> KernelClock:
     """A clock that knows the kernels of some programs; those that have a kernel without a time are run."""
-    linker, clock = request.linker, KernelClock(KernelTimes(request.linker.cache.directory))
+    linker, times = request.linker, KernelTimes(request.linker.cache.directory)
+    clock = KernelClock(times if request.known is None else GivenTimes(request.known))
     unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
-    if unknown:
+    if unknown and request.known is not None:
+        progress(f"{len(unknown)} of {len(plans)} mixed configurations have kernels without a time, which the planner guesses")
+    elif unknown:
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
         modules = _built(request, unknown, progress)
         if modules:
@@ -175,7 +187,7 @@ def _timed(
                 if on_gpu
                 else time_kernels(modules, request.image, linker.target.threads)
             )
-            clock.times.put(_new_times(found, clock.times))
+            times.put(_new_times(found, times))
     for _, calls in plans:
         for call in calls:
             clock.learn(call)

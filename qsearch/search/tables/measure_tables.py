@@ -10,6 +10,7 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.config import QuantConfig
+from qsearch.measure.devices.device import Away
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
@@ -20,6 +21,7 @@ from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
+from qsearch.search.tables.needed_kernels import needed_programs
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
@@ -33,6 +35,7 @@ class TableSource(Protocol):
     settings: Settings
     model: Model
     linker: Linker
+    away: Away | None
     variants: Variants
     seconds: dict[str, float]
 
@@ -99,6 +102,9 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
     def lowered(row: np.ndarray) -> Program:
         return source.lower(assignment_config(space, setting, row))
 
+    if source.away is not None:
+        progress(f"times of kernels are those of {source.away.description}")
+        source.away.learn(needed_programs(source, space, progress))
     request = CostRequest(
         source.model.graph,
         _layers(space),
@@ -108,6 +114,7 @@ def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTa
         source.images("search")[:1],
         source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
+        known=None if source.away is None else source.away.seconds,
     )
     return measure_costs(request, progress)
 

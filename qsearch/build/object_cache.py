@@ -1,0 +1,82 @@
+"""Kernels as object files only, for targets whose code this machine cannot run, and the linker that joins them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qsearch.build.cache import CompiledKernel, KernelCache, compile_kernel
+from qsearch.build.target import Target, host_architecture
+from qsearch.errors import BuildError, ToolchainError
+from qsearch.kernels.description import Kernel
+
+__all__ = ["ObjectCache", "compiler_for", "link_for"]
+
+
+class ObjectCache(KernelCache):
+    """A kernel cache that loads nothing: what it gives can be planned with, linked and exported, not run.
+
+    It shares its folder, and the object files in it, with caches that do load.
+    """
+
+    def _load(self, symbol: str) -> bool:
+        file = self.directory / f"{symbol}.o"
+        if not file.exists():
+            return False
+        self._loaded[symbol] = CompiledKernel(symbol, file, None)
+        return True
+
+    def _compile(self, kernels: dict[str, Kernel]) -> None:
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as name:
+            scratch = Path(name)
+
+            def compile_one(symbol: str) -> None:
+                module = compile_kernel(kernels[symbol], symbol, self.target)
+                module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
+
+            # TVM leaves Python's lock while LLVM works.
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+                list(pool.map(compile_one, kernels))
+            for symbol in kernels:
+                os.replace(scratch / f"{symbol}.o", self.directory / f"{symbol}.o")
+                self._load(symbol)
+
+
+def compiler_for(target: Target) -> str:
+    """The C++ compiler that links for a target's architecture.
+
+    Raises:
+        ToolchainError: None is installed.
+    """
+    from tvm.support import cc
+
+    own = target.architecture == host_architecture()
+    found = cc.get_cc() if own else shutil.which(f"{target.architecture}-linux-gnu-g++")
+    if found:
+        return str(found)
+    if own:
+        raise ToolchainError("no C++ compiler found to link kernels with: install g++ or clang++, or set CXX to one")
+    raise ToolchainError(
+        f"no linker for {target.architecture} found: install {target.architecture}-linux-gnu-g++ (Debian's "
+        f"g++-{target.architecture.replace('_', '-')}-linux-gnu), or run the command on such a machine"
+    )
+
+
+def link_for(target: Target, output: Path, objects: Sequence[Path]) -> None:
+    """Link object files into a shared library for a target.
+
+    Raises:
+        BuildError: Linking fails.
+        ToolchainError: There is no linker for it.
+    """
+    from tvm.support import cc
+
+    compiler = compiler_for(target)
+    try:
+        cc.create_shared(str(output), [str(path) for path in objects], cc=compiler)
+    except RuntimeError as error:
+        raise BuildError(f"linking {output.name} failed: {str(error).strip().splitlines()[-1]}") from error

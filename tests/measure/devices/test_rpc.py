@@ -1,0 +1,159 @@
+"""Devices over RPC: a real tracker and a real server on this machine, and what is said when they are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packs import programs
+from real_search import SMALL, fails, trials, within
+
+from qsearch.build.target import open_target
+from qsearch.errors import MeasureError, UsageError
+from qsearch.measure.devices.device import Prepared
+from qsearch.measure.devices.rpc import RpcAddress, RpcDevice, free_devices, parse_address, registered_keys
+from qsearch.measure.devices.rpc import within as bounded
+from qsearch.measure.devices.rpc_away import RpcAway
+from qsearch.measure.latency import TimingSettings
+from qsearch.measure.measurement import Memory
+
+KEY = "small-device"
+MODEL = SMALL[1:5]
+PATIENCE_S = 120.0
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[None]:
+    """One of TVM's programs, ended with the block."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # A session of its own, as it may start processes that outlive it.
+    process = subprocess.Popen([sys.executable, "-m", *arguments], start_new_session=True, **quiet)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[RpcAddress]:
+    """A tracker that has one device."""
+    pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
+    found = RpcAddress("127.0.0.1", free_port(), KEY)
+    place = ("--host", found.host, "--port", str(found.port), "--port-end", str(found.port + 1))
+    with running("tvm.exec.rpc_tracker", *place):
+        wait_for(lambda: socket.create_connection((found.host, found.port), 1.0).close())
+        with running("tvm.exec.rpc_server", "--host", found.host, "--tracker", found.shown, "--key", KEY):
+            wait_for(RpcDevice(found).require)
+            yield found
+
+
+def wait_for(there) -> None:
+    """Until something stops failing."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return there()
+        except (OSError, UsageError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def test_modules_and_kernels_are_timed_there(address: RpcAddress, tmp_path: Path) -> None:
+    away = RpcAway(address, open_target("portable"), tmp_path)
+    in_float, in_int8 = programs("residual", "fp32", "int8")
+    ready = [
+        Prepared(lambda: pytest.fail("opened here"), Memory(0, 0, 0), "", away=away.prepare(one)) for one in (in_float, in_int8)
+    ]
+    reference, module = (away.device.handle(one) for one in ready)
+    image = np.zeros(in_float.input.shape, np.float32)
+    alone = away.device.alone(reference, image, TimingSettings(repeats=3))
+    assert alone.median_ms > 0 and alone.source == "measured" and alone.ratio is None
+    (latency,) = away.device.paired(reference, [module], image, 2 * alone.median_ms)
+    assert latency.ratio is not None and latency.median_ms == pytest.approx(2 * alone.median_ms * latency.ratio)
+    away.learn([in_int8])
+    symbols = {call.symbol for call in away.linker.plan(in_int8).calls}
+    assert all((away.seconds(symbol) or 0) > 0 for symbol in symbols)
+    assert away.seconds("another") is None
+
+
+def test_a_small_network_is_searched_there(address: RpcAddress, small: Path) -> None:
+    where = ("--rpc", address.shown, "--key", KEY, "--target", "portable")
+    result = within(small, *SMALL[:6], "--study", "rpc", *where, "--budget", "2", "--sampler", "random", "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert KEY in document["device"] and document["target"] == "portable"
+    assert document["figures"]["latency_ms"] == "measured" and document["figures"]["top1_loss_pp"] == "measured on this machine"
+    for trial in trials(small, "rpc"):
+        assert trial.user_attrs["measurement"]["latency"]["ratio"] > 0
+    other = (*SMALL[:6], "--study", "rpc", "--target", "portable", "--budget", "2", "--sampler", "random")
+    fails(small, 1, ("made by another search", "device was"), *other)
+
+
+def test_no_device_under_the_key(address: RpcAddress, small: Path) -> None:
+    where = ("--rpc", address.shown, "--key", "nobody", "--target", "portable")
+    fails(small, 2, ("no device under key 'nobody'", KEY, "tvm.exec.rpc_server"), "evaluate", *MODEL, *where)
+
+
+def test_no_tracker(small: Path) -> None:
+    where = ("--rpc", f"127.0.0.1:{free_port()}", "--key", KEY, "--target", "portable")
+    fails(small, 2, ("no RPC tracker answers", "tvm.exec.rpc_tracker"), "evaluate", *MODEL, *where)
+
+
+def test_a_device_that_fails_or_does_not_answer_fails_the_trial() -> None:
+    device = RpcDevice(RpcAddress("127.0.0.1", free_port(), KEY))
+    with pytest.raises(MeasureError, match="no RPC tracker answers"):
+        device.session(lambda session: None)
+    with pytest.raises(MeasureError, match="it has not answered for 0 s"):
+        bounded(lambda: time.sleep(5), 0.01, "it")
+    with pytest.raises(KeyError):
+        bounded(lambda: {}["missing"], 5.0, "it")
+    assert bounded(lambda: 3, 5.0, "it") == 3
+
+
+def test_what_a_tracker_says() -> None:
+    summary = {
+        "queue_info": {"a": {"free": 1, "pending": 0}, "b": {"free": 0, "pending": 2}},
+        "server_info": [{"addr": ["127.0.0.1", 9090], "key": "server:a"}, {"addr": ["127.0.0.1", 9091], "key": "server:b"}],
+    }
+    assert registered_keys(summary) == {"a", "b"}
+    assert [free_devices(summary, key) for key in "abc"] == [1, 0, 0]
+
+
+BAD = {
+    "no port": (("--rpc", "somewhere", "--key", KEY, "--target", "portable"), "expected HOST:PORT"),
+    "no key": (("--rpc", "somewhere:9190", "--target", "portable"), "--rpc needs --key"),
+    "no tracker": (("--key", KEY), "give --rpc"),
+    "no target": (("--rpc", "somewhere:9190", "--key", KEY), "--rpc needs --target"),
+    "both": (("--rpc", "somewhere:9190", "--key", KEY, "--cost-table", "table.json"), "contradict each other"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_options_that_cannot_be_carried_out(small: Path, what: str) -> None:
+    options, words = BAD[what]
+    fails(small, 2, (words,), "evaluate", *MODEL, *options)
+
+
+def test_an_address() -> None:
+    assert parse_address("10.0.0.2:9190", "phone") == RpcAddress("10.0.0.2", 9190, "phone")
+    with pytest.raises(UsageError, match="expected HOST:PORT"):
+        parse_address("10.0.0.2:99999", "phone")
