@@ -55,6 +55,11 @@ class CompiledModule:
         return [kernel.object_path for kernel in self.kernels]
 
     @property
+    def addons(self) -> list[str]:
+        """What an export must be linked with beside the executable; GPU kernels are part of what it imports."""
+        return [str(file) for file in self.objects] if self.device == "cpu" else []
+
+    @property
     def kernels_sha256(self) -> str:
         """Digest of its kernels: two modules with one digest run the same code."""
         return _symbols_digest(kernel.symbol for kernel in self.kernels)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qsearch.build.cache import CompiledKernel, KernelCache, compile_kernel
+from qsearch.build.cache import CompiledKernel, KernelCache, compile_kernel, static_modules
 from qsearch.build.target import Target, host_architecture
 from qsearch.errors import BuildError, ToolchainError
 from qsearch.kernels.description import Kernel
 
-__all__ = ["ObjectCache", "compiler_for", "link_for"]
+__all__ = ["ObjectCache", "cache_for", "compiler_for", "link_for"]
 
 
 class ObjectCache(KernelCache):
@@ -66,8 +66,16 @@ def compiler_for(target: Target) -> str:
     )
 
 
-def link_for(target: Target, output: Path, objects: Sequence[Path]) -> None:
-    """Link object files into a shared library for a target.
+def cache_for(directory: Path, target: Target) -> KernelCache:
+    """A cache of kernels that need not run here.
+
+    Those for GPUs are loaded all the same: what launches them is this machine's code, and they are part of what is loaded.
+    """
+    return KernelCache(directory, target) if target.arch else ObjectCache(directory, target)
+
+
+def link_for(target: Target, output: Path, kernels: Sequence[CompiledKernel]) -> None:
+    """Link kernels into a shared library for a target.
 
     Raises:
         BuildError: Linking fails.
@@ -77,6 +85,10 @@ def link_for(target: Target, output: Path, objects: Sequence[Path]) -> None:
 
     compiler = compiler_for(target)
     try:
-        cc.create_shared(str(output), [str(path) for path in objects], cc=compiler)
+        if target.arch:
+            objects = {kernel.symbol: kernel.object_path for kernel in kernels}
+            static_modules(objects, {kernel.symbol: kernel.gpu_module for kernel in kernels}).export_library(str(output))
+            return
+        cc.create_shared(str(output), [str(kernel.object_path) for kernel in kernels], cc=compiler)
     except RuntimeError as error:
         raise BuildError(f"linking {output.name} failed: {str(error).strip().splitlines()[-1]}") from error

@@ -171,9 +171,7 @@ def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
         raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
     compiler = compiler_for(target)
     try:
-        # Those of GPU kernels are part of what they are imported in.
-        addons = [str(file) for file in module.objects] if module.device == "cpu" else []
-        module.executable.export_library(str(path), addons=addons, cc=compiler)
+        module.executable.export_library(str(path), addons=module.addons, cc=compiler)
     except RuntimeError as error:
         if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -14,13 +14,16 @@ from qsearch.build.link import Linker
 from qsearch.build.relax_module import Call, Constant
 from qsearch.build.target import open_target
 from qsearch.kernels.description import Kernel
-from qsearch.quantize.program import FLOATS, INTEGERS, Op, Program
+from qsearch.qtype import PRECISIONS
+from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Program
 from qsearch.quantize.reference import run_op
 
 __all__ = ["KernelCase", "kernel_cases", "tolerance_of"]
 
-# Largest difference of a float output, as a share of its largest magnitude: float sums round by their order.
-FLOAT_TOLERANCE = 1e-4
+# Largest difference of a float output, as a share of its largest magnitude: float sums round by their order, and what is
+# then rounded to a short float may fall to either side.
+FLOAT_TOLERANCE = {"float16": 1e-3, "float8_e4m3fn": 0.07}
+OTHER_TOLERANCE = 1e-4
 # Functions of float are another library's on every machine.
 FUNCTION_TOLERANCE = 1e-3
 # Operations whose float32 arithmetic is written down step by step, so that every target rounds alike.
@@ -59,7 +62,7 @@ class KernelCase:
     arguments: tuple[np.ndarray, ...]
     expected: np.ndarray
     tolerance: float | None
-    tile: dict[str, int] | None = None
+    tile: dict[str, Any] | None = None
     tile_group: str = ""
 
 
@@ -91,17 +94,17 @@ def tolerance_of(op: Op) -> float | None:
     key = op.key
     if key.kind in FUNCTIONS:
         return None if key.function == "clip" else FUNCTION_TOLERANCE
-    exact = (
-        key.kind in STEPWISE or (key.precision not in (None, "fp32")) or (key.kind == "avg_pool2d" and key.dtypes[0] != "float32")
-    )
-    return None if exact else FLOAT_TOLERANCE
+    in_integers = key.precision is not None and PRECISIONS[key.precision].is_integer
+    averages = key.kind == "avg_pool2d" and key.dtypes[0] in INTEGER_DTYPES
+    exact = key.kind in STEPWISE or in_integers or averages
+    return None if exact else FLOAT_TOLERANCE.get(op.output.dtype, OTHER_TOLERANCE)
 
 
 def value_ranges(program: Program) -> dict[str, Range]:
     """Least, largest and zero of every integer value: what its operation can write, which bounds the sums that read it."""
     found: dict[str, Range] = {}
     for op in program.ops:
-        if op.output.dtype == "float32" or op.key.kind == "foreign":
+        if op.output.dtype not in INTEGER_DTYPES or op.key.kind == "foreign":
             continue
         if op.key.kind == "lookup":
             table = op.constants["table"]
@@ -146,7 +149,7 @@ def _own_cases(
 
 def _step(op: Op) -> float:
     """What float inputs are multiples of where an operation rounds them to integers: halves of it are ties."""
-    if op.key.kind not in ("quantize", "to_channels_last") or op.output.dtype == "float32":
+    if op.key.kind not in ("quantize", "to_channels_last") or op.output.dtype not in INTEGER_DTYPES:
         return 0.0
     return 1.0 / float(op.constants["floats"][FLOATS.index("multiplier")])
 
@@ -163,14 +166,14 @@ def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, limits
     """
     size = int(np.prod(shape))
     part = size // EDGE_SHARE
-    if dtype == "float32":
+    if dtype not in INTEGER_DTYPES:
         values = rng.standard_normal(size) * (64 * step if step else 1.0)
         values[:part] = 0.0
         if step:
             values[part : 2 * part] = 1e4 * step
             values[2 * part : 3 * part] = -1e4 * step
             values[3 * part : 4 * part] = step * (rng.integers(-100, 100, part) + 0.5)
-        return values.astype(np.float32).reshape(shape)
+        return values.astype(dtype).reshape(shape)
     low, high, zero = limits or (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max), 0)
     integers = rng.integers(low, high + 1, size)
     for i, edge in enumerate((high, low, zero)):

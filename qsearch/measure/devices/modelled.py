@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qsearch.build.link import Linker, PlannedCall
-from qsearch.build.object_cache import ObjectCache
+from qsearch.build.object_cache import cache_for
 from qsearch.build.target import Target
 from qsearch.errors import BuildError, UsageError
 from qsearch.measure.devices.cost_file import CostFile
@@ -66,7 +66,7 @@ class PackAway:
                 f"{target.name!r} ({target.description}): leave --target and --threads out, or measure a pack of that target"
             )
         self.table, self.target = table, target
-        self.linker = Linker(ObjectCache(folder, target))
+        self.linker = Linker(cache_for(folder, target))
         self.linker.tiles.hold(table.tiles())
         self.device = ModelledDevice()
         self.description = f"{table.device}, by kernel times of cost table {table.digest[:16]}"

@@ -101,8 +101,9 @@ def target_json(target: Target) -> dict[str, Any]:
     """What a pack, and the table that is measured with it, say of their target."""
     return {
         "name": _portable_name(target),
-        "device": "cpu",
+        "device": target.device,
         "architecture": target.architecture,
+        "arch": target.arch,
         "threads": target.threads,
         "description": target.description,
         "cpu_flags": target.cpu_flags,
@@ -111,6 +112,8 @@ def target_json(target: Target) -> dict[str, Any]:
 
 def _portable_name(target: Target) -> str:
     """A name that means the same target on every machine."""
+    if target.arch:
+        return f"cuda:{target.arch}"
     if target.name != "host":
         return target.name
     if not target.mcpu:
@@ -174,13 +177,12 @@ def _fill(writer: _Writer, request: PackRequest, cases: list[KernelCase], chain:
     compiled = linker.cache.get((case.symbol, case.kernel) for case in cases)
     writer.add("__main__.py", Path(pack_runner.__file__).read_bytes())
     library = "kernels/kernels.so"
-    link_for(linker.target, scratch / "kernels.so", [compiled[case.symbol].object_path for case in cases])
+    link_for(linker.target, scratch / "kernels.so", [compiled[case.symbol] for case in cases])
     writer.add(library, (scratch / "kernels.so").read_bytes())
     chains = {}
     for calls in CHAINS:
-        module, name = linker.build(chain_program(calls), linked=False), f"chain{calls}.so"
-        addons = [str(path) for path in module.objects]
-        module.executable.export_library(str(scratch / name), addons=addons, cc=compiler_for(linker.target))
+        module, name = linker.build(chain_program(calls), linked=False, exported=True), f"chain{calls}.so"
+        module.executable.export_library(str(scratch / name), addons=module.addons, cc=compiler_for(linker.target))
         writer.add(f"kernels/{name}", (scratch / name).read_bytes())
         chains[f"kernels/{name}"] = calls
     kernels = [

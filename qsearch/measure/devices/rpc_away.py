@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qsearch.build.link import Linker
-from qsearch.build.object_cache import ObjectCache, compiler_for, link_for
+from qsearch.build.object_cache import cache_for, compiler_for, link_for
 from qsearch.build.target import Target
 from qsearch.errors import BuildError
 from qsearch.measure.devices.kernel_cases import KernelCase, kernel_cases
@@ -40,7 +40,7 @@ class RpcAway:
     """
 
     def __init__(self, address: RpcAddress, target: Target, folder: Path) -> None:
-        self.target, self.linker = target, Linker(ObjectCache(folder, target))
+        self.target, self.linker = target, Linker(cache_for(folder, target))
         self.device = RpcDevice(address, target_json(target)["device"], target.threads)
         self.description = f"the RPC device {address.key!r}"
         self._scratch = tempfile.TemporaryDirectory(prefix="qsearch-rpc-")
@@ -61,11 +61,10 @@ class RpcAway:
         Raises:
             BuildError: It cannot be built or linked.
         """
-        module = self.linker.build(program, linked=False)
+        module = self.linker.build(program, linked=False, exported=True)
         path = Path(self._scratch.name) / f"module{next(self._numbers)}.so"
         try:
-            addons = [str(file) for file in module.objects]
-            module.executable.export_library(str(path), addons=addons, cc=compiler_for(self.target))
+            module.executable.export_library(str(path), addons=module.addons, cc=compiler_for(self.target))
         except RuntimeError as error:
             raise BuildError(f"linking a module for the device failed: {str(error).strip().splitlines()[-1]}") from error
         return RemoteLibrary(path)
@@ -85,7 +84,7 @@ class RpcAway:
             return
         compiled = self.linker.cache.get((case.symbol, case.kernel) for case in cases)
         path = Path(self._scratch.name) / f"kernels{next(self._numbers)}.so"
-        link_for(self.target, path, [compiled[case.symbol].object_path for case in cases])
+        link_for(self.target, path, [compiled[case.symbol] for case in cases])
         self._times |= self.device.session(lambda session: self._measured(session, path, cases))
 
     def _measured(self, session: Any, path: Path, cases: list[KernelCase]) -> dict[str, float]:

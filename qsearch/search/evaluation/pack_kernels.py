@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qsearch.build.link import Linker
-from qsearch.build.object_cache import ObjectCache
+from qsearch.build.object_cache import cache_for
 from qsearch.build.target import open_target
 from qsearch.measure.devices.pack import PackRequest, write_pack
 from qsearch.search.bound_space import bind_space
@@ -39,7 +39,7 @@ def pack_kernels(settings: Settings, space: SearchSpace, out: Path, tiles: int, 
     target = open_target(settings.target, settings.threads)
     evaluator = prepare_for(settings, target, progress)
     require_room(settings.cache_dir)
-    linker = Linker(ObjectCache(settings.cache_dir / "kernels", target))
+    linker = Linker(cache_for(settings.cache_dir / "kernels", target))
     evaluator.linker = linker
     bound = bind_space(evaluator.profile.space(space), evaluator.graph)
     programs = needed_programs(evaluator, bound, progress)
