@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import Any
 
+from qsearch.build.cuda_toolkit import find_compiler
+from qsearch.errors import ToolchainError
+from qsearch.measure.doctor import gpu_kernel
 from qsearch.measure.doctor.check import Check, State, attempted
 
 __all__ = ["Driver", "check_cuda", "check_driver", "check_toolkit", "open_driver"]
 
 # Attributes of cuDeviceGetAttribute.
 CLOCK_KHZ, MEMORY_CLOCK_KHZ, MAJOR, MINOR = 13, 36, 75, 76
-# What the CUDA part of qsearch may bring: check_cubin(arch) compiles a test kernel to a cubin and says so in words,
-# check_run() runs one on the device; both raise what is wrong.
-HOOKS = "qsearch.build.cuda_toolkit"
 NO_GPU = "measure on a machine with a GPU: qsearch pack --target cuda:ARCH --out kernels.pack here, python kernels.pack there"
 
 
@@ -51,20 +45,11 @@ def check_cuda(target: str) -> list[Check]:
     driver = open_driver()
     found = check_driver(driver, missing)
     found += check_toolkit(driver if isinstance(driver, Driver) else None, missing)
-    try:
-        hooks: ModuleType | None = importlib.import_module(HOOKS)
-    except ImportError:
-        hooks = None
     arch = target.partition(":")[2] or (driver.archs[0] if isinstance(driver, Driver) and driver.archs else "sm_90")
-    if hooks is None or not hasattr(hooks, "check_cubin"):
-        return [
-            *found,
-            Check("test kernel for CUDA", missing, "this qsearch has no CUDA kernels", "install one that has", "cuda"),
-        ]
     if any(one.name == "CUDA compiler" and one.state == "ok" for one in found) or wanted:
-        found.append(attempted("test kernel for CUDA", "see the toolkit above", lambda: str(hooks.check_cubin(arch)), "cuda"))
-    if isinstance(driver, Driver) and driver.archs and hasattr(hooks, "check_run"):
-        found.append(attempted("test kernel on the GPU", "see driver and toolkit above", lambda: str(hooks.check_run()), "cuda"))
+        found.append(attempted("test kernel for CUDA", "see the toolkit above", lambda: gpu_kernel.check_cubin(arch), "cuda"))
+    if isinstance(driver, Driver) and driver.archs:
+        found.append(attempted("test kernel on the GPU", "see driver and toolkit above", gpu_kernel.check_run, "cuda"))
     return found
 
 
@@ -134,36 +119,14 @@ def _clocks_now() -> str:
 
 def check_toolkit(driver: Driver | None, missing: State) -> list[Check]:
     """The compiler of CUDA code: NVRTC from PyPI or nvcc; and whether the driver takes what it makes."""
-    packages = {name: _version(name) for name in ("cuda-bindings", "nvidia-cuda-nvrtc")}
-    nvcc = _nvcc()
-    words = [f"{name} {found}" for name, found in packages.items() if found] + ([f"nvcc {nvcc}"] if nvcc else [])
-    remedy = "pip install cuda-bindings nvidia-cuda-nvrtc, or install NVIDIA's toolkit with nvcc"
-    if not all(packages.values()) and not nvcc:
-        return [Check("CUDA compiler", missing, ", ".join(words) or "neither NVRTC nor nvcc found", remedy, "cuda")]
-    found = [Check("CUDA compiler", "ok", ", ".join(words), part="cuda")]
-    made = (packages["nvidia-cuda-nvrtc"] if all(packages.values()) else nvcc) or ""
-    if driver is not None and made and int(made.split(".")[0]) > driver.version[0]:
-        text = f"the toolkit is of CUDA {made} and the driver supports {driver.version[0]}.{driver.version[1]}"
-        older = f"update the driver, or pip install 'nvidia-cuda-nvrtc<{driver.version[0] + 1}' and cuda-bindings to match"
+    try:
+        compiler = find_compiler()
+    except ToolchainError as error:
+        return [Check("CUDA compiler", missing, "neither NVRTC nor nvcc found", str(error).partition(": ")[2], "cuda")]
+    made = compiler.version
+    found = [Check("CUDA compiler", "ok", f"{compiler.kind} {made[0]}.{made[1]}, {compiler.path}", part="cuda")]
+    if driver is not None and made[0] > driver.version[0]:
+        text = f"the toolkit is of CUDA {made[0]}.{made[1]} and the driver supports {driver.version[0]}.{driver.version[1]}"
+        older = f"update the driver, or pip install 'nvidia-cuda-nvrtc<{driver.version[0] + 1}' to match"
         found.append(Check("driver against toolkit", "problem", text, older, "cuda"))
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _nvcc() -> str | None:
-    """Version of nvcc; None where there is none."""
-    path = shutil.which("nvcc")
-    if path is None:
-        return None
-    try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"release ([\d.]+)", text)
-    return match.group(1) if match else None

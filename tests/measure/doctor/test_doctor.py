@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from real_search import fails, within
 
+from qsearch.build.cuda_toolkit import CudaCompiler
+from qsearch.errors import ToolchainError
 from qsearch.measure.doctor import cuda, host
 from qsearch.measure.doctor.check import Check, attempted
 from qsearch.measure.doctor.cuda import Driver, check_driver, check_toolkit, open_driver
@@ -118,13 +120,16 @@ def test_a_driver_and_its_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "toolkit", "fits"), [((12, 4), "13.0.88", False), ((13, 0), "13.0.88", True), ((13, 0), "12.9", True)]
+    ("driver", "toolkit", "fits"), [((12, 4), (13, 0), False), ((13, 0), (13, 0), True), ((13, 0), (12, 9), True)]
 )
 def test_a_driver_that_is_older_than_the_toolkit(monkeypatch, driver, toolkit, fits) -> None:
-    monkeypatch.setattr(cuda, "_version", {"cuda-bindings": "13.0.3", "nvidia-cuda-nvrtc": toolkit}.get)
+    monkeypatch.setattr(cuda, "find_compiler", lambda: CudaCompiler("nvrtc", "libnvrtc.so.13", toolkit))
     found = check_toolkit(Driver(driver, (), ()), "problem")
     assert [one.state for one in found] == (["ok"] if fits else ["ok", "problem"])
     assert fits or "nvidia-cuda-nvrtc<13" in found[-1].remedy
-    monkeypatch.setattr(cuda, "_version", lambda name: None)
-    monkeypatch.setattr(cuda, "_nvcc", lambda: None)
-    assert [one.state for one in check_toolkit(None, "absent")] == ["absent"]
+
+    def none() -> None:
+        raise ToolchainError("no CUDA compiler found: install one")
+
+    monkeypatch.setattr(cuda, "find_compiler", none)
+    assert [(one.state, one.remedy) for one in check_toolkit(None, "absent")] == [("absent", "install one")]
