@@ -45,7 +45,7 @@ def check_run() -> str:
     kernel = target.describe(op.key)
     module = compile_kernel(kernel, "doctor", target).mod
     rng = np.random.default_rng(0)
-    inputs = [rng.integers(0, 256, _SHAPE).astype(np.uint8), rng.standard_normal(_SHAPE).astype(np.float16)]
+    inputs: list[np.ndarray] = [rng.integers(0, 256, _SHAPE).astype(np.uint8), rng.standard_normal(_SHAPE).astype(np.float16)]
     output = on_device(np.full(op.output.size, 0xA5, np.uint8), "cuda")
     given = (*(value.ravel() for value in inputs), *kernel.pack(op.constants))
     module["doctor"](*(on_device(array, "cuda") for array in given), output)
