@@ -100,6 +100,10 @@ class AnalyticEvaluator:
         """One kernel for all, which the environment may change."""
         return os.environ.get("KERNELS", "k" * 64)
 
+    def idle_methods(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def tables(self, space: BoundSpace) -> Tables:
         """The formulas as sums over the layers."""
 

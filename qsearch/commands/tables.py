@@ -58,7 +58,7 @@ def tables(
 
     with stdout_reserved():
         evaluator = open_evaluator(settings, say)
-        bound = bind_space(evaluator.profile.space(chosen), evaluator.graph)
+        bound = bind_space(evaluator.profile.space(chosen), evaluator.graph, evaluator.idle_methods)
         measured = measure_tables(evaluator, bound, say)
     rows = layer_rows(bound, measured)
     if not rows:

@@ -123,7 +123,7 @@ def open_problem(options: argparse.Namespace) -> Problem:
     folder.mkdir(parents=True, exist_ok=True)
     baseline = _baseline(folder / "baseline.json", evaluator.baseline)
     evaluator.refer_to(baseline)
-    bound = bind_space(space, evaluator.graph)
+    bound = bind_space(space, evaluator.graph, evaluator.idle_methods)
     float_run = FloatRun(evaluator.float_logits("search"), evaluator.dataset.labels("search"))
     measured = MeasuredFolder(folder / "measured", _Recorder(evaluator), baseline.latency.median_ms)
     # Their cost is that of this version of them.
