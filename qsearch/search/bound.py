@@ -13,8 +13,9 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.front import objective_hypervolume
 from qsearch.search.study import OBJECTIVES
 from qsearch.search.surrogate import Observation, fit_surrogate
-from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
+from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.settings import assignment_config, lowest
 
 __all__ = ["TablesBound", "tables_bound"]
 
@@ -53,7 +54,7 @@ def tables_bound(
         observations: The measured trials.
         limits: Objective -> largest value; what is predicted beyond it does not count.
     """
-    settings = table_settings(space)
+    settings = [one.values for one in tables.settings]
     divergences = [tables.divergence(assignment_config(space, setting, lowest(space))) for setting in settings]
     model = fit_surrogate(tables.latency, divergences, observations)
     latency, divergences = model.latency, list(model.divergences)
