@@ -19,8 +19,9 @@ from qsearch.search.tables.settings import assignment_config, lowest
 
 __all__ = ["TablesBound", "tables_bound"]
 
-# Weights of latency and of bytes against divergence: so many of each, over so many factors of ten either way.
-GRID, REACH = 13, 3.0
+# Weights of latency and of bytes against divergence: so many of each, over so many factors of ten either way; fewer where
+# there are so many settings that more than MOST_WEIGHTINGS in all would take minutes.
+GRID, REACH, MOST_WEIGHTINGS = 13, 3.0, 2400
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[Pairwise
     """
     last = np.array([[size - 1 for size in latency.sizes]])
     worst = max(min(float(one(last)[0]) for one in divergences), 1e-12)
-    powers = 10.0 ** np.linspace(-REACH, REACH, GRID)
+    powers = 10.0 ** np.linspace(-REACH, REACH, min(GRID, int((MOST_WEIGHTINGS / len(divergences)) ** 0.5) - 1))
     scale = (tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes))
     grid = [(a / scale[0], b / scale[1], 1.0 / worst) for a, b in itertools.product((0.0, *powers), repeat=2)]
     weights = np.array([*grid, (1.0 / scale[0], 0.0, 0.0), (0.0, 1.0 / scale[1], 0.0)])
