@@ -27,7 +27,8 @@ from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.profile import Profile
 from qsearch.search.tables.cost_table import Cost
 from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.tables.pairwise import PairwiseSum, nothing
+from qsearch.search.tables.settings import Setting, table_settings
 
 LOSS_PER_NAT = 25.0
 MODE_FACTOR = {"max": 1.3, "percentile": 1.0, "kl_divergence": 1.1, "mse": 0.9, "global_scale": 2.0}
@@ -44,6 +45,12 @@ def make_graph(layers: int = 8) -> Graph:
     nodes.append(Node("flatten", "flatten", (nodes[-1].name,), (1, 8 * 14 * 14)))
     nodes.append(Node("classifier", "linear", ("flatten",), (1, 10), conv=Conv()))
     return Graph(tuple(nodes), "classifier")
+
+
+def plain_settings(space: BoundSpace) -> tuple[Setting, ...]:
+    """Settings that all hold weights alike."""
+    none = nothing([len(one.values) for one in space.layers])
+    return tuple(Setting(one, none, none) for one in table_settings(space))
 
 
 class AnalyticEvaluator:
@@ -100,6 +107,10 @@ class AnalyticEvaluator:
         """One kernel for all, which the environment may change."""
         return os.environ.get("KERNELS", "k" * 64)
 
+    def idle_methods(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def tables(self, space: BoundSpace) -> Tables:
         """The formulas as sums over the layers."""
 
@@ -116,7 +127,7 @@ class AnalyticEvaluator:
 
         latency = total(np.stack([self._cost, self._cost * (1 - self._gain)], 1))
         held = total(np.tile((4000.0, 1000.0), (len(space.layers), 1)))
-        return Tables(latency, held, divergence, cost, self.baseline)
+        return Tables(latency, held, divergence, cost, self.baseline, plain_settings(space))
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure again, a little worse; the environment may make it AGAIN=worse for the largest, or AGAIN=noise."""

@@ -90,7 +90,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
     request = _for_task(request, evaluator.profile)
-    bound = bind_space(request.space, evaluator.graph)
+    bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
         # A study has one float module to compare with, that of its first run.

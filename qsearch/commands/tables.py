@@ -71,7 +71,7 @@ def tables(
 
     with stdout_reserved():
         evaluator = open_evaluator(settings, say, {chosen.name: chosen})
-        bound = bind_space(evaluator.profile.space(chosen), evaluator.graph)
+        bound = bind_space(evaluator.profile.space(chosen), evaluator.graph, evaluator.idle_methods)
         measured = measure_tables(evaluator, bound, say)
     rows = layer_rows(bound, measured)
     if not rows:

@@ -74,6 +74,23 @@ class Variants:
             self._made[key] = self.plain if same else self._variant(model)
         return self._made[key]
 
+    @cached_property
+    def idle(self) -> frozenset[str]:
+        """Methods that find nothing to do in this model: with them or without, its modules are the same."""
+        plain = self.plain.model
+        equalized = [equalize(plain, seen) for seen in (self._seen, likely_maximum(plain))]
+        changes = {
+            "equalization": equalized,
+            "bias_absorption": [absorb_high_biases(one) for one in (plain, *equalized)],
+            "migration": [migrate(plain, self._seen, 0.5)],
+        }
+        before = {"bias_absorption": [plain, *equalized]}
+        return frozenset(
+            name
+            for name, after in changes.items()
+            if all(a.fingerprint == b.fingerprint for a, b in zip(before.get(name, [plain] * len(after)), after, strict=True))
+        )
+
     def _variant(self, model: Model) -> Variant:
         return Variant(model, self.observe(model), WeightStore(self.rounded(model) if self.rounded else None))
 

@@ -13,13 +13,15 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.front import objective_hypervolume
 from qsearch.search.study import OBJECTIVES
 from qsearch.search.surrogate import Observation, fit_surrogate
-from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
+from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.settings import assignment_config, lowest
 
 __all__ = ["TablesBound", "tables_bound"]
 
-# Weights of latency and of bytes against divergence: so many of each, over so many factors of ten either way.
-GRID, REACH = 13, 3.0
+# Weights of latency and of bytes against divergence: so many of each, over so many factors of ten either way; fewer where
+# there are so many settings that more than MOST_WEIGHTINGS in all would take minutes.
+GRID, REACH, MOST_WEIGHTINGS = 13, 3.0, 2400
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def tables_bound(
         observations: The measured trials.
         limits: Objective -> largest value; what is predicted beyond it does not count.
     """
-    settings = table_settings(space)
+    settings = [one.values for one in tables.settings]
     divergences = [tables.divergence(assignment_config(space, setting, lowest(space))) for setting in settings]
     model = fit_surrogate(tables.latency, divergences, observations)
     latency, divergences = model.latency, list(model.divergences)
@@ -80,7 +82,7 @@ def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[Pairwise
     """
     last = np.array([[size - 1 for size in latency.sizes]])
     worst = max(min(float(one(last)[0]) for one in divergences), 1e-12)
-    powers = 10.0 ** np.linspace(-REACH, REACH, GRID)
+    powers = 10.0 ** np.linspace(-REACH, REACH, min(GRID, int((MOST_WEIGHTINGS / len(divergences)) ** 0.5) - 1))
     scale = (tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes))
     grid = [(a / scale[0], b / scale[1], 1.0 / worst) for a, b in itertools.product((0.0, *powers), repeat=2)]
     weights = np.array([*grid, (1.0 / scale[0], 0.0, 0.0), (0.0, 1.0 / scale[1], 0.0)])

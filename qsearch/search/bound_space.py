@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -78,12 +78,14 @@ class BoundSpace:
         graph: The model's layers.
         layers: Per layer, in graph order, the precisions it may take; the parameter is named after the layer.
         settings: Calibration mode, percentile tail, how weights are rounded, methods; those of rule n begin with 'rule_n_'.
+        idle: Methods that find nothing to do in the model, so that they are left as they are.
     """
 
     space: SearchSpace
     graph: Graph
     layers: tuple[Choices, ...]
     settings: tuple[Parameter, ...]
+    idle: frozenset[str] = frozenset()
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -150,7 +152,8 @@ class BoundSpace:
         for one in self.settings:
             middle = one.values[len(one.values) // 2] if isinstance(one, LogRange) else one.values[0]
             values[one.name] = middle
-        given: dict[str, Any] = {name: getattr(start, name) for name in (*WEIGHTS, *METHODS) if getattr(start, name) is not None}
+        named = (name for name in (*WEIGHTS, *METHODS) if name not in self.idle)
+        given: dict[str, Any] = {name: getattr(start, name) for name in named if getattr(start, name) is not None}
         if start.calibration is not None:
             given[CALIBRATION] = start.calibration.mode
             if start.calibration.mode == "percentile":
@@ -168,12 +171,14 @@ class BoundSpace:
             yield dict(zip(names, combination, strict=True))
 
 
-def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
+def bind_space(space: SearchSpace, graph: Graph, idle: Callable[[], Collection[str]] = frozenset) -> BoundSpace:
     """Work out what a space allows for each layer of a model.
 
     Args:
         space: The search space.
         graph: The model's layers.
+        idle: Gives the methods that find nothing to do in the model; asked only if the space opens one. A search that
+            varied them would measure the same modules over and over.
 
     Returns:
         The bound space.
@@ -188,12 +193,14 @@ def bind_space(space: SearchSpace, graph: Graph) -> BoundSpace:
     kept = _skipped(space, graph)
     layers = tuple(Choices(node.name, ("fp32",) if node.name in kept else _allowed(space, graph, node)) for node in graph.layers)
     settings = _settings(space, "")
-    settings += [Choices(name, getattr(space, field)) for name, field in METHODS.items()]
+    methods = {name: getattr(space, field) for name, field in METHODS.items()}
+    left = frozenset(idle()) if any(len(values) > 1 for values in methods.values()) else frozenset()
+    settings += [Choices(name, values[:1] if name in left else values) for name, values in methods.items()]
     for number, rule in enumerate(space.rules):
         settings += _settings(rule, _prefix(number))
     if all(set(layer.values) <= set(UNSCALED) for layer in layers):
         settings = [Choices(one.name, one.values[:1]) for one in settings]
-    return BoundSpace(space, graph, layers, tuple(settings))
+    return BoundSpace(space, graph, layers, tuple(settings), left)
 
 
 def _prefix(number: int) -> str:

@@ -9,9 +9,7 @@ evolutionary optimization assisted by Gaussian random field metamodels").
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import moocore
@@ -28,8 +26,10 @@ from qsearch.search.proposals import unseen_values
 from qsearch.search.study import OBJECTIVES, finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
 from qsearch.search.tables.cost_table import Cost
-from qsearch.search.tables.layer_tables import Tables, assignment_config, assignment_values, lowest, table_settings
-from qsearch.search.tables.pairwise import minimize
+from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.settings import assignment_config, assignment_values, lowest
+from qsearch.search.wanted import Wanted
 
 __all__ = ["PlannerSampler"]
 
@@ -37,9 +37,6 @@ __all__ = ["PlannerSampler"]
 WEIGHTINGS, REACH = 128, 2.0
 # Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
 SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
-# Gauss-Hermite nodes for what is uncertain of a latency and of a loss, and how far a latency may be off, relative.
-NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(3)
-LATENCY_SD = 0.02
 # Mixtures whose memory is planned before the first proposal.
 MIXTURES = 24
 # A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
@@ -62,17 +59,21 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.space, self.tables = space, tables
         self.rng = np.random.default_rng(seed)
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
-        self.settings = table_settings(space)
+        self.settings = [one.values for one in tables.settings]
         self.divergences = [tables.divergence(assignment_config(space, one, lowest(space))) for one in self.settings]
         self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
         limits = np.array([constraints.limits.get(name, np.inf) for name in OBJECTIVES]) / self.scale
         self.wanted = Wanted(limits, np.minimum(limits + LIMIT_MARGIN, 1.0))
-        self.costs: dict[bytes, Cost] = {}
+        # Settings that hold weights alike cost alike; each is known by the first of them.
+        alike = [(one.added_ms, one.added_bytes) for one in tables.settings]
+        self.storages = [next(n for n, other in enumerate(alike) if _same(other, one)) for one in alike]
+        self.costs: dict[tuple[bytes, int], Cost] = {}
         self.planned: list[np.ndarray] = []
+        self.held: list[float] = []
         sizes = np.array(tables.latency.sizes)
         for share in np.linspace(0.0, 1.0, MIXTURES):
             # From all layers in their first precision to all in their last.
-            self._cost(np.where(self.rng.random(len(sizes)) < share, sizes - 1, 0))
+            self._cost(np.where(self.rng.random(len(sizes)) < share, sizes - 1, 0), 0)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters at once."""
@@ -115,21 +116,21 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         model = fit_surrogate(self.tables.latency, self.divergences, observations)
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
-        candidates = self._candidates(model, observations)
-        rows = np.stack([row for row, _ in candidates])
-        nats = np.array([model.divergences[setting](row[None])[0] for row, setting in candidates])
-        rough = np.stack([model.latency(rows), self.tables.weight_bytes(rows) + self._held(rows), model.curve(nats)], 1)
+        rows, settings, nats = self._candidates(model, observations)
+        correction = model.latency(rows) - self.tables.latency(rows)
+        added_ms, added_bytes = self._added(rows, settings)
+        peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
+        rough = np.stack([model.latency(rows) + added_ms, peaks, model.curve(nats)], 1)
         # Where little is lost few answers change, and luck has little to change.
         loss_sd = model.curve.sd_pp * np.sqrt(rough[:, 2] / (rough[:, 2] + model.curve.sd_pp)) / LOSS_BOUND_PP
-        correction = model.latency(rows) - self.tables.latency(rows)
         best: tuple[tuple[float, float], dict[str, Any]] | None = None
         tried = 0
         order = self.wanted.order(rough / self.scale, loss_sd, front)
         for k in order:
-            values = self._values(rows[k], int(candidates[k][1]))
+            values = self._values(rows[k], int(settings[k]))
             if self.space.config(values).content_hash() in known:
                 continue
-            cost = self._cost(rows[k])
+            cost = self._cost(rows[k], int(settings[k]))
             exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
             merit = self.wanted.merits(exact, loss_sd[k : k + 1], front)[0]
             if best is None or merit > best[0]:
@@ -140,11 +141,15 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         if best is not None:
             return best[1]
         # Nothing new among the candidates: a neighbour of the best of them. The driver ends a search that has none left.
-        nearest = self._values(rows[order[0]], int(candidates[order[0]][1]))
+        nearest = self._values(rows[order[0]], int(settings[order[0]]))
         return unseen_values(self.space, nearest, known, self.rng) or nearest
 
-    def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> list[tuple[np.ndarray, int]]:
-        """Assignments, each with the setting of the least predicted divergence."""
+    def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Assignments with the setting of the least predicted divergence, once for every way of holding weights.
+
+        Returns:
+            Assignments int64 (N, layers), settings int64 (N,), nats float64 (N,).
+        """
         latency, divergences = model.latency, model.divergences
         sizes = np.array(latency.sizes)
         middle = np.stack([self.rng.integers(sizes) for _ in range(8)])
@@ -153,11 +158,19 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         worst = max(float(divergences[int(order[0])](np.array([sizes - 1]))[0]), 1e-12)
         weights = 10.0 ** self.rng.uniform(-REACH, REACH, (WEIGHTINGS, 2)) / self.scale[:2]
         weights = np.concatenate([weights, np.full((WEIGHTINGS, 1), 1.0 / worst)], 1)
-        rows = [row for s in some for row in minimize([latency, self.tables.weight_bytes, divergences[s]], weights)]
+        rows = [row for s in some for row in minimize([*self._sums(latency, s), divergences[s]], weights)]
         rows += self._changes(observations, sizes)
         unique = np.unique(np.stack(rows), axis=0)
         nats = np.stack([table(unique) for table in divergences])
-        return [(row, int(s)) for row, s in zip(unique, nats.argmin(0), strict=True)]
+        groups = [np.flatnonzero(np.array(self.storages) == storage) for storage in dict.fromkeys(self.storages)]
+        chosen = np.concatenate([group[nats[group].argmin(0)] for group in groups])
+        places = np.tile(np.arange(len(unique)), len(groups))
+        return unique[places], chosen, nats[chosen, places]
+
+    def _sums(self, latency: PairwiseSum, setting: int) -> list[PairwiseSum]:
+        """Milliseconds and bytes of assignments in a setting."""
+        one = self.tables.settings[setting]
+        return [latency.plus(one.added_ms), self.tables.weight_bytes.plus(one.added_bytes)]
 
     def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
         """Measured front members with one or two layers changed."""
@@ -183,7 +196,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
         row, setting = pending
         loss_pp = model.curve(model.divergences[setting](row[None]))[0]
-        return np.array([[model.latency(row[None])[0], self._cost(row).peak_bytes, loss_pp]]) / self.scale
+        added_ms, _ = self._added(row[None], np.array([setting]))
+        latency_ms = model.latency(row[None]) + added_ms
+        return np.array([[latency_ms[0], self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
 
     def _placed(self, trial: FrozenTrial) -> Placed:
         config = QuantConfig.model_validate(trial.user_attrs["config"])
@@ -193,9 +208,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def _observe(self, trial: FrozenTrial) -> Observation | None:
         """A trial as an observation; None if the tables do not cover it."""
         row, setting = self._placed(trial)
+        added_ms = float(self.tables.settings[setting].added_ms(row[None])[0])
         if trial.state == TrialState.PRUNED:
             least = trial.user_attrs["top1_loss_bounds_pp"]
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, least[0] if least else -np.inf)
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, least[0] if least else -np.inf, added_ms)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
@@ -203,15 +219,27 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
         score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, score, scored.top1_loss_pp)
+        return Observation(row, setting, measured.latency.median_ms, score, scored.top1_loss_pp, added_ms)
 
-    def _cost(self, row: np.ndarray) -> Cost:
-        """Exact cost of an assignment. In one setting for all: kernels and sizes hardly depend on it, prepared weights do."""
-        key = row.tobytes()
+    def _cost(self, row: np.ndarray, setting: int) -> Cost:
+        """Exact cost of an assignment, in one setting for all that hold weights alike."""
+        setting = self.storages[setting]
+        key = row.tobytes(), setting
         if key not in self.costs:
-            self.costs[key] = self.tables.cost(self.space.config(self._values(row, 0)))
+            self.costs[key] = found = self.tables.cost(self.space.config(self._values(row, setting)))
+            _, added_bytes = self._added(row[None], np.array([setting]))
             self.planned.append(row)
+            self.held.append(float(found.peak_bytes - self.tables.weight_bytes(row[None])[0] - added_bytes[0]))
         return self.costs[key]
+
+    def _added(self, rows: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What settings add to the latency and the bytes of assignments, float64 (N,) each."""
+        added = np.zeros((2, len(rows)))
+        storages = np.array(self.storages)[settings]
+        for storage in set(storages.tolist()):
+            one, here = self.tables.settings[storage], storages == storage
+            added[:, here] = one.added_ms(rows[here]), one.added_bytes(rows[here])
+        return added[0], added[1]
 
     def _held(self, rows: np.ndarray) -> np.ndarray:
         """Bytes beside the weights, float64 (N,): those of the most similar assignment whose memory was planned.
@@ -220,9 +248,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """
         planned = np.stack(self.planned)
         # Row by row: for all at once it would be candidates x planned x layers comparisons in memory.
-        nearest = [int((planned != row).sum(1).argmin()) for row in rows]
-        peaks = np.array([self.costs[row.tobytes()].peak_bytes for row in self.planned], np.float64)
-        return (peaks - self.tables.weight_bytes(planned))[nearest]
+        distinct, places = np.unique(rows, axis=0, return_inverse=True)
+        nearest = np.array([int((planned != row).sum(1).argmin()) for row in distinct])
+        return np.array(self.held)[nearest][places]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)
@@ -232,6 +260,11 @@ def _completed(study: optuna.Study) -> list[FrozenTrial]:
     return [one for one in finished(study) if "measurement" in one.user_attrs]
 
 
+def _same(one: Sequence[PairwiseSum], other: Sequence[PairwiseSum]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(np.array_equal(a, b) for first, second in pairs for a, b in zip(first.unary, second.unary, strict=True))
+
+
 def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
     """How far a trial's parameters are from a setting; only the percentile is a matter of degree."""
     total = 0.0
@@ -239,47 +272,3 @@ def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:
         given = values.get(name, value)
         total += abs(np.log10(value / given)) if name.endswith(PERCENTILE_TAIL) else 100.0 * (value != given)
     return total
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which part of objective space is asked for; all objectives in shares of float's, and of LOSS_BOUND_PP.
-
-    Attributes:
-        limits: The constraints, float64 (3,); infinite where there is none.
-        reference: The corner that hypervolume is counted from, float64 (3,).
-    """
-
-    limits: np.ndarray
-    reference: np.ndarray
-
-    def order(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[int]:
-        """Positions of predicted objectives, the best merit first."""
-        merits = self.merits(points, loss_sd, front)
-        return sorted(range(len(points)), key=lambda n: merits[n], reverse=True)
-
-    def merits(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[tuple[float, float]]:
-        """What speaks for each point, to be compared as tuples.
-
-        The hypervolume that it is expected to add to a front, and then how little it is expected to be beyond the limits. As
-        long as nothing is known to be within them, the other way round.
-
-        Args:
-            points: Predicted objectives, float64 (N, 3); the first and the third are uncertain.
-            loss_sd: Standard deviation of the third, float64 (N,).
-            front: float64 (M, 3), within limits and reference.
-        """
-        before = float(moocore.hypervolume(front, ref=self.reference)) if len(front) else 0.0
-        weights = NODE_WEIGHTS / NODE_WEIGHTS.sum()
-        merits = []
-        for point, deviation in zip(points, loss_sd, strict=True):
-            gain, excess = 0.0, 0.0
-            for (i, latency), (j, loss) in itertools.product(enumerate(1.0 + LATENCY_SD * NODES), enumerate(deviation * NODES)):
-                moved = np.array([point[0] * latency, point[1], max(point[2] + loss, 0.0)])
-                beyond, weight = float(np.maximum(moved - self.limits, 0.0).sum()), weights[i] * weights[j]
-                excess += weight * beyond
-                if beyond == 0.0 and (moved < self.reference).all():
-                    gain += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before)
-            nothing_yet = not len(front) and bool(np.isfinite(self.limits).any())
-            merits.append((-round(excess, 3), gain) if nothing_yet else (gain, -excess))
-        return merits

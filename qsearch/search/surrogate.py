@@ -62,6 +62,7 @@ class Observation:
         latency_ms: Measured.
         score: None if the trial was stopped early.
         least_loss_pp: What it loses at least.
+        added_ms: What its setting adds to the latency that the table is about.
     """
 
     assignment: np.ndarray
@@ -69,6 +70,7 @@ class Observation:
     latency_ms: float
     score: Score | None
     least_loss_pp: float
+    added_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> 
     if not observations:
         return table
     rows = np.stack([one.assignment for one in observations])
-    measured = np.array([one.latency_ms for one in observations])
+    measured = np.array([one.latency_ms - one.added_ms for one in observations])
     predicted = table(rows)
     # One change of scale for all terms, and one of every term of a layer.
     typical = abs(predicted).mean() / max(len(table.unary), 1)

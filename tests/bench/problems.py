@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -29,7 +30,17 @@ from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
 from qsearch.search.tables.layer_tables import Tables
 
-__all__ = ["PROBLEMS", "FloatRun", "Problem", "TimedTables", "fingerprint", "open_problem", "source_digest", "write_json"]
+__all__ = [
+    "PROBLEMS",
+    "FloatRun",
+    "Problem",
+    "TimedTables",
+    "add_options",
+    "fingerprint",
+    "open_problem",
+    "source_digest",
+    "write_json",
+]
 
 PROBLEMS = ("small", "demo", "efficientnet_lite0")
 
@@ -92,22 +103,27 @@ class Problem:
         return self._tables[0]
 
 
-def open_problem(name: str, root: Path, data: Path | None, cache: Path | None) -> Problem:
-    """Load a problem and what is known of it.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What says which problem, and where its measurements are."""
+    parser.add_argument("--problem", choices=PROBLEMS, required=True)
+    parser.add_argument("--data", type=Path, help="labelled images; needed by efficientnet_lite0")
+    parser.add_argument("--space", help="a YAML file or the name of a preset instead of the problem's own space")
+    parser.add_argument("--measured", type=Path, default=Path("studies/bench"), help="folder of measurements and runs")
+    parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
 
-    Args:
-        name: One of PROBLEMS.
-        root: The folder of all problems.
-        data: Labelled images; None for the built-in ones.
-        cache: Where kernels and images are kept; None for a folder under `root`.
-    """
-    settings, space = _settings(name, root, data, cache or root / "cache")
+
+def open_problem(options: argparse.Namespace) -> Problem:
+    """Load a problem and what is known of it; options as `add_options` has them."""
+    name, root = options.problem, options.measured
+    settings, space = _settings(name, root, options.data, options.cache or root / "cache")
+    if options.space is not None:
+        name, space = f"{name}-{Path(options.space).stem}", load_space(options.space)
     evaluator = open_evaluator(settings, _say)
     folder = root / f"{name}-{fingerprint(_identity(evaluator, space))[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     baseline = _baseline(folder / "baseline.json", evaluator.baseline)
     evaluator.refer_to(baseline)
-    bound = bind_space(space, evaluator.graph)
+    bound = bind_space(space, evaluator.graph, evaluator.idle_methods)
     float_run = FloatRun(evaluator.float_logits("search"), evaluator.dataset.labels("search"))
     measured = MeasuredFolder(folder / "measured", _Recorder(evaluator), baseline.latency.median_ms)
     # Their cost is that of this version of them.
@@ -188,6 +204,9 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             for part in ("images", "statistics"):
                 shutil.copytree(settings.cache_dir / part, cold / part, copy_function=os.link)
             in_all = _tables_seconds(replace(settings, cache_dir=cold), space)
+            # What took minutes is not done again for the tables that are used.
+            for part in ("kernels", "sensitivity"):
+                _give(cold / part, settings.cache_dir / part)
             # And once more with the kernels, but without their times.
             shutil.rmtree(cold / "sensitivity")
             for times in (cold / "kernels").glob("*.time.json"):
@@ -195,6 +214,14 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             compiled = _tables_seconds(replace(settings, cache_dir=cold), space)
         write_json(path, {"cpu_s": in_all, "compile_s": max(in_all - compiled, 0.0)})
     return TimedTables(evaluator.tables(space), **json.loads(path.read_text(encoding="utf-8")))
+
+
+def _give(source: Path, target: Path) -> None:
+    """Link the files of a folder into another one that lacks them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and not (target / file.name).exists():
+            os.link(file, target / file.name)
 
 
 def _tables_seconds(settings: Settings, space: BoundSpace) -> float:

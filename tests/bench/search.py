@@ -3,6 +3,7 @@
     python tests/bench/search.py --problem small --measured FOLDER --enumerate
     python tests/bench/search.py --problem demo --measured FOLDER --fill 2000
     python tests/bench/search.py --problem demo --measured FOLDER --seeds 10 --plot curves.png --json
+    python tests/bench/search.py --problem demo --space full --measured FOLDER --seeds 10 --json
 
 Every run goes through the loop of `qsearch search`, starting points of the usual samplers included (`tpe-plain` is TPE
 without them), over an in-memory study and without early stopping. Measurements are kept in FOLDER by configuration and
@@ -36,7 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TVM_NUM_THREADS", "1")
 
 from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
-from problems import PROBLEMS, Problem, open_problem
+from problems import Problem, add_options, open_problem
 from verdicts import Curves, at_equal_time, curves_of, reference_hypervolume, results, verdicts
 
 from qsearch.errors import QSearchError
@@ -95,13 +96,10 @@ def table(document: dict[str, Any]) -> str:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=PROBLEMS, required=True)
-    parser.add_argument("--data", type=Path, help="labelled images; needed by efficientnet_lite0")
+    add_options(parser)
     parser.add_argument("--seeds", type=int, default=10, help="runs of each sampler")
     parser.add_argument("--trials", type=int, default=200, help="measured configurations of each run")
     parser.add_argument("--samplers", default=",".join((PLANNER, *SAMPLERS)), help=f"separated by commas; see also NAME{PLAIN}")
-    parser.add_argument("--measured", type=Path, default=Path("studies/bench"), help="folder of measurements and runs")
-    parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
     parser.add_argument("--enumerate", action="store_true", help="only measure: every configuration")
     parser.add_argument("--fill", type=int, metavar="N", help="only measure: until N configurations are known")
     parser.add_argument(
@@ -119,8 +117,8 @@ def arguments() -> argparse.Namespace:
     options.samplers = options.samplers.split(",")
     if unknown := sorted(set(options.samplers) - known):
         parser.error(f"no sampler {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-    if options.enumerate and options.problem != "small":
-        parser.error("only the space of 'small' can be enumerated; measure some of the others with --fill N")
+    if options.enumerate and (options.problem != "small" or options.space):
+        parser.error("only the own space of 'small' can be enumerated; measure some of the others with --fill N")
     return options
 
 
@@ -128,7 +126,7 @@ def main() -> None:
     """Measure, run, print."""
     options = arguments()
     try:
-        problem = open_problem(options.problem, options.measured, options.data, options.cache)
+        problem = open_problem(options)
     except QSearchError as error:
         sys.exit(f"error: {error}")
     if options.enumerate:

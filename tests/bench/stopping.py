@@ -15,13 +15,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from campaign import anchored, kept_run, make_study
 from measured import Measured
-from problems import PROBLEMS, Problem, open_problem
+from problems import Problem, add_options, open_problem
 
 from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError
@@ -96,16 +95,13 @@ def _hypervolume(problem: Problem, digests: Iterable[str]) -> float:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problem", choices=PROBLEMS, required=True)
-    parser.add_argument("--data", type=Path, help="labelled images; needed by efficientnet_lite0")
+    add_options(parser)
     parser.add_argument("--samplers", default=f"{PLANNER},tpe", help="separated by commas")
     parser.add_argument("--seeds", type=int, default=10, help="searches of each sampler")
     parser.add_argument("--trials", type=int, default=200, help="trials of each search, stopped ones included")
-    parser.add_argument("--measured", type=Path, default=Path("studies/bench"), help="folder of measurements and runs")
-    parser.add_argument("--cache", type=Path, help="folder of kernels and images, by default one in that of --measured")
     options = parser.parse_args()
     try:
-        problem = open_problem(options.problem, options.measured, options.data, options.cache)
+        problem = open_problem(options)
     except QSearchError as error:
         sys.exit(f"error: {error}")
     rows = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from analytic import AnalyticEvaluator
+from analytic import AnalyticEvaluator, plain_settings
 from campaign import TIMINGS, fill, kept_run, measure_all, settle
 from curves_plot import draw_curves
 from measured import MeasuredFolder
@@ -57,7 +57,7 @@ class Source(AnalyticEvaluator):
 
         latency = effect(lambda found: found.latency.median_ms, {})
         weights = effect(lambda found: float(found.memory.weight_bytes), {})
-        return Tables(latency, weights, divergence, cost, self.baseline)
+        return Tables(latency, weights, divergence, cost, self.baseline, plain_settings(space))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import clipped_normal_mean, input_means, mean_error
 from qsearch.quantize.equalization import equalize, links, reader_weight
 from qsearch.quantize.migration import migrate
+from qsearch.quantize.variants import Variants
 from qsearch.quantize.weight_store import WeightStore
 
 SHAPE = (1, 3, 12, 10)
@@ -195,3 +198,28 @@ def test_analytic_means_need_no_images() -> None:
     # The middle of the kernel always lies on the image, of 6 x 5 pixels; its first row misses it once in six.
     np.testing.assert_allclose(means["depth.0"][:, 1, 1], expected)
     np.testing.assert_allclose(means["depth.0"][:, 0, 1], expected * 5 / 6)
+
+
+class Residual(nn.Module):
+    """Nothing that could be equalized: every value has two readers or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return (y + self.second(y)).mean((2, 3))
+
+
+def idle(model: Model) -> frozenset[str]:
+    return Variants(model, lambda given: observe(given, images(4), 4)).idle
+
+
+def test_methods_know_where_they_find_nothing_to_do() -> None:
+    assert idle(import_model("residual", Residual().eval(), SHAPE)) == {"equalization", "bias_absorption", "migration"}
+    model = chain(0)
+    assert idle(model) == {"bias_absorption", "migration"}
+    deviation = model.parameters.norm["depth.0"][1]
+    model = replace(model, parameters=replace(model.parameters, norm={"depth.0": (3 * deviation + 2, deviation)}))
+    assert idle(model) == {"migration"}

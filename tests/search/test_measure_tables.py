@@ -23,8 +23,9 @@ from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
-from qsearch.search.tables.layer_tables import MOST_SETTINGS, Tables, assignment_config, layer_rows, lowest, table_settings
+from qsearch.search.tables.layer_tables import Tables, layer_rows
 from qsearch.search.tables.measure_tables import measure_tables
+from qsearch.search.tables.settings import MOST_SETTINGS, assignment_config, lowest, table_settings
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,24 @@ def test_bytes_are_those_of_the_modules(measured: tuple[ModelEvaluator, BoundSpa
         module = evaluator.compile(space.config({**table_settings(space)[0], **layers}))
         assert tables.weight_bytes(row[None])[0] == pytest.approx(module.weight_bytes, abs=0.5)
         assert tables.cost(module_config := space.config(layers)).peak_bytes == measure_memory(module).peak_bytes, module_config
+
+
+def test_settings_with_other_kernels_have_costs_of_their_own(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    evaluator, _, _ = measured
+    chosen = {"version": 1, "precisions": {"default": ["fp32", "w4a8"]}, "calibration": {"modes": ["max", "mse"]}}
+    space = bind_space(SearchSpace.model_validate({**chosen, "granularities": ["channel_wise", "group_wise"]}), evaluator.graph)
+    tables = measure_tables(evaluator, space, lambda clause: None)
+    row = lowest(space)[None]
+    found = {}
+    for setting in tables.settings:
+        module = evaluator.compile(assignment_config(space, setting.values, row[0]))
+        expected = tables.weight_bytes(row) + setting.added_bytes(row)
+        assert expected[0] == pytest.approx(module.weight_bytes, abs=0.5)
+        exact = tables.cost(assignment_config(space, setting.values, row[0])).latency_ms
+        assert tables.latency(row)[0] + setting.added_ms(row)[0] == pytest.approx(exact, rel=0.05)
+        found[setting.values["granularity"]] = setting.added_bytes(row)[0]
+    # Of a calibration neither kernels nor bytes know anything.
+    assert len(tables.settings) == 4 and found["channel_wise"] == 0 != found["group_wise"]
 
 
 def test_latency_is_split_into_terms_without_a_loss(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:

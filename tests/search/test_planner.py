@@ -1,14 +1,17 @@
 """The planner and its surrogate, on problems whose true costs are known."""
 
 import itertools
+from dataclasses import replace
 
 import moocore
 import numpy as np
 import optuna
 import pytest
+from analytic import plain_settings
 from networks import network
 
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
+from qsearch.search import wanted
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
 from qsearch.search.planner import PlannerSampler
@@ -24,8 +27,9 @@ from qsearch.search.surrogate import (
     fit_surrogate,
 )
 from qsearch.search.tables.cost_table import Cost
-from qsearch.search.tables.layer_tables import Tables, table_settings
+from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.tables.settings import Setting, table_settings
 
 GRAPH = network("bottlenecks")[0].graph
 SPACE = bind_space(
@@ -82,7 +86,7 @@ class Problem:
             row = self.row(config)
             return Cost(float(self.table_latency(row)[0]), int(self.bytes(row)[0]) + 1000)
 
-        return Tables(self.table_latency, self.bytes, scaled, cost, self.baseline)
+        return Tables(self.table_latency, self.bytes, scaled, cost, self.baseline, plain_settings(SPACE))
 
     def hypervolume(self, values, limits=(np.inf, np.inf, np.inf)):
         """Of the values within limits."""
@@ -281,3 +285,58 @@ def test_where_every_candidate_is_known_a_neighbour_is_proposed():
         assert SPACE.config(values) == configs[left]
     everything = {config.content_hash() for config in configs}
     assert SPACE.config(PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), everything)) in configs
+
+
+class Stored(Problem):
+    """One of the modes costs time and bytes in every int8 layer."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.added_ms = PairwiseSum(tuple(np.array([0.0, 0.15 * t[1]]) for t in self.latency.unary), {})
+        self.added_bytes = PairwiseSum(tuple(np.array([0.0, 0.15 * b[1]]) for b in self.bytes.unary), {})
+
+    def added(self, config):
+        row, dear = self.row(config), config.calibration.mode == "mse"
+        return float(self.added_ms(row)[0]) * dear, int(self.added_bytes(row)[0]) * dear
+
+    def measure(self, config):
+        found, (ms, held) = super().measure(config), self.added(config) if hasattr(self, "added_ms") else (0.0, 0)
+        latency = replace(found.latency, median_ms=found.latency.median_ms + ms)
+        return replace(found, latency=latency, memory=replace(found.memory, weight_bytes=found.memory.weight_bytes + held))
+
+    def tables(self):
+        found = super().tables()
+
+        def cost(config):
+            (ms, held), plain = self.added(config), found.cost(config)
+            return Cost(plain.latency_ms + ms, plain.peak_bytes + held)
+
+        dear = [one.values["calibration"] == "mse" for one in found.settings]
+        settings = tuple(
+            Setting(one.values, self.added_ms, self.added_bytes) if is_dear else one
+            for one, is_dear in zip(found.settings, dear, strict=True)
+        )
+        return replace(found, cost=cost, settings=settings)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_settings_that_cost_bytes_are_weighed_against_those_that_do_not(seed):
+    problem = Stored(seed)
+    reference = problem.hypervolume(problem.every())
+    sampler = PlannerSampler(SPACE, problem.tables(), seed)
+    planned, _ = problem.search(sampler, 25)
+    assert problem.hypervolume(planned) >= 0.95 * reference
+    blind = replace(problem.tables(), settings=Problem(seed).tables().settings, cost=Problem(seed).tables().cost)
+    unknowing, _ = problem.search(PlannerSampler(SPACE, blind, seed), 25)
+    assert problem.hypervolume(planned) > problem.hypervolume(unknowing)
+
+
+def test_many_candidates_are_screened_by_what_they_might_add(monkeypatch):
+    part = wanted.Wanted(np.full(3, np.inf), np.ones(3))
+    rng = np.random.default_rng(0)
+    points, front = rng.uniform(0.2, 1.0, (400, 3)), np.full((1, 3), 0.5)
+    exact = part.order(points, np.full(400, 0.02), front)
+    assert sorted(exact) == list(range(400))
+    monkeypatch.setattr(wanted, "SCREENED", 40)
+    screened = part.order(points, np.full(400, 0.02), front)
+    assert sorted(screened) == list(range(400)) and screened[:10] == exact[:10]

@@ -238,6 +238,25 @@ def test_settings_that_no_layer_can_take_fall_back_to_what_it_has() -> None:
     assert of["int16"].weights == of["fp8"].weights == WeightSettings()
 
 
+def test_methods_that_find_nothing_to_do_are_left_out() -> None:
+    every = bind_space(load_space("full"), GRAPH)
+    found = bind_space(load_space("full"), GRAPH, lambda: ("migration", "bias_absorption"))
+    names = {one.name for one in every.parameters}
+    assert {one.name for one in found.parameters} == names - {"migration", "bias_absorption"}
+    values = {layer.name: "int8" for layer in GRAPH.layers}
+    configs = [found.config({**values, "migration": strength}) for strength in (0.0, 0.5)]
+    # The value was suggested to a study that was begun before.
+    assert {config.migration for config in configs} == {0.0, 0.5}
+    # Where a space opens no method, nobody looks for what they would do.
+    bind_space(load_space("default"), GRAPH, lambda: pytest.fail("asked"))
+
+
+def test_a_start_may_name_a_method_that_finds_nothing_to_do(tmp_path: Path) -> None:
+    text = "equalizations: [false, true]\nstart:\n  equalization: true\n"
+    space = bind_space(load_space(write(tmp_path, text)), GRAPH, lambda: ["equalization"])
+    assert space.start_values()["equalization"] is False
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_stands_for_a_configuration_of_its_space(name: str) -> None:
     space = bind_space(load_space(name), GRAPH)

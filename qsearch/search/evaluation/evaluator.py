@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,6 +139,10 @@ class Evaluator(Protocol):
         Raises:
             TrialError: This configuration cannot be built.
         """
+        ...
+
+    def idle_methods(self) -> Collection[str]:
+        """Methods that find nothing to do in the model, by their names in a configuration."""
         ...
 
     def tables(self, space: BoundSpace) -> Tables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -276,6 +276,10 @@ class ModelEvaluator:
         """The device's handle of the float module."""
         with self._of_float():
             return self.device.handle(self._builder.prepare(FLOAT))
+
+    def idle_methods(self) -> Collection[str]:
+        """Methods that find nothing to do in the model."""
+        return self.variants.idle
 
     def tables(self, space: BoundSpace) -> Tables:
         """The planner's tables."""

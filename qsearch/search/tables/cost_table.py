@@ -45,6 +45,7 @@ class CostRequest:
         graph: The layer graph.
         layers: Layer -> its precisions, in the order of the variables.
         lower: Assignment, int (variables,) -> program.
+        storages: The same in other settings, in which layers have other kernels or constants.
         linker: Names kernels and plans memory.
         build: Links a program; fails it with a BuildError.
         image: What the modules are run on, float32 (N, C, H, W).
@@ -62,6 +63,7 @@ class CostRequest:
     image: np.ndarray
     reference: Program
     reference_ms: float
+    storages: Sequence[Callable[[np.ndarray], Program]] = ()
     seed: int = 0
     known: Callable[[str], float | None] | None = None
 
@@ -73,6 +75,7 @@ class CostTable:
     Attributes:
         latency: Milliseconds as a pairwise sum over layers.
         weight_bytes: Bytes of constants as a pairwise sum over layers.
+        storages: What each of those settings adds to latency and weight_bytes.
         linker: Names kernels and plans memory.
         clock: Times of kernels.
         scale: From the clock of the kernels' times, which may be of another day, to that of the trials.
@@ -80,6 +83,7 @@ class CostTable:
 
     latency: PairwiseSum
     weight_bytes: PairwiseSum
+    storages: tuple[tuple[PairwiseSum, PairwiseSum], ...]
     linker: Linker
     clock: KernelClock
     scale: float = 1.0
@@ -128,7 +132,8 @@ class KernelClock:
 def _kinships(key: OpKey) -> list[tuple]:
     """What kernels may share, the closest kinship first."""
     shape = (key.kind, key.shapes[0], key.shapes[-1], key.conv, key.pool)
-    return [(*shape, key.precision, key.dtypes), (*shape, key.precision, key.residual), (*shape, key.precision), shape]
+    held = (*shape, key.precision, key.weight_group, key.weight_offset)
+    return [(*held, key.dtypes), (*held, key.residual), held, (*shape, key.precision), shape]
 
 
 def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
@@ -146,17 +151,17 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
         request.reference,
         *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
     ]
-    # The reference is often one of the others too; the first of them stands for both.
-    plans: dict[tuple[str, ...], tuple[Program, Sequence[PlannedCall]]] = {}
-    for one in programs:
-        calls = linker.plan(one).calls
-        plans.setdefault(tuple(call.symbol for call in calls), (one, calls))
-    clock = _timed(request, list(plans.values()), progress)
+    clock = KernelClock(KernelTimes(linker.cache.directory) if request.known is None else GivenTimes(request.known))
+    _time(request, clock, programs, [], progress)
+    # A kernel is faster in a uniform network than in mixtures: told on the clock of the plainest uniform ones.
+    uniform = _uniform(_sizes(request))
+    others = [lower(row) for lower in request.storages for row in uniform]
+    _time(request, clock, others, [request.lower(row) for row in uniform], progress)
     nodes = {node.name for node in request.graph.nodes}
 
-    def node_costs(row: np.ndarray) -> dict[str, np.ndarray]:
+    def node_costs(row: np.ndarray, lower: Callable[[np.ndarray], Program] = request.lower) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
-        for call in linker.plan(request.lower(row)).calls:
+        for call in linker.plan(lower(row)).calls:
             # Conversions are called after the node whose value they convert.
             name = call.op.name if call.op.name in nodes else call.op.name.rpartition(".")[0]
             found[name] = found.get(name, np.zeros(2)) + (1e3 * clock.seconds(call), call.constant_bytes)
@@ -165,21 +170,43 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
     scale = request.reference_ms / (1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls))
-    return CostTable(latency.scaled(scale), weight_bytes, linker, clock, scale)
+    storages = [_added(request, node_costs, lower) for lower in request.storages]
+    added = tuple((latency.scaled(scale), weights) for latency, weights in storages)
+    return CostTable(latency.scaled(scale), weight_bytes, added, linker, clock, scale)
 
 
-def _timed(
-    request: CostRequest, plans: Sequence[tuple[Program, Sequence[PlannedCall]]], progress: Callable[[str], None]
-) -> KernelClock:
-    """A clock that knows the kernels of some programs; those that have a kernel without a time are run."""
-    linker, times = request.linker, KernelTimes(request.linker.cache.directory)
-    clock = KernelClock(times if request.known is None else GivenTimes(request.known))
-    unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
+def _added(
+    request: CostRequest, node_costs: Callable[..., dict[str, np.ndarray]], lower: Callable[[np.ndarray], Program]
+) -> tuple[PairwiseSum, PairwiseSum]:
+    """What another setting adds to the milliseconds and bytes of every layer, all layers in one precision."""
+    terms = [np.zeros((2, size)) for size in _sizes(request)]
+    for row in _uniform(_sizes(request)):
+        plain, other = node_costs(row), node_costs(row, lower)
+        for term, name, chosen in zip(terms, request.layers, row, strict=True):
+            term[:, chosen] = other.get(name, 0.0) - plain.get(name, np.zeros(2))
+    return PairwiseSum(tuple(term[0] for term in terms), {}), PairwiseSum(tuple(term[1] for term in terms), {})
+
+
+def _time(
+    request: CostRequest,
+    clock: KernelClock,
+    programs: Sequence[Program],
+    known: Sequence[Program],
+    progress: Callable[[str], None],
+) -> None:
+    """Let a clock know the kernels of some programs: those that have one without a time are run, beside known ones."""
+    linker = request.linker
+    # The reference is often one of the others too; the first of them stands for both.
+    plans: dict[tuple[str, ...], tuple[Program, Sequence[PlannedCall]]] = {}
+    for one in programs:
+        calls = linker.plan(one).calls
+        plans.setdefault(tuple(call.symbol for call in calls), (one, calls))
+    unknown = [one for one, calls in plans.values() if any(clock.times.get(call.symbol) is None for call in calls)]
     if unknown and request.known is not None:
         progress(f"{len(unknown)} of {len(plans)} mixed configurations have kernels without a time, which the planner guesses")
     elif unknown:
         progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
-        modules = _built(request, unknown, progress)
+        modules = _built(request, [*known, *unknown], progress)
         if modules:
             on_gpu = linker.target.device == "cuda"
             found = (
@@ -187,11 +214,11 @@ def _timed(
                 if on_gpu
                 else time_kernels(modules, request.image, linker.target.threads)
             )
-            times.put(_new_times(found, times))
-    for _, calls in plans:
-        for call in calls:
+            assert isinstance(clock.times, KernelTimes)
+            clock.times.put(_new_times(found, clock.times))
+    for _, planned in plans.values():
+        for call in planned:
             clock.learn(call)
-    return clock
 
 
 def _built(request: CostRequest, programs: Sequence[Program], progress: Callable[[str], None]) -> list[CompiledModule]:
@@ -219,6 +246,11 @@ def _new_times(found: Mapping[str, float], known: KernelTimes) -> dict[str, floa
     before = {symbol: seconds for symbol in found if (seconds := known.get(symbol)) is not None}
     ratio = float(np.median([seconds / found[symbol] for symbol, seconds in before.items()])) if before else 1.0
     return {symbol: ratio * seconds for symbol, seconds in found.items() if symbol not in before}
+
+
+def _uniform(sizes: Sequence[int]) -> list[np.ndarray]:
+    """All variables in their first value, their second and so on, or their last."""
+    return [np.array([min(value, size - 1) for size in sizes]) for value in range(max(sizes))]
 
 
 def _sizes(request: CostRequest) -> list[int]:

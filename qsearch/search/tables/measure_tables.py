@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,11 +21,21 @@ from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
-from qsearch.search.tables.layer_tables import Tables, assignment_config, lowest, table_settings
+from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.needed_kernels import needed_programs
-from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.tables.pairwise import PairwiseSum, nothing
 from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
+from qsearch.search.tables.settings import (
+    Setting,
+    TableKey,
+    assignment_config,
+    chosen_settings,
+    lowest,
+    measured_settings,
+    storage,
+    table_key,
+)
 
 __all__ = ["TableSource", "measure_tables"]
 
@@ -75,64 +86,64 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
         progress: Called whenever a slow step begins.
     """
     start = time.monotonic()
-    costs = _costs(source, space, progress)
-    source.seconds["cost_table"] = time.monotonic() - start
-    start = time.monotonic()
     sensitivity = _sensitivity(source, space, progress)
+    settings = chosen_settings(space, sensitivity)
     source.seconds["sensitivity_table"] = time.monotonic() - start
+    start = time.monotonic()
+    others = [one for one in dict.fromkeys(map(storage, settings)) if one != storage(settings[0])]
+    costs = _costs(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)], progress)
+    source.seconds["cost_table"] = time.monotonic() - start
 
     pairs = pairs_around(source.model.graph, _layers(space))
 
     def divergence(config: QuantConfig) -> PairwiseSum:
-        return divergence_sum(sensitivity[_table_key(config)], config, pairs)
+        return divergence_sum(sensitivity[table_key(config)], config, pairs)
 
     def cost(config: QuantConfig) -> Cost:
         return costs.cost(source.lower(config))
 
-    return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline)
+    none = nothing(costs.latency.sizes)
+    added = {storage(settings[0]): (none, none)}
+    added |= dict(zip(others, costs.storages, strict=True))
+    apart = tuple(Setting(one, *added[storage(one)]) for one in settings)
+    return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline, apart)
 
 
 def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
     return {one.name: one.values for one in space.layers}
 
 
-def _costs(source: TableSource, space: BoundSpace, progress: Progress) -> CostTable:
-    setting = table_settings(space)[0]
+def _costs(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[str, Any]], progress: Progress) -> CostTable:
+    """The cost table in the first of some settings, and what the others add."""
 
-    def lowered(row: np.ndarray) -> Program:
+    def lowered(setting: Mapping[str, Any], row: np.ndarray) -> Program:
         return source.lower(assignment_config(space, setting, row))
 
     if source.away is not None:
         progress(f"times of kernels are those of {source.away.description}")
         source.away.learn(needed_programs(source, space, progress))
+    lower, *others = (partial(lowered, setting) for setting in settings)
     request = CostRequest(
         source.model.graph,
         _layers(space),
-        lowered,
+        lower,
         source.linker,
         source.build,
         source.images("search")[:1],
         source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
+        others,
         known=None if source.away is None else source.away.seconds,
     )
     return measure_costs(request, progress)
 
 
-def _table_key(config: QuantConfig) -> tuple[bool, bool]:
-    """Which table a configuration's divergences are in: equalized networks have one of their own.
-
-    Absorbed biases and migrated ranges change single layers only; what they do is left to the trials to find out.
-    """
-    return config.equalization, config.calibration.mode == "global_scale"
-
-
-def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[tuple[bool, bool], Sensitivity]:
-    groups: dict[tuple[bool, bool], list[QuantConfig]] = {}
-    for setting in table_settings(space):
+def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[TableKey, Sensitivity]:
+    groups: dict[TableKey, list[QuantConfig]] = {}
+    for setting in measured_settings(space):
         config = assignment_config(space, setting, lowest(space))
         config = config.model_copy(update={"bias_absorption": False, "migration": 0.0})
-        groups.setdefault(_table_key(config), []).append(config)
+        groups.setdefault(table_key(config), []).append(config)
     identity = {name: source.identity[name] for name in ("model", "data")}
     tables = {}
     for key, configs in groups.items():

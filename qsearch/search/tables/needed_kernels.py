@@ -14,7 +14,7 @@ from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.tables.cost_fit import covering, mixture, pairs_around
-from qsearch.search.tables.layer_tables import assignment_config, table_settings
+from qsearch.search.tables.settings import assignment_config, table_settings
 
 __all__ = ["ProgramSource", "needed_programs"]
 

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["PairwiseSum", "combine", "minimize"]
+__all__ = ["PairwiseSum", "combine", "minimize", "nothing"]
 
 # Entries of the largest table of an elimination; pairs with the least effect are left out until it fits.
 MAX_TABLE = 1 << 16
@@ -58,10 +58,20 @@ class PairwiseSum:
             total += table[assignments[:, i], assignments[:, j]]
         return total
 
+    def plus(self, unary: PairwiseSum) -> PairwiseSum:
+        """The sum and another one that has no pairs."""
+        terms = tuple(own + other for own, other in zip(self.unary, unary.unary, strict=True))
+        return PairwiseSum(terms, self.pairs, self.constant + unary.constant)
+
     def scaled(self, factor: float) -> PairwiseSum:
         """The sum times a factor."""
         pairs = {pair: factor * table for pair, table in self.pairs.items()}
         return PairwiseSum(tuple(factor * term for term in self.unary), pairs, factor * self.constant)
+
+
+def nothing(sizes: Sequence[int]) -> PairwiseSum:
+    """The sum that is zero whatever the assignment."""
+    return PairwiseSum(tuple(np.zeros(size) for size in sizes), {})
 
 
 def combine(sums: Sequence[PairwiseSum], weights: np.ndarray) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray]]:

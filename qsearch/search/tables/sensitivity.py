@@ -145,6 +145,24 @@ class Sensitivity:
         first, second = (np.stack([self._of(samples, layer, name) for name in self.layers[layer]]) for layer in layers)
         return first @ second.T / samples.shape[1]
 
+    def totals(self, pairs: Sequence[Pair], coupled: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The divergence of some layers together, for every way of deriving ranges with every way of rounding weights.
+
+        Args:
+            pairs: Which layers, in which precisions.
+            coupled: Places in `pairs` of two layers whose coupling counts.
+
+        Returns:
+            float64 (range keys, weight keys), nats.
+        """
+        places = np.array([self.places[pair] for pair in pairs], np.int64)
+        activation, weight = (one[:, places].astype(np.float64) for one in (self.activation, self.weight))
+        own = np.arange(len(places))
+        total = 0.5 * _products(activation, weight, own, own)
+        if coupled:
+            total += _products(activation, weight, *np.array(coupled).T)
+        return total / self.activation.shape[2]
+
     def _samples(self, config: QuantConfig) -> np.ndarray:
         """float64 (pairs, samples)."""
         activation = self.activation[self.range_keys.index(config.ranges_key())]
@@ -152,6 +170,12 @@ class Sensitivity:
 
     def _of(self, samples: np.ndarray, layer: str, precision: str) -> np.ndarray:
         return np.zeros(samples.shape[1]) if precision == "fp32" else samples[self.places[layer, precision]]
+
+
+def _products(activation: np.ndarray, weight: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Sum over samples and over pairs of layers of the product of their s, float64 (range keys, weight keys)."""
+    (a, b), (v, w) = ([one[:, places].reshape(len(one), -1) for places in (first, second)] for one in (activation, weight))
+    return (a * b).sum(1)[:, None] + (v * w).sum(1)[None, :] + a @ w.T + b @ v.T
 
 
 @one_thread()
