@@ -123,11 +123,17 @@ def counted(evaluator: ModelEvaluator, name: str, seed: int, logits: Callable[[P
     return row
 
 
+def fitting(setting: dict[str, Any], evaluator: ModelEvaluator) -> dict[str, Any]:
+    """A setting without its rules for types of layers that the model has none of."""
+    types = set(evaluator.graph.layer_types.values())
+    return setting | {"rules": [rule for rule in setting.get("rules", []) if types & set(rule.get("types", types))]}
+
+
 def measure(options: argparse.Namespace, seed: int, names: list[str]) -> list[dict[str, Any]]:
     """All settings under one calibration draw."""
     evaluator, rows = open_model(options, seed), []
     for name in names:
-        config = QuantConfig.model_validate(SETTINGS[name] if name in SETTINGS else json.loads(name))
+        config = QuantConfig.model_validate(fitting(SETTINGS[name], evaluator) if name in SETTINGS else json.loads(name))
         start = time.monotonic()
         module = evaluator.compile(config)
         seconds = time.monotonic() - start
