@@ -22,7 +22,6 @@ from qsearch.kernels.cpu import candidate_tiles, describe_kernel
 from qsearch.measure.memory import measure_memory
 from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
-from qsearch.qtype import PRECISIONS
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
@@ -67,7 +66,7 @@ def test_mixtures_agree(linker, data):
     """Float layers round differently on every target, and may tip an integer after them by one."""
     name = data.draw(st.sampled_from(list(NETWORKS)))
     names = [layer.name for layer in MODELS[name].graph.layers]
-    program = lowered(name, precision={layer: data.draw(st.sampled_from(list(PRECISIONS))) for layer in names})
+    program = lowered(name, precision={layer: data.draw(st.sampled_from(linker.target.precisions)) for layer in names})
     image = images(1, 6)
     reference = expected(program, image)
     np.testing.assert_allclose(run(linker.build(program), image), reference, atol=0.02 * np.abs(reference).max() + 1e-4)
@@ -235,16 +234,18 @@ def test_torchvision_networks_agree(linker, name, size):
 
 
 def test_a_kernel_that_does_not_compile_is_named_and_fails_the_build_alone(tmp_path, monkeypatch):
-    from qsearch.build import link
     from qsearch.errors import BuildError
+    from qsearch.kernels import cpu
+
+    described = cpu.describe_kernel
 
     def broken(key, isa, threads, tile=None):
-        kernel = describe_kernel(key, isa, threads, tile)
+        kernel = described(key, isa, threads, tile)
         if key.kind != "avg_pool2d":
             return kernel
         return replace(kernel, variant=("broken",), generate=lambda symbol: tvm.tirx.PrimFunc([], "no statement"))
 
-    monkeypatch.setattr(link, "describe_kernel", broken)
+    monkeypatch.setattr(cpu, "describe_kernel", broken)
     linker = Linker(KernelCache(tmp_path, open_target("host")))
     with pytest.raises(BuildError, match=r"kernel qs_\w+ \(avg_pool2d .* does not compile"):
         linker.build(lowered("residual"))

@@ -107,7 +107,7 @@ class LayerEnd:
             first: Where in them the first channel's is.
             at: Index of the first channel's output.
         """
-        key, buffers, integer = self._key, self._buffers, sums_integers(self._key)
+        key, buffers = self._key, self._buffers
         made = registers(self._lanes, key.dtypes[-1])
         residual = None if buffers.residual is None else fetched(buffers.residual, at, self._lanes)
         for lane in range(self._lanes):
@@ -118,7 +118,7 @@ class LayerEnd:
                 value = add(value, load(self._tables["bias"], lane))
             if residual is not None:
                 value = add(value, dequantized(load(residual, lane), key.dtypes[1], self._arguments, "b"))
-            if not integer and key.dtypes[-1] not in FLOAT_DTYPES:
+            if "multiplier" not in self._tables and key.dtypes[-1] not in FLOAT_DTYPES:
                 value = mul(value, self._arguments.float("multiplier"))
             if key.clips_channels:
                 value = tirx.min(value, load(self._tables["clip_high"], lane))
