@@ -177,8 +177,9 @@ def measure_pack(file):
         manifest = read_manifest(archive)
         target, chain = manifest["target"], manifest["chain"]
         processor = check_machine(target)
-        # The runtime is enough: no compiler is loaded. All must be set before TVM is imported.
-        os.environ |= {"TVM_USE_RUNTIME_LIB": "1", "TVM_BIND_THREADS": "0", "TVM_NUM_THREADS": str(target["threads"])}
+        if "tvm" not in sys.modules:
+            # The runtime is enough: no compiler is loaded. All must be set before TVM is imported, and means nothing after.
+            os.environ |= {"TVM_USE_RUNTIME_LIB": "1", "TVM_BIND_THREADS": "0", "TVM_NUM_THREADS": str(target["threads"])}
         import tvm
         from tvm.runtime.vm import VirtualMachine
 
