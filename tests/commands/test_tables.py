@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from real_search import SMALL, fails, within
 
-from qsearch.qtype import PRECISIONS
+from qsearch.build.target import open_target
 
 TABLES = ("tables", *SMALL[1:5])
 LAYERS = ("first", "second", "head")
@@ -45,12 +45,13 @@ def test_as_text(small: Path) -> None:
 
 
 def test_every_precision_of_the_space(small: Path) -> None:
-    (small / "all.yaml").write_text(f"version: 1\nprecisions:\n  default: [{', '.join(PRECISIONS)}]\nskip: [head]\n")
+    names = open_target("host").precisions
+    (small / "all.yaml").write_text(f"version: 1\nprecisions:\n  default: [{', '.join(names)}]\nskip: [head]\n")
     result = within(small, *TABLES, "--space", "all.yaml", "--json", "--plot", "all.png")
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["layers"]
     assert {(row["layer"], row["precision"]) for row in rows} == {
-        (layer, name) for layer in ("first", "second") for name in PRECISIONS if name != "fp32"
+        (layer, name) for layer in ("first", "second") for name in names if name != "fp32"
     }
     nats = {(row["layer"], row["precision"]): row["divergence"] for row in rows}
     assert min(nats.values()) > 0
