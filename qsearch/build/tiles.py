@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import tvm
 
@@ -49,7 +50,7 @@ class TileChoices:
                 self._known[name] = None
         return self._known[name]
 
-    def hold(self, tiles: Mapping[str, Mapping[str, int]]) -> None:
+    def hold(self, tiles: Mapping[str, Mapping[str, Any]]) -> None:
         """Use tiles, by the names of what shares them, without remembering them on disk: another device's choices."""
         self._known |= {name: self.target.tile(tile) for name, tile in tiles.items()}
 

@@ -28,7 +28,7 @@ class KernelTime:
     spread: float | None
     what: str
     operation: str
-    tile: Mapping[str, int] | None
+    tile: Mapping[str, Any] | None
     tile_group: str
 
 
@@ -65,7 +65,7 @@ class CostFile:
             return None
         return max(found.seconds + self.overhead_s, LEAST_SHARE * found.seconds)
 
-    def tiles(self) -> dict[str, Mapping[str, int]]:
+    def tiles(self) -> dict[str, Mapping[str, Any]]:
         """Name of what shares a tile -> the tile with the least time over all its operations, the first unless another gains."""
         groups: dict[str, dict[tuple, dict[str, float]]] = {}
         operations: dict[str, set[str]] = {}
@@ -73,16 +73,21 @@ class CostFile:
             if one.tile is None:
                 continue
             operations.setdefault(one.tile_group, set()).add(one.operation)
-            times = groups.setdefault(one.tile_group, {}).setdefault(tuple(one.tile.items()), {})
+            times = groups.setdefault(one.tile_group, {}).setdefault(_fields(one.tile), {})
             if one.seconds is not None:
                 times[one.operation] = one.seconds
-        chosen: dict[str, Mapping[str, int]] = {}
+        chosen: dict[str, Mapping[str, Any]] = {}
         for group, tiles in groups.items():
             whole = {tile: sum(times.values()) for tile, times in tiles.items() if set(times) == operations[group]}
             if whole:
                 first, best = next(iter(whole)), min(whole, key=lambda tile: whole[tile])
                 chosen[group] = dict(best if whole[first] >= LEAST_GAIN * whole[best] else first)
         return chosen
+
+
+def _fields(tile: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """A tile's fields; JSON makes a list of a tuple."""
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in tile.items())
 
 
 def read_cost_file(path: Path) -> CostFile:
