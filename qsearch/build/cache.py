@@ -68,7 +68,7 @@ def _generator_digest(device: str) -> str:
     """Digest of the source that writes a device's kernels: an edited generator never meets a stale kernel."""
     root = Path(__file__).parent.parent
     files = sorted((root / "kernels" / device).rglob("*.py"))
-    files += [root / "kernels" / "description.py"]
+    files += [root / "kernels" / name for name in ("description.py", "prim_func.py")]
     files += [root / "qtype.py", root / "quantize" / "program.py"]
     files += [Path(__file__).parent / name for name in ("cache.py", "foreign.py", "target.py")]
     digest = hashlib.sha256()

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cpu.isa import Isa
-from qsearch.kernels.cpu.vectors import cast, load, rounded_product, splat, store
-from qsearch.quantize.program import FLOATS, INTEGERS
+from qsearch.kernels.cpu.vectors import cast, rounded_product, splat, store
+from qsearch.kernels.prim_func import Arguments, declare_arguments
 
 __all__ = ["Arguments", "declare_arguments", "dequantized", "finish", "finished"]
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The scalar arguments of a kernel: int32 and float32 vectors laid out as `INTEGERS` and `FLOATS`."""
-
-    integers: tirx.Buffer
-    floats: tirx.Buffer
-
-    def integer(self, name: str) -> Expr:
-        """An int32 scalar by name."""
-        return load(self.integers, INTEGERS.index(name))
-
-    def float(self, name: str) -> Expr:
-        """A float32 scalar by name."""
-        return load(self.floats, FLOATS.index(name))
-
-
-def declare_arguments() -> Arguments:
-    """Declare the two scalar argument vectors; call it in argument order."""
-    integers = T.arg("integers", T.Buffer((len(INTEGERS),), "int32"))
-    return Arguments(integers, T.arg("floats", T.Buffer((len(FLOATS),), "float32")))
 
 
 def dequantized(value: Expr, dtype: str, lanes: int, arguments: Arguments, which: str) -> Expr:

@@ -7,8 +7,9 @@ from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
+
+from qsearch.kernels.prim_func import kernel
 
 __all__ = [
     "SHARED_ELEMENTS",
@@ -34,21 +35,6 @@ __all__ = [
 SHARED_ELEMENTS = 32768
 # Up to this many blocks of a constant extent are written out, each with a constant offset.
 MOST_UNROLLED = 8
-
-
-def kernel(symbol: str, body: Callable[[], None], overlapping: bool = False) -> tirx.PrimFunc:
-    """Write a PrimFunc.
-
-    Args:
-        symbol: Its name.
-        body: Declares its arguments with `T.arg` and emits its statements.
-        overlapping: Arguments may share memory.
-    """
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(symbol)
-        T.func_attr({"global_symbol": symbol, "tirx.noalias": not overlapping})
-        body()
-    return builder.get()
 
 
 def constant(value: float, dtype: str, lanes: int = 1) -> Expr:

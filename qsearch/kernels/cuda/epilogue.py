@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.simt import converted, load, mul, registers, round_to_int, store
-from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS
+from qsearch.kernels.prim_func import Arguments, declare_arguments
+from qsearch.quantize.program import INTEGER_DTYPES
 
 __all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "finished", "held"]
 
@@ -17,28 +15,6 @@ __all__ = ["FLOAT_DTYPES", "Arguments", "declare_arguments", "dequantized", "fin
 FLOAT_DTYPES = ("float32", "float16")
 # The largest number of a short float.
 LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The scalar arguments of a kernel: int32 and float32 vectors laid out as `INTEGERS` and `FLOATS`."""
-
-    integers: tirx.Buffer
-    floats: tirx.Buffer
-
-    def integer(self, name: str) -> Expr:
-        """An int32 scalar by name."""
-        return load(self.integers, INTEGERS.index(name))
-
-    def float(self, name: str) -> Expr:
-        """A float32 scalar by name."""
-        return load(self.floats, FLOATS.index(name))
-
-
-def declare_arguments() -> Arguments:
-    """Declare the two scalar argument vectors; call it in argument order."""
-    integers = T.arg("integers", T.Buffer((len(INTEGERS),), "int32"))
-    return Arguments(integers, T.arg("floats", T.Buffer((len(FLOATS),), "float32")))
 
 
 def held(arguments: Arguments) -> Arguments:

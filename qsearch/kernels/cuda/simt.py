@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.device import call
+from qsearch.kernels.prim_func import kernel
 
 __all__ = [
     "BLOCK",
@@ -41,21 +41,6 @@ __all__ = [
 BLOCK = 256
 # The widest move, in bytes.
 WIDEST = 16
-
-
-def kernel(symbol: str, body: Callable[[], None], overlapping: bool = False) -> tirx.PrimFunc:
-    """Write a PrimFunc.
-
-    Args:
-        symbol: Its name.
-        body: Declares its arguments with `T.arg` and emits its statements.
-        overlapping: Arguments may share memory.
-    """
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(symbol)
-        T.func_attr({"global_symbol": symbol, "tirx.noalias": not overlapping})
-        body()
-    return builder.get()
 
 
 @contextmanager
