@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
-from qsearch.kernels.cuda.epilogue import Arguments, declare_arguments, finished, held
-from qsearch.kernels.cuda.matmul_plan import MatmulPlan
-from qsearch.kernels.cuda.simt import constant, converted, fma, grid, kernel, load, mul, registers, shared, store, sync
+from qsearch.kernels.cuda.epilogue import Arguments, finished, held
+from qsearch.kernels.cuda.matmul_plan import MatmulPlan, matmul_kernel
+from qsearch.kernels.cuda.simt import constant, converted, fma, grid, load, mul, registers, shared, store, sync
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -40,14 +39,7 @@ def matmul(key: OpKey, arch: str) -> Kernel | None:
     """
     if key.kind != "matmul":
         return None
-
-    def body() -> None:
-        sizes = [int(np.prod(shape)) for shape in key.shapes]
-        a, b = (T.arg(name, T.Buffer((sizes[i],), key.dtypes[i])) for i, name in enumerate("ab"))
-        arguments = declare_arguments()
-        _Product(_Plan(key), a, b, arguments, T.arg("output", T.Buffer((sizes[2],), key.dtypes[2]))).write()
-
-    return Kernel(key, (), lambda symbol: kernel(symbol, body), lambda constants: (constants["integers"], constants["floats"]))
+    return matmul_kernel(key, partial(_Product, _Plan(key)))
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script import builder as T
 
 from qsearch.kernels.cuda.device import perform
-from qsearch.kernels.cuda.epilogue import Arguments, declare_arguments, finished, held
+from qsearch.kernels.cuda.epilogue import Arguments, finished, held
 from qsearch.kernels.cuda.matmul_fill import Operand, fill
-from qsearch.kernels.cuda.matmul_plan import MatmulPlan
-from qsearch.kernels.cuda.simt import at, constant, converted, grid, kernel, load, mul, registers, store, sync
+from qsearch.kernels.cuda.matmul_plan import MatmulPlan, matmul_kernel
+from qsearch.kernels.cuda.simt import at, constant, converted, grid, load, mul, registers, store, sync
 from qsearch.kernels.description import Kernel
 from qsearch.quantize.program import OpKey
 
@@ -48,14 +47,7 @@ def matmul_tensor(key: OpKey, arch: str) -> Kernel | None:
     """
     if key.kind != "matmul" or key.dtypes[0] not in MULTIPLY or key.dtypes[1] != key.dtypes[0]:
         return None
-
-    def body() -> None:
-        sizes = [int(np.prod(shape)) for shape in key.shapes]
-        a, b = (T.arg(name, T.Buffer((sizes[i],), key.dtypes[i])) for i, name in enumerate("ab"))
-        arguments = declare_arguments()
-        _Product(_Plan(key), a, b, arguments, T.arg("output", T.Buffer((sizes[2],), key.dtypes[2]))).write()
-
-    return Kernel(key, (), lambda symbol: kernel(symbol, body), lambda constants: (constants["integers"], constants["floats"]))
+    return matmul_kernel(key, partial(_Product, _Plan(key)))
 
 
 @dataclass(frozen=True)
