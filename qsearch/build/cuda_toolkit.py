@@ -193,14 +193,15 @@ def _nvcc_cubin(path: str, source: str, arch: str) -> bytes:
 
 @cache
 def cuda_driver() -> str | None:
-    """Path or name of the installed driver's library; None where there is none."""
-    for name in ("libcuda.so.1", "libcuda.so"):
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        return name
-    return None
+    """Name of the installed driver's library; None where there is none.
+
+    Only by the name that drivers install: libcuda.so may be the one that the toolkit has for linking.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return "libcuda.so.1"
 
 
 @cache

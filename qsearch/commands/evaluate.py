@@ -57,7 +57,6 @@ def evaluate(
     from qsearch.config import named_config
     from qsearch.errors import UsageError
     from qsearch.search.evaluation.evaluator import Settings
-    from qsearch.search.evaluation.open_away import named_target
     from qsearch.search.space import load_space
 
     if split not in ("search", "heldout"):
@@ -76,7 +75,6 @@ def evaluate(
         rpc=rpc,
         rpc_key=rpc_key,
     )
-    settings = named_target(settings)
     with stdout_reserved():
         from dataclasses import asdict
 

@@ -37,7 +37,11 @@ Data = Annotated[
     typer.Option(help="Directory of images: one folder per class, labels.csv, or boxes.csv. Default: the model's own images."),
 ]
 Target = Annotated[
-    str, typer.Option(help="CPU to compile for: host (or llvm), portable, or an LLVM name such as icelake-server.")
+    str,
+    typer.Option(
+        help="What to compile for: host (or llvm), portable, an LLVM name of a CPU such as icelake-server, aarch64:NAME, "
+        "cuda for this machine's GPU, or cuda:ARCH such as cuda:sm_90."
+    ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that a module runs on.")]
 ConvertChannels = Annotated[

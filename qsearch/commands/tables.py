@@ -48,7 +48,6 @@ def tables(
     """Measure the planner's tables: each layer's cost and sensitivity at each precision, most sensitive first."""
     from qsearch.errors import UsageError
     from qsearch.search.evaluation.evaluator import Settings
-    from qsearch.search.evaluation.open_away import named_target
     from qsearch.search.space import load_space
 
     if plot is not None and (plot.suffix.lower() != ".png" or plot.is_dir() or not plot.parent.is_dir()):
@@ -62,7 +61,6 @@ def tables(
         rpc=rpc,
         rpc_key=rpc_key,
     )
-    settings = named_target(settings)
 
     from qsearch.search.bound_space import bind_space
     from qsearch.search.evaluation.objective import open_evaluator

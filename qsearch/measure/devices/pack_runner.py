@@ -85,17 +85,26 @@ def open_device(tvm, manifest, file, processor):
         raise PackProblem(f"the pack was made with TVM {wanted}, here is {found}: pip install apache-tvm=={wanted}", ELSEWHERE)
     if target["device"] == "cpu":
         return tvm.cpu(0), processor
-    device = tvm.device(target["device"], 0)
+    device, why = tvm.device(target["device"], 0), ""
     try:
         if device.exist:
+            check_arch(target, "sm_" + str(device.compute_version).replace(".", ""))
             return device, str(device.device_name)
-    except (RuntimeError, ValueError, AttributeError):
-        pass
+    except (RuntimeError, ValueError, AttributeError) as error:
+        why = f" ({(str(error).strip().splitlines() or [type(error).__name__])[-1][:200]})"
     raise PackProblem(
-        f"no {target['device'].upper()} device is here, so kernels for {target['name']} cannot be measured; copy the pack to a "
-        f"machine that has one, with NumPy and apache-tvm=={found}, and run: python {Path(file).name} --out table.json",
+        f"no {target['device'].upper()} device is here{why}, so kernels for {target['name']} cannot be measured; copy the pack to "
+        f"a machine that has one, with NumPy and apache-tvm=={found}, and run: python {Path(file).name} --out table.json",
         ELSEWHERE,
     )
+
+
+def check_arch(target, here):
+    """Refuse a GPU of another architecture: it cannot load the machine code."""
+    if target["arch"] != here:
+        raise PackProblem(
+            f"the pack is for {target['name']} and this machine's GPU is {here}: make one for cuda:{here}", ELSEWHERE
+        )
 
 
 class Bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,3 +149,15 @@ def test_linking_for_another_architecture_needs_its_linker(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ToolchainError, match=r"install .*-linux-gnu-g\+\+"):
         compiler_for(open_target(other))
+
+
+@pytest.mark.parametrize(("exists", "version", "message"), [(True, "8.0", "GPU is sm_80"), (False, "", "no CUDA device is here")])
+def test_a_gpu_that_cannot_run_the_pack_is_named(exists: bool, version: str, message: str) -> None:
+    device = SimpleNamespace(exist=exists, compute_version=version, device_name="some GPU")
+    fake = SimpleNamespace(__version__="1", device=lambda kind, number: device)
+    target = {"device": "cuda", "arch": "sm_90", "name": "cuda:sm_90"}
+    manifest = {"target": target, "versions": {"tvm": "1"}}
+    with pytest.raises(pack_runner.PackProblem, match=message):
+        pack_runner.open_device(fake, manifest, "kernels.pack", "some CPU")
+    device.exist, device.compute_version = True, "9.0"
+    assert pack_runner.open_device(fake, manifest, "kernels.pack", "some CPU") == (device, "some GPU")
