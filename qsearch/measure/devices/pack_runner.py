@@ -93,8 +93,8 @@ def open_device(tvm, manifest, file, processor):
     except (RuntimeError, ValueError, AttributeError) as error:
         why = f" ({(str(error).strip().splitlines() or [type(error).__name__])[-1][:200]})"
     raise PackProblem(
-        f"no {target['device'].upper()} device is here{why}, so kernels for {target['name']} cannot be measured; copy the pack to "
-        f"a machine that has one, with NumPy and apache-tvm=={found}, and run: python {Path(file).name} --out table.json",
+        f"no {target['device'].upper()} device is here{why}, so kernels for {target['name']} cannot be measured; copy the pack "
+        f"to a machine that has one, with NumPy and apache-tvm=={found}, and run: python {Path(file).name} --out table.json",
         ELSEWHERE,
     )
 
@@ -102,9 +102,8 @@ def open_device(tvm, manifest, file, processor):
 def check_arch(target, here):
     """Refuse a GPU of another architecture: it cannot load the machine code."""
     if target["arch"] != here:
-        raise PackProblem(
-            f"the pack is for {target['name']} and this machine's GPU is {here}: make one for cuda:{here}", ELSEWHERE
-        )
+        words = f"the pack is for {target['name']} and this machine's GPU is {here}: make one for cuda:{here}"
+        raise PackProblem(words, ELSEWHERE)
 
 
 class Bench:
