@@ -30,6 +30,8 @@ _DTYPES = {
 LAYER_PRECISIONS = tuple(_DTYPES)
 # Precisions whose products the matrix units sum.
 MATRIX_PRECISIONS = ("int8", "w4a8", "fp8", "fp16", "tf32")
+# Where the warp's own instructions multiply e4m3; elsewhere the compiler converts it to float16.
+E4M3_ARCHITECTURES = ("sm_89", "sm_120")
 # The widest copy from global to shared memory, in bytes; a unit of shared memory's layout.
 UNIT = 16
 # Channels of a tap are filled up to a multiple of so many where weights have scales in groups: one word holds one group's.
@@ -144,7 +146,9 @@ class ConvPlan:
     def candidates(self) -> list[Tile]:
         """Tiles, the least predicted time first."""
         depth, groups = self.products * self.itemsize, self.key.conv.groups
-        problem = Problem(self.pixels, self.out_channels, depth, groups, self.move_bytes)
+        # A word of e4m3 and its two of float16, where those are what is multiplied, of one step and of the next.
+        words = 5 if self.key.precision == "fp8" and self.arch not in E4M3_ARCHITECTURES else 1
+        problem = Problem(self.pixels, self.out_channels, depth, groups, self.move_bytes, words)
         return rank_tiles(problem, self.arch, self.matrix, self.nibbles)
 
     @cached_property

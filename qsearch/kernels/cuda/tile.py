@@ -82,6 +82,7 @@ class Problem:
         depth: Bytes of the contraction.
         groups: How many such products.
         move_bytes: Bytes that a thread brings into shared memory at a time.
+        fragment_words: Registers that a word of a fragment takes: more than one where the compiler converts it first.
     """
 
     rows: int
@@ -89,6 +90,7 @@ class Problem:
     depth: int
     groups: int
     move_bytes: int
+    fragment_words: int = 1
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _shared_bytes(tile: Tile, steps: int, nibbles: bool) -> int:
 def _registers(tile: Tile, problem: Problem) -> int:
     """About how many registers a thread needs: sums, fragments, places of the pixels it fetches, and the rest."""
     sums, places = tile.warp_rows * tile.warp_columns // 32, -(-tile.rows * tile.depth // (problem.move_bytes * tile.threads))
-    return sums + tile.warp_rows // 4 + tile.warp_columns // 4 + 3 * places + 32
+    fragments = (tile.warp_rows + tile.warp_columns) // 4
+    return sums + problem.fragment_words * fragments + 3 * places + 32
 
 
 def rank_tiles(problem: Problem, arch: str, matrix: bool, nibbles: bool) -> list[Tile]:
