@@ -35,7 +35,7 @@ __all__ = [
     "load_cuda_runtime",
 ]
 
-INSTALL = "pip install 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-runtime==13.0.*', or install the CUDA toolkit so that nvcc is on the PATH"
+INSTALL = "pip install 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-runtime==13.0.*', or put the CUDA toolkit's nvcc on the PATH"
 # Every function of the driver's interface that TVM's runtime binds when it is loaded; error 100 is CUDA_ERROR_NO_DEVICE.
 _STUBBED = (
     *("cuInit", "cuDeviceGetName", "cuFuncSetAttribute", "cuLaunchKernelEx", "cuModuleGetFunction", "cuModuleLoadData"),
