@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from qsearch.commands import app
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError
+from qsearch.measure.image_blocks import Seen
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.models.graph import Conv, Graph, Node
 from qsearch.search.bound_space import BoundSpace
@@ -83,7 +84,8 @@ class AnalyticEvaluator:
             loss, images = measurement.accuracy.top1_loss_pp, measurement.accuracy.images
             for seen in (50, 100, 250, 500):
                 half = 0.5 * np.sqrt(images / seen - 1)
-                rule.check(measurement.latency, measurement.memory, seen, (loss - half, loss + half))
+                nats = measurement.accuracy.divergence or 0.0
+                rule.check(measurement.latency, measurement.memory, Seen(seen, (loss - half, loss + half), nats))
         return measurement
 
     @contextlib.contextmanager

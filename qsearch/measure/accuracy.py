@@ -14,7 +14,7 @@ from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
 from qsearch.measure.processors import available_processors
 
-__all__ = ["compare_accuracy", "mean_divergence", "output_digest", "paired_interval", "run_blocks", "run_images"]
+__all__ = ["compare_accuracy", "divergences", "mean_divergence", "output_digest", "paired_interval", "run_blocks", "run_images"]
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
@@ -125,8 +125,13 @@ def mean_divergence(float_logits: np.ndarray, logits: np.ndarray) -> float:
         float_logits: float32 (N, classes).
         logits: float32 (N, classes).
     """
+    return max(float(divergences(float_logits, logits).mean()), 0.0)
+
+
+def divergences(float_logits: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(float || module) of each image, nats, float64 (N,); arguments as of `mean_divergence`."""
     expected, given = _log_softmax(float_logits), _log_softmax(logits)
-    return max(float((np.exp(expected) * (expected - given)).sum(1).mean()), 0.0)
+    return (np.exp(expected) * (expected - given)).sum(1)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,13 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["image_blocks", "loss_bounds", "run_until"]
+from qsearch.measure.accuracy import divergences
+
+__all__ = ["Seen", "Tally", "image_blocks", "loss_bounds", "run_until"]
 
 # Shares of the images that float has right after which a run is looked at; a look costs next to nothing.
-LOOKS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
+LOOKS = (0.01, 0.02, 0.035, 0.05, 0.075, *(round(0.05 * n, 2) for n in range(2, 20)))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run has shown so far.
+
+    Attributes:
+        images: How many it has been over.
+        loss_bounds_pp: Least and greatest loss that it can still end with, see `loss_bounds`.
+        divergence: Mean Kullback-Leibler divergence from float over these images, nats. They are not drawn at
+            random, so that it is no estimate of the mean over all.
+    """
+
+    images: int
+    loss_bounds_pp: tuple[float, float]
+    divergence: float
+
+
+class Tally:
+    """Counts a run, block by block.
+
+    Args:
+        float_right: bool (N,), which images float has right.
+    """
+
+    def __init__(self, float_right: np.ndarray) -> None:
+        self.float_right = float_right
+        self.right, self.seen = np.zeros(len(float_right), bool), np.zeros(len(float_right), bool)
+        self.nats = 0.0
+
+    def add(self, block: np.ndarray, right: np.ndarray, nats: np.ndarray) -> Seen:
+        """Count a block.
+
+        Args:
+            block: Positions of its images, int64 (B,).
+            right: bool (B,), which of them the module has right.
+            nats: float64 (B,), how far each one's probabilities are from float's.
+
+        Returns:
+            What is known from then on.
+        """
+        self.right[block], self.seen[block] = right, True
+        self.nats += float(nats.sum())
+        images = int(self.seen.sum())
+        return Seen(images, loss_bounds(self.right, self.float_right, self.seen), self.nats / images)
 
 
 def image_blocks(float_logits: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
@@ -57,26 +105,24 @@ def run_until(
     blocks: Sequence[np.ndarray],
     float_logits: np.ndarray,
     labels: np.ndarray,
-    look: Callable[[int, tuple[float, float]], None],
+    look: Callable[[Seen], None],
 ) -> np.ndarray:
-    """Join the logits of blocks, letting somebody look at the loss so far after each but the last.
+    """Join the logits of blocks, letting somebody look at the run so far after each but the last.
 
     Args:
         parts: The blocks' logits, float32 (block, classes) each, made as they are asked for.
         blocks: As `image_blocks` gave them.
         float_logits: float32 (N, classes) of the fp32 module.
         labels: int64 (N,).
-        look: Called with the number of images seen and the `loss_bounds`; ends the run by raising.
+        look: Ends the run by raising.
 
     Returns:
         Logits, float32 (N, classes), in image order: what one run over all images gives.
     """
-    logits, float_right = np.empty_like(float_logits), float_logits.argmax(1) == labels
-    right, seen = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
+    logits, tally = np.empty_like(float_logits), Tally(float_logits.argmax(1) == labels)
     for part, block in zip(parts, blocks, strict=True):
         logits[block] = part
-        right[block] = part.argmax(1) == labels[block]
-        seen[block] = True
-        if not seen.all():
-            look(int(seen.sum()), loss_bounds(right, float_right, seen))
+        seen = tally.add(block, part.argmax(1) == labels[block], divergences(float_logits[block], part))
+        if seen.images < len(labels):
+            look(seen)
     return logits

@@ -174,12 +174,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
         """Measured front members with one or two layers changed."""
-        # What a trial that was stopped early loses at least would make it a front member that it is not.
-        scored = [one for one in observations if one.score is not None]
+        scored = [(one, one.score) for one in observations if one.score is not None]
         if not scored:
             return []
-        points = np.array([(one.latency_ms, self._weight(one), one.least_loss_pp) for one in scored])
-        members = [scored[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
+        points = np.array([(one.latency_ms, self._weight(one), score.loss_pp) for one, score in scored])
+        members = [scored[int(i)][0].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
         for _ in range(CHANGES if len(free) else 0):
@@ -210,16 +209,17 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         row, setting = self._placed(trial)
         added_ms = float(self.tables.settings[setting].added_ms(row[None])[0])
         if trial.state == TrialState.PRUNED:
-            least = trial.user_attrs["top1_loss_bounds_pp"]
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, least[0] if least else -np.inf, added_ms)
+            nats = trial.user_attrs["bound"].get("divergence")
+            part = None if nats is None else (trial.user_attrs["images"], nats)
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, added_ms, part)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
             return None
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
-        score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, score, scored.top1_loss_pp, added_ms)
+        score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4, dict(measured.divergence_by_images))
+        return Observation(row, setting, measured.latency.median_ms, score, added_ms)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:
         """Exact cost of an assignment, in one setting for all that hold weights alike."""

@@ -3,14 +3,14 @@
 Latency and divergence are sums over layers; their terms start from the tables and are moved by Bayesian linear
 regression (Bishop 2006, "Pattern Recognition and Machine Learning", eq. 3.50, in its dual form, as there are fewer
 trials than terms). What top-1 is lost is a power of the divergence, fitted over the trials. Of a trial that was stopped
-early a limit of its loss is known: where the tables promise less than that, they are moved to it (a step of Tobin's
-censored regression, 1958, "Estimation of relationships for limited dependent variables").
+early the divergence over its first images is known; over all of them it is as many times as large as it was in the
+trials that saw all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,9 +27,10 @@ __all__ = [
     "fit_surrogate",
 ]
 
-# Relative standard deviations: of a table's term, of what all terms have in common, of a measurement.
+# Relative standard deviations: of a table's term, of what all terms have in common, of a measurement, of one that is told
+# from the first images.
 LATENCY_TERM, LATENCY_SCALE, LATENCY_NOISE = 0.1, 0.3, 0.02
-DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE = 0.5, 0.5, 0.15
+DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35
 # Candidates for the exponent of the loss, and before any trial: percentage points at one nat, with what they are worth.
 EXPONENTS = (0.5, 0.7, 0.85, 1.0, 1.2)
 PRIOR_PP, PRIOR_SD_PP = 25.0, 25.0
@@ -45,11 +46,13 @@ class Score:
         divergence: Mean KL divergence from float, nats.
         loss_pp: Top-1 loss.
         loss_sd_pp: Its standard error.
+        by_images: Number of images -> mean divergence over the first so many of the run, nats.
     """
 
     divergence: float
     loss_pp: float
     loss_sd_pp: float
+    by_images: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,16 @@ class Observation:
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
         score: None if the trial was stopped early.
-        least_loss_pp: What it loses at least.
         added_ms: What its setting adds to the latency that the table is about.
+        part: Of a trial that was stopped early: number of images, and the mean divergence over them, nats.
     """
 
     assignment: np.ndarray
     setting: int
     latency_ms: float
     score: Score | None
-    least_loss_pp: float
     added_ms: float = 0.0
+    part: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,6 @@ class LossCurve:
     def __call__(self, divergence: np.ndarray) -> np.ndarray:
         """Percentage points; float64, as many as divergences."""
         return np.minimum(self.factor_pp * np.maximum(divergence, 0.0) ** self.exponent, 100.0)
-
-    def inverse(self, loss_pp: float) -> float:
-        """Nats at which so much is lost."""
-        return float((max(loss_pp, 0.0) / self.factor_pp) ** (1 / self.exponent))
 
 
 @dataclass(frozen=True)
@@ -119,17 +118,8 @@ def fit_surrogate(latency: PairwiseSum, divergences: Sequence[PairwiseSum], obse
         divergences: The tables, nats, one per setting.
         observations: Completed trials, and ones stopped early.
     """
-    scored = [one for one in observations if one.score is not None]
-    curve = fit_loss_curve(scored)
-    corrected = correct_divergence(divergences, scored)
-    worse = []
-    for one in observations:
-        nats = curve.inverse(one.least_loss_pp)
-        if one.score is None and nats > corrected[one.setting](one.assignment[None])[0]:
-            worse.append(replace(one, score=Score(nats, one.least_loss_pp, curve.sd_pp)))
-    if worse:
-        corrected = correct_divergence(divergences, scored + worse)
-    return Surrogate(correct_latency(latency, observations), corrected, curve)
+    corrected = correct_divergence(divergences, observations)
+    return Surrogate(correct_latency(latency, observations), corrected, fit_loss_curve(observations))
 
 
 def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> PairwiseSum:
@@ -154,22 +144,23 @@ def correct_divergence(tables: Sequence[PairwiseSum], observations: Sequence[Obs
 
     A term's relative error is the same in every setting; a setting may be off by a factor as a whole.
     """
-    seen = [(one, one.score.divergence) for one in observations if one.score is not None]
-    if not seen:
+    found = [(one, *known) for one, known in zip(observations, _divergences(observations), strict=True) if known is not None]
+    if not found:
         return list(tables)
+    seen = [one for one, _, _ in found]
     sizes = tables[0].sizes
-    rows = np.stack([one.assignment for one, _ in seen])
-    settings = np.array([one.setting for one, _ in seen])
-    measured = np.array([nats for _, nats in seen])
-    shares = np.stack([_unary_terms(tables[one.setting], one.assignment) for one, _ in seen])
-    predicted = np.array([tables[one.setting](one.assignment[None])[0] for one, _ in seen])
+    rows = np.stack([one.assignment for one in seen])
+    settings = np.array([one.setting for one in seen])
+    measured, relative = np.array([known for _, *known in found]).T
+    shares = np.stack([_unary_terms(tables[one.setting], one.assignment) for one in seen])
+    predicted = np.array([tables[one.setting](one.assignment[None])[0] for one in seen])
     design = np.zeros((len(rows), sum(sizes) + len(tables)))
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     for n, row in enumerate(rows):
         design[n, starts + row] = shares[n]
         design[n, sum(sizes) + settings[n]] = predicted[n]
     deviations = np.array([DIVERGENCE_TERM] * sum(sizes) + [DIVERGENCE_SCALE] * len(tables))
-    noise = DIVERGENCE_NOISE * np.maximum(measured, predicted) + 1e-9
+    noise = relative * np.maximum(measured, predicted) + 1e-9
     shift = _posterior(design, measured - predicted, deviations, noise)
     factors = np.split(np.clip(1.0 + shift[: sum(sizes)], 0.1, 10.0), np.cumsum(sizes)[:-1])
     corrected = []
@@ -177,6 +168,25 @@ def correct_divergence(tables: Sequence[PairwiseSum], observations: Sequence[Obs
         unary = tuple(whole * own * factor for own, factor in zip(table.unary, factors, strict=True))
         corrected.append(replace(table, unary=unary, pairs={pair: whole * one for pair, one in table.pairs.items()}))
     return corrected
+
+
+def _divergences(observations: Sequence[Observation]) -> list[tuple[float, float] | None]:
+    """Each trial's divergence over all images, nats, and its relative standard deviation; None where nothing is known."""
+    whole: dict[int, list[float]] = {}
+    for one in observations:
+        if one.score is not None:
+            for images, nats in one.score.by_images.items():
+                whole.setdefault(images, []).append(one.score.divergence / max(nats, 1e-12))
+    found: list[tuple[float, float] | None] = []
+    for one in observations:
+        if one.score is not None:
+            found.append((one.score.divergence, DIVERGENCE_NOISE))
+        elif one.part is not None and one.part[0] in whole:
+            images, nats = one.part
+            found.append((nats * float(np.median(whole[images])), PART_NOISE))
+        else:
+            found.append(None)
+    return found
 
 
 def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:

@@ -17,14 +17,38 @@ from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Latency, Measurement
 from qsearch.search.front import measurement_from_json
 
-__all__ = ["Measured", "MeasuredFolder", "Source", "cpu_seconds", "read_lines"]
+__all__ = ["Answers", "Measured", "MeasuredFolder", "Source", "cpu_seconds", "read_lines"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a module answered for each search image.
+
+    Attributes:
+        right: bool (N,), whether its best class is the label.
+        nats: float32 (N,), Kullback-Leibler divergence of its probabilities from float's.
+    """
+
+    right: np.ndarray
+    nats: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types: a bit and four bytes for each image."""
+        packed, nats = np.packbits(self.right).tobytes(), self.nats.astype("<f4").tobytes()
+        return {"images": len(self.right), "right": base64.b64encode(packed).decode(), "nats": base64.b64encode(nats).decode()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Answers:
+        """The inverse of `to_json`."""
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(data["right"]), np.uint8), count=data["images"])
+        return cls(bits.astype(bool), np.frombuffer(base64.b64decode(data["nats"]), "<f4"))
 
 
 class Source(Protocol):
     """What measures."""
 
-    def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
-        """A configuration's measurement, and bool (N,), which search images it had right, where that is known."""
+    def measure(self, config: QuantConfig) -> tuple[Measurement, Answers | None]:
+        """A configuration's measurement, and what it answered for each search image, where that is known."""
         ...
 
     def time(self, config: QuantConfig) -> Latency:
@@ -40,13 +64,13 @@ class Measured:
         config: What was measured.
         measurement: On all search images.
         cpu_s: Processor seconds that it took; a busy machine or a stopped process does not add to them.
-        right: bool (N,), which search images the module had right; None where that was not recorded.
+        answers: For the search images; None where they were not recorded.
     """
 
     config: QuantConfig
     measurement: Measurement
     cpu_s: float
-    right: np.ndarray | None = None
+    answers: Answers | None = None
 
     @property
     def objectives(self) -> tuple[float, float, float]:
@@ -55,21 +79,17 @@ class Measured:
         return (found.latency.median_ms, float(found.memory.peak_bytes), found.accuracy.top1_loss_pp)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; the images as one bit each."""
+        """Plain types."""
         data = {"config": self.config.to_json(), "measurement": self.measurement.to_json(), "cpu_s": self.cpu_s}
-        if self.right is not None:
-            data |= {"images": len(self.right), "right": base64.b64encode(np.packbits(self.right).tobytes()).decode()}
-        return data
+        return data if self.answers is None else data | self.answers.to_json()
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measured:
         """The inverse of `to_json`."""
-        right = None
-        if "right" in data:
-            bits = np.frombuffer(base64.b64decode(data["right"]), np.uint8)
-            right = np.unpackbits(bits, count=data["images"]).astype(bool)
         config = QuantConfig.model_validate(data["config"])
-        return cls(config, measurement_from_json(data["measurement"]), data["cpu_s"], right)
+        # Older lines lack the divergences.
+        answers = Answers.from_json(data) if "nats" in data else None
+        return cls(config, measurement_from_json(data["measurement"]), data["cpu_s"], answers)
 
 
 class MeasuredFolder:
@@ -90,6 +110,7 @@ class MeasuredFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, Measured] = {}
         self._timings: dict[str, list[Latency]] = {}
+        self._answers: dict[str, Answers] = {}
         # Of the process and of its start: process numbers are used again.
         self.file = path / f"{time.time_ns():x}-{os.getpid()}.jsonl"
         self._read: dict[Path, int] = {}
@@ -108,9 +129,18 @@ class MeasuredFolder:
         digest = config.content_hash()
         if digest not in self.known:
             start = cpu_seconds()
-            measurement, right = self.source.measure(config)
-            self._append(Measured(config, measurement, cpu_seconds() - start, right).to_json())
+            measurement, answers = self.source.measure(config)
+            self._append(Measured(config, measurement, cpu_seconds() - start, answers).to_json())
         return self.known[digest]
+
+    def with_answers(self, config: QuantConfig) -> Measured:
+        """The same, and what the module answered; where that was not recorded, it is run once more."""
+        found = self.evaluate(config)
+        if found.answers is None:
+            _, answers = self.source.measure(config)
+            assert answers is not None
+            self._append({"answered": config.content_hash(), **answers.to_json()})
+        return self.known[config.content_hash()]
 
     def time_again(self, config: QuantConfig) -> None:
         """Time a known configuration once more."""
@@ -126,6 +156,10 @@ class MeasuredFolder:
         self._keep(line)
 
     def _keep(self, line: dict[str, Any]) -> None:
+        if "answered" in line:
+            self._answers[line["answered"]] = Answers.from_json(line)
+            self._attach(line["answered"])
+            return
         found = None if "again" in line else Measured.from_json(line)
         digest = line["again"] if found is None else found.config.content_hash()
         timing = self._on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
@@ -137,6 +171,12 @@ class MeasuredFolder:
             quiet = [one for one in timings if not one.noisy] or timings
             middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
             self.known[digest] = replace(known, measurement=replace(known.measurement, latency=middle))
+            self._attach(digest)
+
+    def _attach(self, digest: str) -> None:
+        # Either may be read first.
+        if digest in self.known and digest in self._answers:
+            self.known[digest] = replace(self.known[digest], answers=self._answers[digest])
 
     def _on_clock(self, timing: Latency) -> Latency:
         if timing.ratio is None:

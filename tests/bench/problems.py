@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import small_network
-from measured import MeasuredFolder, cpu_seconds
+from measured import Answers, MeasuredFolder, cpu_seconds
 
 import qsearch.search
 from qsearch.config import QuantConfig, named_config
+from qsearch.measure.accuracy import divergences
+from qsearch.measure.image_blocks import Seen
 from qsearch.measure.measurement import Latency, Measurement, Memory
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.evaluation.evaluator import Settings
@@ -132,21 +134,22 @@ def open_problem(options: argparse.Namespace) -> Problem:
 
 
 class _Recorder:
-    """Measures configurations, and remembers which images each had right."""
+    """Measures configurations, and remembers what each answered."""
 
     def __init__(self, evaluator: ModelEvaluator) -> None:
         self.evaluator, self.logits = evaluator, evaluator.measurer.logits
-        self.right: np.ndarray | None = None
+        self.answers: Answers | None = None
         # The dataclass is frozen; its instances are not.
         vars(evaluator.measurer)["logits"] = self._logits
 
-    def _logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
-        logits = self.logits(prepared, check)
-        self.right = logits.argmax(1) == self.evaluator.dataset.labels("search")
+    def _logits(self, prepared: Prepared, check: Callable[..., None] | None, looks: list[Seen]) -> np.ndarray:
+        logits = self.logits(prepared, check, looks)
+        right = logits.argmax(1) == self.evaluator.dataset.labels("search")
+        self.answers = Answers(right, divergences(self.evaluator.float_logits("search"), logits).astype(np.float32))
         return logits
 
-    def measure(self, config: QuantConfig) -> tuple[Measurement, np.ndarray | None]:
-        return self.evaluator.evaluate(config), self.right
+    def measure(self, config: QuantConfig) -> tuple[Measurement, Answers | None]:
+        return self.evaluator.evaluate(config), self.answers
 
     def time(self, config: QuantConfig) -> Latency:
         try:
@@ -158,8 +161,8 @@ class _Recorder:
 class _TimingOnly(StoppingRule):
     """Ends every measurement before the first image."""
 
-    def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
-        raise EarlyStop(Bound("only timed", latency, memory, images, loss_bounds_pp, False))
+    def check(self, latency: Latency, memory: Memory, seen: Seen | None = None) -> None:
+        raise EarlyStop(Bound("only timed", latency, memory, seen, False))
 
 
 def _settings(name: str, root: Path, data: Path | None, cache: Path) -> tuple[Settings, SearchSpace]:

@@ -2,8 +2,8 @@
 
     python tests/bench/stopping.py --problem demo --measured FOLDER --samplers planner,tpe --seeds 10
 
-Modules are measured on all images once, as by `search.py`, whose FOLDER this shares; which images each of them had right
-is kept, so that the stopping rule sees block by block what it would have seen of the running module.
+Modules are measured on all images once, as by `search.py`, whose FOLDER this shares; what each of them answered is kept,
+so that the stopping rule sees block by block what it would have seen of the running module.
 
 images_share       Image evaluations with early stopping, as a share of those without it.
 hypervolume_pct    Of the front with early stopping, in percent of that without it, after equally many trials.
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from problems import Problem, add_options, open_problem
 
 from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError
-from qsearch.measure.image_blocks import image_blocks, run_until
+from qsearch.measure.image_blocks import Tally, image_blocks
 from qsearch.measure.measurement import Measurement
 from qsearch.search.front import hypervolume
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -39,7 +40,7 @@ def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[
     handle = make_study(problem, sampler, seed)
 
     def evaluate(config: QuantConfig, rule: StoppingRule) -> Measurement:
-        return replay(problem, problem.measured.evaluate(config), rule)
+        return replay(problem, problem.measured.with_answers(config), rule)
 
     searched = SearchProblem(problem.space, evaluate, early_stopping=True, anchored=anchored(sampler))
     run_search(handle, searched, Limits(trials, seed=seed))
@@ -63,17 +64,15 @@ def replay(problem: Problem, found: Measured, rule: StoppingRule) -> Measurement
     Raises:
         EarlyStop: It would have ended early.
     """
-    assert found.right is not None
+    assert found.answers is not None
     latency, memory = found.measurement.latency, found.measurement.memory
     rule.check(latency, memory)
     labels, float_logits = problem.float_run.labels, problem.float_run.logits
-    classes = float_logits.shape[1]
-    # Only which class is the best counts: the label, or any other.
-    logits = np.eye(classes, dtype=np.float32)[np.where(found.right, labels, (labels + 1) % classes)]
-    blocks = image_blocks(float_logits, labels)
-    parts = (logits[block] for block in blocks)
-    run_until(parts, blocks, float_logits, labels, lambda images, bounds: rule.check(latency, memory, images, bounds))
-    return found.measurement
+    tally, looks = Tally(float_logits.argmax(1) == labels), []
+    for block in image_blocks(float_logits, labels)[:-1]:
+        looks.append(tally.add(block, found.answers.right[block], found.answers.nats[block]))
+        rule.check(latency, memory, looks[-1])
+    return replace(found.measurement, divergence_by_images=tuple((seen.images, seen.divergence) for seen in looks))
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 from analytic import AnalyticEvaluator, plain_settings
 from campaign import TIMINGS, fill, kept_run, measure_all, settle
 from curves_plot import draw_curves
-from measured import MeasuredFolder
+from measured import Answers, MeasuredFolder
 from problems import FloatRun, Problem, TimedTables
 from search import compare
 from stopping import compare_one, summary
@@ -37,7 +37,8 @@ class Source(AnalyticEvaluator):
         measurement = self.evaluate(config)
         lost = min(round(measurement.accuracy.top1_loss_pp * IMAGES / 100), IMAGES)
         accuracy = replace(measurement.accuracy, top1_loss_pp=100 * lost / IMAGES, images=IMAGES, divergence=lost / 5000)
-        return replace(measurement, accuracy=accuracy), np.arange(IMAGES) >= lost
+        right = np.arange(IMAGES) >= lost
+        return replace(measurement, accuracy=accuracy), Answers(right, np.where(right, 0.0, IMAGES / 5000).astype(np.float32))
 
     def tables(self, space):
         """Tables of the true costs of single layers, which add up."""
@@ -137,11 +138,28 @@ def test_measurements_outlive_their_process(problem, source, tmp_path):
     for digest, found in problem.measured.known.items():
         read = again.known[digest]
         assert (read.config, read.measurement, read.cpu_s) == (found.config, found.measurement, found.cpu_s)
-        assert np.array_equal(read.right, found.right)
+        assert np.array_equal(read.answers.right, found.answers.right)
+        assert np.array_equal(read.answers.nats, found.answers.nats)
     problem.measured = again
     before = len(source.measured)
     assert kept_run(problem, "nsgaii", seed=3, trials=4).digests == run.digests[:4]
     assert len(source.measured) == before
+
+
+def test_answers_that_an_older_record_lacks_are_made_up_for(problem, source, tmp_path):
+    config = problem.space.config({})
+    found = problem.measured.evaluate(config)
+    (file,) = (tmp_path / "measured").glob("*.jsonl")
+    line = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in line.items() if name != "nats"}) + "\n")
+    old = MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)
+    assert old.evaluate(config).answers is None
+    source.measured.clear()
+    old.with_answers(config)
+    for folder in (old, MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)):
+        assert np.array_equal(folder.with_answers(config).answers.nats, found.answers.nats)
+        assert folder.evaluate(config).measurement == found.measurement
+    assert len(source.measured) == 1
 
 
 def test_the_middle_of_several_timings_counts(problem, source, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from analytic import AnalyticEvaluator, invoke
 from optuna.trial import TrialState
 
-from qsearch.measure.accuracy import compare_accuracy
-from qsearch.measure.image_blocks import image_blocks, loss_bounds, run_until
+from qsearch.measure.accuracy import compare_accuracy, mean_divergence
+from qsearch.measure.image_blocks import Seen, image_blocks, loss_bounds, run_until
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import hypervolume, study_front
@@ -58,17 +58,18 @@ def test_limits_hold_at_every_look_and_a_whole_run_gives_the_same_logits(noise: 
     logits = FLOAT + np.random.default_rng(0).normal(0, noise, FLOAT.shape).astype(np.float32)
     final = compare_accuracy(logits, FLOAT, LABELS).top1_loss_pp
     blocks, looks = image_blocks(FLOAT, LABELS), []
-    joined = run_until(
-        (logits[block] for block in blocks), blocks, FLOAT, LABELS, lambda images, limits: looks.append((images, limits))
-    )
+    joined = run_until((logits[block] for block in blocks), blocks, FLOAT, LABELS, looks.append)
     np.testing.assert_array_equal(joined, logits)
-    assert [images for images, _ in looks] == list(np.cumsum([len(block) for block in blocks])[:-1])
-    lows, highs = np.array([limits for _, limits in looks]).T
+    assert [seen.images for seen in looks] == list(np.cumsum([len(block) for block in blocks])[:-1])
+    lows, highs = np.array([seen.loss_bounds_pp for seen in looks]).T
     assert (lows <= final + 1e-9).all() and (final - 1e-9 <= highs).all()
+    for seen, block in zip(looks, np.cumsum([len(block) for block in blocks]), strict=False):
+        first = np.concatenate(blocks)[:block]
+        assert seen.divergence == pytest.approx(mean_divergence(FLOAT[first], logits[first]), abs=1e-9)
     # They only ever close in; of a slightly disturbed network little is left to know after a third of the images.
     assert (np.diff(lows) >= -1e-9).all() and (np.diff(highs) <= 1e-9).all()
     if noise == 0.1:
-        assert final - lows[[images for images, _ in looks].index(next(i for i, _ in looks if i > 300))] < 0.5
+        assert final - lows[next(n for n, seen in enumerate(looks) if seen.images > 300)] < 0.5
 
 
 def test_a_loss_at_a_limit_is_within_it() -> None:
@@ -105,7 +106,7 @@ def test_nothing_is_run_after_a_stop() -> None:
             asked.append(len(block))
             yield FLOAT[block]
 
-    def look(images: int, limits: tuple[float, float]) -> None:
+    def look(seen: Seen) -> None:
         raise InterruptedError
 
     blocks = image_blocks(FLOAT, LABELS)
@@ -166,8 +167,10 @@ def test_constraints_stop_a_trial_only_where_a_closer_one_is_known(handle: Study
 def test_the_rule_needs_certainty() -> None:
     evaluator = AnalyticEvaluator()
     latency, memory = evaluator.baseline.latency, evaluator.baseline.memory
-    StoppingRule({}).check(latency, memory, 50, (5.0, 6.0))
-    StoppingRule({}, Constraints.against(evaluator.baseline, {"top1_loss_pp": 1.0})).check(latency, memory, 50, (5.0, 6.0))
+    StoppingRule({}).check(latency, memory, Seen(50, (5.0, 6.0), 0.1))
+    StoppingRule({}, Constraints.against(evaluator.baseline, {"top1_loss_pp": 1.0})).check(
+        latency, memory, Seen(50, (5.0, 6.0), 0.1)
+    )
 
 
 def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path) -> None:
@@ -199,4 +202,4 @@ def test_a_stop_carries_what_is_known() -> None:
         True,
     )
     with pytest.raises(EarlyStop, match="dominated by trial 3"):
-        StoppingRule(trials).check(evaluator.baseline.latency, evaluator.baseline.memory, 50, (60.0, 70.0))
+        StoppingRule(trials).check(evaluator.baseline.latency, evaluator.baseline.memory, Seen(50, (60.0, 70.0), 0.1))

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, MeasureError, UsageError
+from qsearch.measure.image_blocks import Seen
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import bind_space
 from qsearch.search.loop.driver import Limits, Outcome, SearchProblem, run_search
@@ -211,7 +212,7 @@ def troublesome_device() -> Measure:
             raise MeasureError("layer 'classifier': NaN")
         if mode == "percentile":
             assert rule is not None
-            raise EarlyStop(Bound("far off", measured.latency, measured.memory, os.getpid(), None, False))
+            raise EarlyStop(Bound("far off", measured.latency, measured.memory, Seen(os.getpid(), (0.0, 1.0), 0.0), False))
         return replace(measured, accuracy=replace(measured.accuracy, images=os.getpid()))
 
     return measure

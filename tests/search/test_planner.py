@@ -169,7 +169,7 @@ def observations(problem, count, seed):
     for row in rng.integers(0, 2, (count, LAYERS)):
         nats = float(problem.nats(row[None])[0])
         score = Score(nats, 25 * nats, 0.2)
-        found.append(Observation(row, 0, float(problem.latency(row[None])[0]), score, score.loss_pp))
+        found.append(Observation(row, 0, float(problem.latency(row[None])[0]), score))
     return found
 
 
@@ -198,24 +198,30 @@ def test_the_loss_curve_follows_the_trials():
     np.testing.assert_allclose(curve(np.array([0.1, 0.0])), [2.5, 0.0], rtol=0.02)
 
 
-def test_a_stopped_trial_moves_tables_that_promise_too_much_and_no_others():
+def test_of_a_stopped_trial_its_first_images_tell_the_divergence_over_all():
     problem = Problem(2)
     row = np.ones(LAYERS, np.int64)
-    seen = observations(problem, 4, 3)
+    # In every trial the first forty images diverge three times as much as all do.
+    seen = [
+        replace(one, score=replace(one.score, by_images={40: 3.0 * one.score.divergence})) for one in observations(problem, 4, 3)
+    ]
     before = fit_surrogate(problem.table_latency, [problem.table_nats], seen)
+    promised = float(before.divergences[0](row[None])[0])
+
+    def after(images, factor):
+        stopped = Observation(row, 0, 1.0, None, part=(images, factor * promised))
+        return fit_surrogate(problem.table_latency, [problem.table_nats], [*seen, stopped])
 
     def predicted(model):
-        return float(model.curve(model.divergences[0](row[None]))[0])
+        return float(model.divergences[0](row[None])[0])
 
-    promised = predicted(before)
-    moved = [
-        fit_surrogate(problem.table_latency, [problem.table_nats], [*seen, stopped])
-        for stopped in (Observation(row, 0, 1.0, None, 0.5 * promised), Observation(row, 0, 1.0, None, 3.0 * promised))
-    ]
-    assert predicted(moved[0]) == promised
-    assert predicted(moved[1]) > 1.2 * promised
+    assert predicted(after(40, 3.0)) == pytest.approx(promised, rel=0.01)
+    assert predicted(after(40, 9.0)) > 1.03 * promised
+    assert predicted(after(40, 0.5)) < 0.95 * promised
+    # What no completed trial was looked at for says nothing.
+    assert predicted(after(41, 9.0)) == promised
     # Its latency was measured like any other's.
-    assert moved[0].latency(row[None])[0] != before.latency(row[None])[0]
+    assert after(41, 9.0).latency(row[None])[0] != before.latency(row[None])[0]
 
 
 def test_trials_that_were_stopped_early_are_learned_from():
@@ -224,12 +230,12 @@ def test_trials_that_were_stopped_early_are_learned_from():
     study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
     trial = study.ask(SPACE.distributions())
     config = SPACE.config(trial.params)
-    stopped = {"bound": {}, "latency_ms": 7.0, "top1_loss_bounds_pp": [4.0, 90.0]}
+    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0, "images": 40}
     for name, value in {"config": config.to_json(), "config_hash": config.content_hash(), **stopped}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     (seen,) = sampler.observations(study)
-    assert (seen.score, seen.latency_ms, seen.least_loss_pp) == (None, 7.0, 4.0)
+    assert (seen.score, seen.latency_ms, seen.part) == (None, 7.0, (40, 0.25))
     assert SPACE.config(study.ask(SPACE.distributions()).params) != config
 
 
@@ -268,8 +274,8 @@ def test_what_was_stopped_before_its_first_image_is_no_front_member():
     problem = Problem(1)
     sampler = PlannerSampler(SPACE, problem.tables(), 0)
     # Faster than what was scored, and as far as it was seen without a loss.
-    stopped = Observation(np.ones(LAYERS, np.int64), 0, 0.01, None, -np.inf)
-    scored = Observation(np.zeros(LAYERS, np.int64), 0, 1.0, Score(0.0, 0.0, 0.1), 0.0)
+    stopped = Observation(np.ones(LAYERS, np.int64), 0, 0.01, None)
+    scored = Observation(np.zeros(LAYERS, np.int64), 0, 1.0, Score(0.0, 0.0, 0.1))
     sizes = np.array(problem.table_latency.sizes)
     assert sampler._changes([stopped], sizes) == []
     assert max(int(row.sum()) for row in sampler._changes([scored, stopped], sizes)) <= 2

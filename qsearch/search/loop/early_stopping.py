@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qsearch.measure.image_blocks import Seen
 from qsearch.measure.measurement import Latency, Memory
 from qsearch.search.constraints import Constraints
 
@@ -27,23 +28,31 @@ class Bound:
         reason: Why its outcome was certain.
         latency: As of a completed trial.
         memory: As of a completed trial.
-        images: How many images had been seen.
-        loss_bounds_pp: Limits of the loss that all images would have given, percentage points; None before the first.
+        seen: What the images had shown; None before the first.
         infeasible: Whether it was stopped because of a constraint.
     """
 
     reason: str
     latency: Latency
     memory: Memory
-    images: int
-    loss_bounds_pp: tuple[float, float] | None
+    seen: Seen | None
     infeasible: bool
+
+    @property
+    def images(self) -> int:
+        """How many images had been seen."""
+        return 0 if self.seen is None else self.seen.images
+
+    @property
+    def loss_bounds_pp(self) -> list[float] | None:
+        """Limits of the loss that all images would have given, percentage points; None before the first."""
+        return None if self.seen is None else list(self.seen.loss_bounds_pp)
 
     @property
     def least(self) -> tuple[float, float, float]:
         """latency_ms, peak_bytes and the lowest top1_loss_pp it could have had."""
         # More than every image cannot be gained.
-        low = -100.0 if self.loss_bounds_pp is None else self.loss_bounds_pp[0]
+        low = -100.0 if self.seen is None else self.seen.loss_bounds_pp[0]
         return (self.latency.median_ms, float(self.memory.peak_bytes), low)
 
     def to_json(self) -> dict[str, Any]:
@@ -53,7 +62,8 @@ class Bound:
             "latency": vars(self.latency),
             "memory": vars(self.memory),
             "images": self.images,
-            "top1_loss_bounds_pp": self.loss_bounds_pp and list(self.loss_bounds_pp),
+            "top1_loss_bounds_pp": self.loss_bounds_pp,
+            "divergence": None if self.seen is None else self.seen.divergence,
         }
 
 
@@ -83,24 +93,23 @@ class StoppingRule:
     trials: Mapping[int, Sequence[float]]
     constraints: Constraints = Constraints()
 
-    def check(self, latency: Latency, memory: Memory, images: int = 0, loss_bounds_pp: tuple[float, float] | None = None) -> None:
+    def check(self, latency: Latency, memory: Memory, seen: Seen | None = None) -> None:
         """Stop the trial if nothing it can still show would change its outcome.
 
         Args:
             latency: The trial's.
             memory: The trial's.
-            images: How many images were seen.
-            loss_bounds_pp: Limits of its loss, percentage points; None before the first image.
+            seen: What its images have shown; None before the first.
 
         Raises:
             EarlyStop: Its outcome is certain.
         """
-        bound = Bound("", latency, memory, images, loss_bounds_pp, False)
+        bound = Bound("", latency, memory, seen, False)
         reason, infeasible = self._beyond_constraints(bound.least), True
         if reason is None:
             reason, infeasible = self._dominated(bound.least), False
         if reason is not None:
-            raise EarlyStop(Bound(reason, latency, memory, images, loss_bounds_pp, infeasible))
+            raise EarlyStop(Bound(reason, latency, memory, seen, infeasible))
 
     def _beyond_constraints(self, least: Sequence[float]) -> str | None:
         found = self._violations(least)

@@ -49,7 +49,7 @@ def stopped_attributes(config: QuantConfig, bound: Bound) -> dict[str, Any]:
         "bound": bound.to_json(),
         "stopped_early": bound.reason,
         "images": bound.images,
-        "top1_loss_bounds_pp": bound.loss_bounds_pp and list(bound.loss_bounds_pp),
+        "top1_loss_bounds_pp": bound.loss_bounds_pp,
         "latency_ms": bound.latency.median_ms,
         "peak_bytes": bound.memory.peak_bytes,
         **({"noisy_timing": True} if bound.latency.noisy else {}),
