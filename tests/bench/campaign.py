@@ -33,7 +33,7 @@ PLAIN = "-plain"
 REFRESH = 50
 # Of a configuration on the front: with one each, the front of thousands would be that of the luckiest. Some are off it for
 # bad luck; that of a single timing is mostly less than NEAR, a share of the latency.
-TIMINGS, NEAR = 5, 0.1
+TIMINGS, NEAR = 9, 0.1
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,9 @@ class MeasuredFolder:
     """The measurements of one problem: a file of lines per process, so that several can measure at once.
 
     The least of thousands of timings is mostly luck. A configuration may therefore be timed more than once; its latency
-    is the middle one, leaving out the noisy ones where there are others. Latencies are told on one clock, whichever
-    process measured them: as paired ratios they do not depend on it.
+    is the middle one, leaving out the noisy ones where there are others. Configurations that link the very same kernels into
+    as many bytes run the same instructions on other constants: their timings count as one another's. Latencies are told on
+    one clock, whichever process measured them: as paired ratios they do not depend on it.
 
     Args:
         path: The folder.
@@ -111,6 +112,8 @@ class MeasuredFolder:
         self.known: dict[str, Measured] = {}
         self._timings: dict[str, list[Latency]] = {}
         self._answers: dict[str, Answers] = {}
+        # Those that run the same instructions.
+        self._twins: dict[tuple[str, int], list[str]] = {}
         # Of the process and of its start: process numbers are used again.
         self.file = path / f"{time.time_ns():x}-{os.getpid()}.jsonl"
         self._read: dict[Path, int] = {}
@@ -147,8 +150,8 @@ class MeasuredFolder:
         self._append({"again": config.content_hash(), "latency": vars(self.source.time(config))})
 
     def timings(self, digest: str) -> int:
-        """How often a configuration was timed."""
-        return len(self._timings.get(digest, ()))
+        """How often a known configuration, or another that runs the same instructions, was timed."""
+        return sum(len(self._timings[twin]) for twin in self._alike(digest))
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
@@ -163,15 +166,24 @@ class MeasuredFolder:
         found = None if "again" in line else Measured.from_json(line)
         digest = line["again"] if found is None else found.config.content_hash()
         timing = self._on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
-        timings = self._timings.setdefault(digest, [])
-        timings.append(timing)
+        self._timings.setdefault(digest, []).append(timing)
         # Two processes may have measured it, and the second timing may be read before the first.
-        known = self.known.get(digest, found)
-        if known is not None:
+        if found is not None and digest not in self.known:
+            self.known[digest] = found
+            self._alike(digest).append(digest)
+            self._attach(digest)
+        if digest in self.known:
+            timings = [one for twin in self._alike(digest) for one in self._timings[twin]]
             quiet = [one for one in timings if not one.noisy] or timings
             middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
-            self.known[digest] = replace(known, measurement=replace(known.measurement, latency=middle))
-            self._attach(digest)
+            for twin in self._alike(digest):
+                known = self.known[twin]
+                self.known[twin] = replace(known, measurement=replace(known.measurement, latency=middle))
+
+    def _alike(self, digest: str) -> list[str]:
+        found = self.known[digest].measurement
+        # What has no digest of its kernels is like itself alone.
+        return self._twins.setdefault((found.kernels_sha256 or digest, found.memory.peak_bytes), [])
 
     def _attach(self, digest: str) -> None:
         # Either may be read first.
