@@ -112,8 +112,6 @@ class Measurement:
         accuracy: On the search images.
         seconds: Wall time of the steps: lower, build, latency, accuracy.
         kernels_sha256: Digest of the kernels that the module calls; '' where it was not recorded.
-        divergence_by_images: Pairs of a number of images and the mean divergence over the first so many of the run, nats;
-            empty where the run was not looked at on the way.
     """
 
     latency: Latency
@@ -121,7 +119,6 @@ class Measurement:
     accuracy: Accuracy
     seconds: dict[str, float] = field(default_factory=dict)
     kernels_sha256: str = ""
-    divergence_by_images: tuple[tuple[int, float], ...] = ()
 
     def to_json(self) -> dict:
         """Plain types, for user attributes and reports."""

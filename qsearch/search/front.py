@@ -257,7 +257,6 @@ def measurement_from_json(data: dict) -> Measurement:
         accuracy_from_json(data["accuracy"]),
         dict(data.get("seconds", {})),
         data.get("kernels_sha256", ""),
-        tuple((images, nats) for images, nats in data.get("divergence_by_images", ())),
     )
 
 

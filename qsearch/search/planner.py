@@ -121,8 +121,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         added_ms, added_bytes = self._added(rows, settings)
         peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
         rough = np.stack([model.latency(rows) + added_ms, peaks, model.curve(nats)], 1)
-        # Where little is lost few answers change, and luck has little to change.
-        loss_sd = model.curve.sd_pp * np.sqrt(rough[:, 2] / (rough[:, 2] + model.curve.sd_pp)) / LOSS_BOUND_PP
+        loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, float], dict[str, Any]] | None = None
         tried = 0
         order = self.wanted.order(rough / self.scale, loss_sd, front)
@@ -209,16 +208,15 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         row, setting = self._placed(trial)
         added_ms = float(self.tables.settings[setting].added_ms(row[None])[0])
         if trial.state == TrialState.PRUNED:
-            nats = trial.user_attrs["bound"].get("divergence")
-            part = None if nats is None else (trial.user_attrs["images"], nats)
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, added_ms, part)
+            estimate = trial.user_attrs["bound"].get("divergence")
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, added_ms, estimate)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
             return None
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
-        score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4, dict(measured.divergence_by_images))
+        score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
         return Observation(row, setting, measured.latency.median_ms, score, added_ms)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:

@@ -3,20 +3,20 @@
 Latency and divergence are sums over layers; their terms start from the tables and are moved by Bayesian linear
 regression (Bishop 2006, "Pattern Recognition and Machine Learning", eq. 3.50, in its dual form, as there are fewer
 trials than terms). What top-1 is lost is a power of the divergence, fitted over the trials. Of a trial that was stopped
-early the divergence over its first images is known; over all of them it is as many times as large as it was in the
-trials that saw all.
+early the divergence is known less well, see `qsearch.measure.image_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qsearch.search.tables.pairwise import PairwiseSum
 
 __all__ = [
+    "DivergenceError",
     "LossCurve",
     "Observation",
     "Score",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Relative standard deviations: of a table's term, of what all terms have in common, of a measurement, of one that is told
-# from the first images.
+# from some of the images.
 LATENCY_TERM, LATENCY_SCALE, LATENCY_NOISE = 0.1, 0.3, 0.02
 DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35
 # Candidates for the exponent of the loss, and before any trial: percentage points at one nat, with what they are worth.
@@ -46,13 +46,11 @@ class Score:
         divergence: Mean KL divergence from float, nats.
         loss_pp: Top-1 loss.
         loss_sd_pp: Its standard error.
-        by_images: Number of images -> mean divergence over the first so many of the run, nats.
     """
 
     divergence: float
     loss_pp: float
     loss_sd_pp: float
-    by_images: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Observation:
         latency_ms: Measured.
         score: None if the trial was stopped early.
         added_ms: What its setting adds to the latency that the table is about.
-        part: Of a trial that was stopped early: number of images, and the mean divergence over them, nats.
+        estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
     """
 
     assignment: np.ndarray
@@ -73,7 +71,7 @@ class Observation:
     latency_ms: float
     score: Score | None
     added_ms: float = 0.0
-    part: tuple[int, float] | None = None
+    estimate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,18 @@ class LossCurve:
         """Percentage points; float64, as many as divergences."""
         return np.minimum(self.factor_pp * np.maximum(divergence, 0.0) ** self.exponent, 100.0)
 
+    def sd(self, divergence: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """Standard deviation of a loss that will be measured, percentage points, float64 (N,).
+
+        Args:
+            divergence: Predicted, float64 (N,), nats.
+            error: Its standard deviation, float64 (N,), nats.
+        """
+        loss = self(divergence)
+        # Where little is lost few answers change, and luck has little to change.
+        luck = self.sd_pp * np.sqrt(loss / (loss + self.sd_pp))
+        return np.hypot(luck, self(divergence + error) - loss)
+
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -102,11 +112,13 @@ class Surrogate:
     Attributes:
         latency: Milliseconds.
         divergences: Nats, one table per setting.
+        error: How far they may be off.
         curve: From nats to percentage points.
     """
 
     latency: PairwiseSum
     divergences: Sequence[PairwiseSum]
+    error: DivergenceError
     curve: LossCurve
 
 
@@ -118,8 +130,8 @@ def fit_surrogate(latency: PairwiseSum, divergences: Sequence[PairwiseSum], obse
         divergences: The tables, nats, one per setting.
         observations: Completed trials, and ones stopped early.
     """
-    corrected = correct_divergence(divergences, observations)
-    return Surrogate(correct_latency(latency, observations), corrected, fit_loss_curve(observations))
+    corrected, error = correct_divergence(divergences, observations)
+    return Surrogate(correct_latency(latency, observations), corrected, error, fit_loss_curve(observations))
 
 
 def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> PairwiseSum:
@@ -139,54 +151,84 @@ def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> 
     return PairwiseSum(unary, {pair: scale * one for pair, one in table.pairs.items()}, scale * table.constant)
 
 
-def correct_divergence(tables: Sequence[PairwiseSum], observations: Sequence[Observation]) -> list[PairwiseSum]:
-    """The divergence tables, one per setting, moved towards what was measured, nats.
+@dataclass(frozen=True)
+class DivergenceError:
+    """How far corrected divergences may be off: their standard deviation given the trials (Bishop 2006, eq. 3.59).
+
+    Attributes:
+        tables: The tables before their correction, nats, one per setting.
+        design: The trials' features, float64 (trials, features).
+        covariance: Of the trials' divergences, their noise included, float64 (trials, trials).
+    """
+
+    tables: Sequence[PairwiseSum]
+    design: np.ndarray
+    covariance: np.ndarray
+
+    def __call__(self, rows: np.ndarray, settings: np.ndarray) -> np.ndarray:
+        """Nats, float64 (N,), of assignments int (N, layers) in settings int (N,)."""
+        features = _features(self.tables, rows, settings)
+        spread = features * _deviations(self.tables)
+        shared = spread @ (self.design * _deviations(self.tables)).T
+        known = (shared * np.linalg.solve(self.covariance, shared.T).T).sum(1) if len(self.design) else 0.0
+        # Layers do not quite add up: what a trial is off by, the next configuration will be off by as well.
+        misfit = DIVERGENCE_NOISE * features[:, sum(self.tables[0].sizes) :].sum(1)
+        return np.sqrt(np.maximum((spread**2).sum(1) - known, 0.0) + misfit**2)
+
+
+def correct_divergence(
+    tables: Sequence[PairwiseSum], observations: Sequence[Observation]
+) -> tuple[list[PairwiseSum], DivergenceError]:
+    """The divergence tables, one per setting, moved towards what was measured, nats; and how far they may still be off.
 
     A term's relative error is the same in every setting; a setting may be off by a factor as a whole.
     """
     found = [(one, *known) for one, known in zip(observations, _divergences(observations), strict=True) if known is not None]
-    if not found:
-        return list(tables)
-    seen = [one for one, _, _ in found]
     sizes = tables[0].sizes
-    rows = np.stack([one.assignment for one in seen])
-    settings = np.array([one.setting for one in seen])
+    if not found:
+        return list(tables), DivergenceError(tables, np.zeros((0, sum(sizes) + len(tables))), np.zeros((0, 0)))
+    rows = np.stack([one.assignment for one, _, _ in found])
+    settings = np.array([one.setting for one, _, _ in found])
     measured, relative = np.array([known for _, *known in found]).T
-    shares = np.stack([_unary_terms(tables[one.setting], one.assignment) for one in seen])
-    predicted = np.array([tables[one.setting](one.assignment[None])[0] for one in seen])
-    design = np.zeros((len(rows), sum(sizes) + len(tables)))
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    for n, row in enumerate(rows):
-        design[n, starts + row] = shares[n]
-        design[n, sum(sizes) + settings[n]] = predicted[n]
-    deviations = np.array([DIVERGENCE_TERM] * sum(sizes) + [DIVERGENCE_SCALE] * len(tables))
+    design = _features(tables, rows, settings)
+    predicted = design[:, sum(sizes) :].sum(1)
     noise = relative * np.maximum(measured, predicted) + 1e-9
-    shift = _posterior(design, measured - predicted, deviations, noise)
+    spread = design * _deviations(tables)
+    covariance = spread @ spread.T + np.diag(noise**2)
+    shift = _deviations(tables) * (spread.T @ np.linalg.solve(covariance, measured - predicted))
     factors = np.split(np.clip(1.0 + shift[: sum(sizes)], 0.1, 10.0), np.cumsum(sizes)[:-1])
     corrected = []
     for table, whole in zip(tables, np.clip(1.0 + shift[sum(sizes) :], 0.1, 10.0), strict=True):
         unary = tuple(whole * own * factor for own, factor in zip(table.unary, factors, strict=True))
         corrected.append(replace(table, unary=unary, pairs={pair: whole * one for pair, one in table.pairs.items()}))
-    return corrected
+    return corrected, DivergenceError(tables, design, covariance)
+
+
+def _features(tables: Sequence[PairwiseSum], rows: np.ndarray, settings: np.ndarray) -> np.ndarray:
+    """What relative errors multiply: a row's own terms at its values, and its sum at its setting; float64 (N, features)."""
+    sizes = tables[0].sizes
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    found = np.zeros((len(rows), sum(sizes) + len(tables)))
+    for setting in set(settings.tolist()):
+        here, table = np.flatnonzero(settings == setting), tables[setting]
+        for layer, term in enumerate(table.unary):
+            found[here, starts[layer] + rows[here, layer]] = term[rows[here, layer]]
+        found[here, sum(sizes) + setting] = table(rows[here])
+    return found
+
+
+def _deviations(tables: Sequence[PairwiseSum]) -> np.ndarray:
+    return np.array([DIVERGENCE_TERM] * sum(tables[0].sizes) + [DIVERGENCE_SCALE] * len(tables))
 
 
 def _divergences(observations: Sequence[Observation]) -> list[tuple[float, float] | None]:
     """Each trial's divergence over all images, nats, and its relative standard deviation; None where nothing is known."""
-    whole: dict[int, list[float]] = {}
-    for one in observations:
-        if one.score is not None:
-            for images, nats in one.score.by_images.items():
-                whole.setdefault(images, []).append(one.score.divergence / max(nats, 1e-12))
-    found: list[tuple[float, float] | None] = []
-    for one in observations:
-        if one.score is not None:
-            found.append((one.score.divergence, DIVERGENCE_NOISE))
-        elif one.part is not None and one.part[0] in whole:
-            images, nats = one.part
-            found.append((nats * float(np.median(whole[images])), PART_NOISE))
-        else:
-            found.append(None)
-    return found
+    return [
+        (one.score.divergence, DIVERGENCE_NOISE)
+        if one.score is not None
+        else (None if one.estimate is None else (one.estimate, PART_NOISE))
+        for one in observations
+    ]
 
 
 def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:
@@ -210,11 +252,6 @@ def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:
 
 def _one_hot(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return np.concatenate([np.eye(size)[rows[:, i]] for i, size in enumerate(sizes)], axis=1)
-
-
-def _unary_terms(table: PairwiseSum, row: np.ndarray) -> np.ndarray:
-    """A row's own terms, float64 (layers,)."""
-    return np.array([term[value] for term, value in zip(table.unary, row, strict=True)])
 
 
 def _posterior(design: np.ndarray, residual: np.ndarray, deviations: np.ndarray, noise: np.ndarray) -> np.ndarray:

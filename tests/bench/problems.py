@@ -142,8 +142,8 @@ class _Recorder:
         # The dataclass is frozen; its instances are not.
         vars(evaluator.measurer)["logits"] = self._logits
 
-    def _logits(self, prepared: Prepared, check: Callable[..., None] | None, looks: list[Seen]) -> np.ndarray:
-        logits = self.logits(prepared, check, looks)
+    def _logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
+        logits = self.logits(prepared, check)
         right = logits.argmax(1) == self.evaluator.dataset.labels("search")
         self.answers = Answers(right, divergences(self.evaluator.float_logits("search"), logits).astype(np.float32))
         return logits

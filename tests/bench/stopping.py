@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from problems import Problem, add_options, open_problem
 
 from qsearch.config import QuantConfig
 from qsearch.errors import QSearchError
-from qsearch.measure.image_blocks import Tally, image_blocks
+from qsearch.measure.image_blocks import ImageHistory, Tally
 from qsearch.measure.measurement import Measurement
 from qsearch.search.front import hypervolume
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -38,9 +37,10 @@ def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[
     """One search without early stopping, and one with it."""
     full = kept_run(problem, sampler, seed, trials)
     handle = make_study(problem, sampler, seed)
+    history = ImageHistory(problem.float_run.logits, problem.float_run.labels)
 
     def evaluate(config: QuantConfig, rule: StoppingRule) -> Measurement:
-        return replay(problem, problem.measured.with_answers(config), rule)
+        return replay(history, problem.measured.with_answers(config), rule)
 
     searched = SearchProblem(problem.space, evaluate, early_stopping=True, anchored=anchored(sampler))
     run_search(handle, searched, Limits(trials, seed=seed))
@@ -58,7 +58,7 @@ def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[
     }
 
 
-def replay(problem: Problem, found: Measured, rule: StoppingRule) -> Measurement:
+def replay(history: ImageHistory, found: Measured, rule: StoppingRule) -> Measurement:
     """Show a rule a finished measurement as it came about.
 
     Raises:
@@ -67,12 +67,15 @@ def replay(problem: Problem, found: Measured, rule: StoppingRule) -> Measurement
     assert found.answers is not None
     latency, memory = found.measurement.latency, found.measurement.memory
     rule.check(latency, memory)
-    labels, float_logits = problem.float_run.labels, problem.float_run.logits
-    tally, looks = Tally(float_logits.argmax(1) == labels), []
-    for block in image_blocks(float_logits, labels)[:-1]:
-        looks.append(tally.add(block, found.answers.right[block], found.answers.nats[block]))
-        rule.check(latency, memory, looks[-1])
-    return replace(found.measurement, divergence_by_images=tuple((seen.images, seen.divergence) for seen in looks))
+    run = Tally(len(found.answers.right))
+    try:
+        for block in history.blocks():
+            run.add(block, found.answers.right[block], found.answers.nats[block])
+            if not run.seen.all():
+                rule.check(latency, memory, history.seen(run))
+    finally:
+        history.keep(run)
+    return found.measurement
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from analytic import AnalyticEvaluator, invoke
 from optuna.trial import TrialState
 
 from qsearch.measure.accuracy import compare_accuracy, mean_divergence
-from qsearch.measure.image_blocks import Seen, image_blocks, loss_bounds, run_until
+from qsearch.measure.image_blocks import ImageHistory, Seen, loss_bounds
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import hypervolume, study_front
@@ -41,8 +41,19 @@ def problem(evaluator: AnalyticEvaluator, constraints: Constraints = Constraints
     return SearchProblem(space, evaluator.evaluate, constraints=constraints, early_stopping=True)
 
 
+def run(history: ImageHistory, logits: np.ndarray, look: Callable[[Seen], None] = lambda seen: None) -> np.ndarray:
+    """One run over all images."""
+    blocks = history.blocks()
+    return history.run(blocks, (logits[block] for block in blocks), look)
+
+
+def disturbed(noise: float, seed: int = 0) -> np.ndarray:
+    """Logits of a module that is off by as much."""
+    return FLOAT + np.random.default_rng(seed).normal(0, noise, FLOAT.shape).astype(np.float32)
+
+
 def test_blocks_begin_with_what_float_has_wrong_and_go_on_by_its_margin() -> None:
-    blocks = image_blocks(FLOAT, LABELS)
+    blocks = ImageHistory(FLOAT, LABELS).blocks()
     np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), np.arange(900))
     wrong = FLOAT.argmax(1) != LABELS
     np.testing.assert_array_equal(blocks[0], np.flatnonzero(wrong))
@@ -50,26 +61,64 @@ def test_blocks_begin_with_what_float_has_wrong_and_go_on_by_its_margin() -> Non
     margin = two[:, -1] - two[:, -2]
     for one, following in zip(blocks[1:], blocks[2:], strict=False):
         assert margin[one].max() <= margin[following].min()
-    assert [len(block) for block in image_blocks(FLOAT[~wrong][:3], LABELS[~wrong][:3])] == [1, 1, 1]
+    assert [len(block) for block in ImageHistory(FLOAT[~wrong][:3], LABELS[~wrong][:3]).blocks()] == [1, 1, 1]
+
+
+def test_what_earlier_runs_lost_comes_first() -> None:
+    history = ImageHistory(FLOAT, LABELS)
+    # Lost by all, by half, and by none of them, though float's margin is least there.
+    always, often, never = np.flatnonzero(FLOAT.argmax(1) == LABELS)[np.argsort(history.margin[history.float_right])[[-1, -2, 0]]]
+    for seed in range(4):
+        logits = FLOAT.copy()
+        logits[always, LABELS[always]] -= 100
+        logits[often, LABELS[often]] -= 100 * (seed % 2)
+        np.testing.assert_array_equal(run(history, logits), logits)
+    order = [next(n for n, block in enumerate(history.blocks()) if image in block) for image in (always, often, never)]
+    assert order == [1, 1, 1]
+    np.testing.assert_array_equal(history.blocks()[0], np.flatnonzero(FLOAT.argmax(1) != LABELS))
+    assert history.lost[always] == 4 and history.lost[often] == 2 and history.lost.sum() == 6
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 1.0, 10.0])
 def test_limits_hold_at_every_look_and_a_whole_run_gives_the_same_logits(noise: float) -> None:
-    logits = FLOAT + np.random.default_rng(0).normal(0, noise, FLOAT.shape).astype(np.float32)
+    history, logits = ImageHistory(FLOAT, LABELS), disturbed(noise)
     final = compare_accuracy(logits, FLOAT, LABELS).top1_loss_pp
-    blocks, looks = image_blocks(FLOAT, LABELS), []
-    joined = run_until((logits[block] for block in blocks), blocks, FLOAT, LABELS, looks.append)
-    np.testing.assert_array_equal(joined, logits)
-    assert [seen.images for seen in looks] == list(np.cumsum([len(block) for block in blocks])[:-1])
+    looks: list[Seen] = []
+    ends = list(np.cumsum([len(block) for block in history.blocks()]))
+    np.testing.assert_array_equal(run(history, logits, looks.append), logits)
+    assert [seen.images for seen in looks] == ends[:-1]
     lows, highs = np.array([seen.loss_bounds_pp for seen in looks]).T
     assert (lows <= final + 1e-9).all() and (final - 1e-9 <= highs).all()
-    for seen, block in zip(looks, np.cumsum([len(block) for block in blocks]), strict=False):
-        first = np.concatenate(blocks)[:block]
-        assert seen.divergence == pytest.approx(mean_divergence(FLOAT[first], logits[first]), abs=1e-9)
     # They only ever close in; of a slightly disturbed network little is left to know after a third of the images.
     assert (np.diff(lows) >= -1e-9).all() and (np.diff(highs) <= 1e-9).all()
     if noise == 0.1:
         assert final - lows[next(n for n, seen in enumerate(looks) if seen.images > 300)] < 0.5
+
+
+def test_a_run_like_others_tells_its_loss_earlier_than_the_first() -> None:
+    history, after = ImageHistory(FLOAT, LABELS), []
+    for seed in range(12):
+        looks: list[Seen] = []
+        logits = disturbed(1.0) + 0.2 * disturbed(1.0, 1 + seed) - 0.2 * FLOAT
+        run(history, logits, looks.append)
+        final = compare_accuracy(logits, FLOAT, LABELS).top1_loss_pp
+        after.append(next((seen.images for seen in looks if seen.loss_bounds_pp[0] >= final - 0.5), 900))
+    assert np.mean(after[6:]) < 0.8 * after[0]
+
+
+def test_some_images_tell_the_divergence_over_all() -> None:
+    history, looks = ImageHistory(FLOAT, LABELS), []
+    run(history, disturbed(0.1), looks.append)
+    assert all(seen.divergence is None for seen in looks), "nothing is known to tell it by"
+    run(history, disturbed(0.3, 1))
+    for noise in (0.1, 0.5):
+        logits = disturbed(noise, 2)
+        looks = []
+        run(history, logits, looks.append)
+        expected = mean_divergence(FLOAT, logits)
+        assert [seen.divergence for seen in looks[4:]] == pytest.approx([expected] * len(looks[4:]), rel=0.3)
+        # On the images that come first it is larger.
+        assert mean_divergence(FLOAT[history.blocks()[0]], logits[history.blocks()[0]]) > 1.2 * expected
 
 
 def test_a_loss_at_a_limit_is_within_it() -> None:
@@ -99,7 +148,8 @@ def test_gains_are_bounded_by_what_float_has_wrong() -> None:
 
 
 def test_nothing_is_run_after_a_stop() -> None:
-    asked = []
+    asked, history = [], ImageHistory(FLOAT, LABELS)
+    blocks = history.blocks()
 
     def parts() -> Iterator[np.ndarray]:
         for block in blocks:
@@ -109,10 +159,11 @@ def test_nothing_is_run_after_a_stop() -> None:
     def look(seen: Seen) -> None:
         raise InterruptedError
 
-    blocks = image_blocks(FLOAT, LABELS)
     with pytest.raises(InterruptedError):
-        run_until(parts(), blocks, FLOAT, LABELS, look)
+        history.run(blocks, parts(), look)
     assert asked == [len(blocks[0])]
+    # What it saw is known of nevertheless; it is no whole run.
+    assert history.runs.sum() == len(blocks[0]) and not history.whole
 
 
 def test_a_trial_that_stops_is_certain_to_be_off_the_front(handle: StudyHandle) -> None:

@@ -179,7 +179,7 @@ def test_measured_trials_correct_the_tables():
     rows = np.stack([one.assignment for one in unseen])
     for truth, table, corrected in (
         (problem.latency, problem.table_latency, correct_latency(problem.table_latency, seen)),
-        (problem.nats, problem.table_nats, correct_divergence([problem.table_nats], seen)[0]),
+        (problem.nats, problem.table_nats, correct_divergence([problem.table_nats], seen)[0][0]),
     ):
         before, after = (np.abs(one(rows) - truth(rows)).mean() for one in (table, corrected))
         assert after < 0.4 * before
@@ -188,7 +188,7 @@ def test_measured_trials_correct_the_tables():
 def test_nothing_is_corrected_without_trials():
     problem = Problem(0)
     assert correct_latency(problem.table_latency, []) is problem.table_latency
-    assert correct_divergence([problem.table_nats], []) == [problem.table_nats]
+    assert correct_divergence([problem.table_nats], [])[0] == [problem.table_nats]
     assert fit_loss_curve([]) == LossCurve()
 
 
@@ -198,30 +198,49 @@ def test_the_loss_curve_follows_the_trials():
     np.testing.assert_allclose(curve(np.array([0.1, 0.0])), [2.5, 0.0], rtol=0.02)
 
 
-def test_of_a_stopped_trial_its_first_images_tell_the_divergence_over_all():
+def test_a_stopped_trial_moves_the_tables_less_than_one_that_was_seen_whole():
     problem = Problem(2)
     row = np.ones(LAYERS, np.int64)
-    # In every trial the first forty images diverge three times as much as all do.
-    seen = [
-        replace(one, score=replace(one.score, by_images={40: 3.0 * one.score.divergence})) for one in observations(problem, 4, 3)
-    ]
+    seen = observations(problem, 4, 3)
     before = fit_surrogate(problem.table_latency, [problem.table_nats], seen)
     promised = float(before.divergences[0](row[None])[0])
 
-    def after(images, factor):
-        stopped = Observation(row, 0, 1.0, None, part=(images, factor * promised))
-        return fit_surrogate(problem.table_latency, [problem.table_nats], [*seen, stopped])
+    def after(factor, whole=False):
+        score = Score(factor * promised, 25 * factor * promised, 0.2) if whole else None
+        last = Observation(row, 0, 1.0, score, estimate=None if whole or factor is None else factor * promised)
+        return fit_surrogate(problem.table_latency, [problem.table_nats], [*seen, last])
 
     def predicted(model):
         return float(model.divergences[0](row[None])[0])
 
-    assert predicted(after(40, 3.0)) == pytest.approx(promised, rel=0.01)
-    assert predicted(after(40, 9.0)) > 1.03 * promised
-    assert predicted(after(40, 0.5)) < 0.95 * promised
-    # What no completed trial was looked at for says nothing.
-    assert predicted(after(41, 9.0)) == promised
-    # Its latency was measured like any other's.
-    assert after(41, 9.0).latency(row[None])[0] != before.latency(row[None])[0]
+    assert predicted(after(1.0)) == pytest.approx(promised, rel=0.01)
+    assert promised < 1.02 * promised < predicted(after(3.0)) < predicted(after(3.0, whole=True))
+    assert promised > 0.95 * promised > predicted(after(0.2)) > predicted(after(0.2, whole=True))
+    # Of one that was stopped before its first image, the latency was measured nevertheless.
+    assert predicted(after(None)) == promised
+    assert after(None).latency(row[None])[0] != before.latency(row[None])[0]
+
+
+def test_the_error_of_a_divergence_shrinks_where_trials_are_and_covers_what_comes():
+    problem = Problem(4)
+    unseen = observations(problem, 200, 1)
+    rows, truth = np.stack([one.assignment for one in unseen]), np.array([one.score.divergence for one in unseen])
+    settings = np.zeros(len(rows), np.int64)
+    errors = []
+    for trials in (0, 5, 60):
+        (table,), error = correct_divergence([problem.table_nats], observations(problem, trials, 0))
+        errors.append(error(rows, settings))
+        within = np.abs(table(rows) - truth) <= 2 * errors[-1]
+        assert within.mean() >= 0.9
+    assert errors[0].mean() > errors[1].mean() > errors[2].mean() > 0
+
+
+def test_what_is_uncertain_of_a_loss_is_luck_and_the_divergence():
+    curve = LossCurve(factor_pp=40.0, exponent=1.0, sd_pp=0.4)
+    nats = np.array([0.0, 0.01, 0.1])
+    sure, unsure = curve.sd(nats, np.zeros(3)), curve.sd(nats, np.full(3, 0.05))
+    assert sure[0] == 0 and (np.diff(sure) > 0).all() and (sure < 0.4).all()
+    np.testing.assert_allclose(unsure, np.hypot(sure, 2.0))
 
 
 def test_trials_that_were_stopped_early_are_learned_from():
@@ -230,12 +249,12 @@ def test_trials_that_were_stopped_early_are_learned_from():
     study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
     trial = study.ask(SPACE.distributions())
     config = SPACE.config(trial.params)
-    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0, "images": 40}
+    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0}
     for name, value in {"config": config.to_json(), "config_hash": config.content_hash(), **stopped}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     (seen,) = sampler.observations(study)
-    assert (seen.score, seen.latency_ms, seen.part) == (None, 7.0, (40, 0.25))
+    assert (seen.score, seen.latency_ms, seen.estimate) == (None, 7.0, 0.25)
     assert SPACE.config(study.ask(SPACE.distributions()).params) != config
 
 

@@ -13,7 +13,7 @@ from qsearch.measure.accuracy import run_blocks
 from qsearch.measure.clock import Clock
 from qsearch.measure.devices.device import Device, Prepared
 from qsearch.measure.devices.local import LocalDevice
-from qsearch.measure.image_blocks import Seen, image_blocks, run_until
+from qsearch.measure.image_blocks import ImageHistory
 from qsearch.measure.measurement import Measurement
 from qsearch.measure.task import Scorer
 from qsearch.search.loop.early_stopping import StoppingRule
@@ -67,6 +67,12 @@ class ModuleMeasurer:
         """The search images."""
         return self.open_images()
 
+    @cached_property
+    def history(self) -> ImageHistory:
+        """What this process has seen of the images."""
+        assert self.scorer.labels is not None
+        return ImageHistory(self.float_logits, self.scorer.labels)
+
     def measure(self, prepared: Prepared, rule: StoppingRule | None = None) -> Measurement:
         """Time a module, then score it.
 
@@ -82,31 +88,19 @@ class ModuleMeasurer:
             (latency,) = self.device.paired(self.reference, handles, self.images[:1], self.reference_ms)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
-        looks: list[Seen] = []
-        accuracy = self.scorer.compare(self.logits(prepared, check, looks), self.float_logits)
+        accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
         clock.lap("accuracy")
-        seconds = prepared.seconds | clock.seconds
-        on_the_way = tuple((seen.images, seen.divergence) for seen in looks)
-        return Measurement(latency, prepared.memory, accuracy, seconds, prepared.kernels_sha256, on_the_way)
+        return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
 
-    def logits(self, prepared: Prepared, check: Callable[..., None] | None, looks: list[Seen]) -> np.ndarray:
-        """What a module computes, float32 (N, classes), unless the check stops it before the first or after a block.
-
-        What was seen after each block is appended to `looks`.
-        """
+    def logits(self, prepared: Prepared, check: Callable[..., None] | None) -> np.ndarray:
+        """What a module computes, float32 (N, classes), unless the check stops it before the first or after a block."""
         if check is not None:
             check()
-        labels = self.scorer.labels
-        if check is None or labels is None:
+        if check is None or self.scorer.labels is None:
             (logits,) = run_blocks(
                 prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads, device=self.runs_on
             )
             return logits
-        blocks = image_blocks(self.float_logits, labels)
+        blocks = self.history.blocks()
         parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads, device=self.runs_on)
-
-        def look(seen: Seen) -> None:
-            looks.append(seen)
-            check(seen)
-
-        return run_until(parts, blocks, self.float_logits, labels, look)
+        return self.history.run(blocks, parts, check)
