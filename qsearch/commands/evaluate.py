@@ -34,6 +34,7 @@ def evaluate(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
+    batch: Annotated[str, typer.Option(help="Comma-separated numbers of images of one inference, for example 1,8,32.")] = "1",
     precision: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +68,7 @@ def evaluate(
         raise UsageError("--precision names nothing: use for example fp32,int8")
     configs = {name: named_config(name) for name in names}
     spaces = {name.strip(): load_space(name.strip()) for name in (preset or "").split(",") if name.strip()}
+    batches = _batches(batch)
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
         threads=threads,
@@ -76,36 +78,56 @@ def evaluate(
         rpc_key=rpc_key,
     )
     with stdout_reserved():
-        from dataclasses import asdict
+        from dataclasses import asdict, replace
 
-        from qsearch.report.tables import EvaluateRow, evaluate_table
+        from qsearch.report.tables import EvaluateRow, evaluate_table, hidden_speedups
         from qsearch.search.bound_space import bind_space
         from qsearch.search.evaluation.objective import prepare_evaluator
 
-        evaluator = prepare_evaluator(settings, say, {**configs, **spaces})
-        for name, space in spaces.items():
-            bound = bind_space(evaluator.profile.space(space), evaluator.graph)
-            configs[name] = bound.config(bound.start_values())
-        shared = evaluator.dataset.search_half_calibrating
-        if split == "search" and shared:
-            say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
-        part = "search_half" if split == "search" else split
-        if evaluator.profile.precise:
-            # A file says itself what each layer is.
-            configs = {
-                name: config if name.endswith(".json") else evaluator.profile.config(config) for name, config in configs.items()
-            }
-        rows = []
-        for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
-            shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
-            scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric, latency.source)
-            rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores))
+        rows: list[EvaluateRow] = []
+        for one in batches:
+            evaluator = prepare_evaluator(replace(settings, batch=one), say, {**configs, **spaces})
+            asked = dict(configs)
+            for name, space in spaces.items():
+                bound = bind_space(evaluator.profile.space(space), evaluator.graph)
+                asked[name] = bound.config(bound.start_values())
+            shared = evaluator.dataset.search_half_calibrating
+            if split == "search" and shared and not rows:
+                say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
+            part = "search_half" if split == "search" else split
+            if evaluator.profile.precise:
+                # A file says itself what each layer is.
+                asked = {
+                    name: config if name.endswith(".json") else evaluator.profile.config(config) for name, config in asked.items()
+                }
+            for name, (latency, memory, accuracy, speedup) in evaluator.compare(asked, part).items():
+                shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
+                scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric, latency.source)
+                rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores, batch=one))
+    hidden = hidden_speedups(rows)
     if json:
         facts = {"model": model, "target": evaluator.target.description, "split": split, "task": evaluator.profile.task}
         facts |= {} if evaluator.away is None else {"device": evaluator.away.description}
-        print_json(facts | {"rows": [asdict(row) for row in rows]})
+        found = [asdict(row) | {"images_per_s": row.images_per_s} for row in rows]
+        print_json(facts | {"rows": found, "hidden_at_batch_1": hidden})
         return
     title = f"{model} on {rows[0].images} {split} images, {evaluator.target.description}"
     if evaluator.away is not None:
         title += f"; latency {rows[0].latency_source} for {evaluator.away.description}, accuracy measured on this machine"
     print_table(evaluate_table(rows, title))
+    for sentence in hidden:
+        say(sentence)
+
+
+def _batches(text: str) -> list[int]:
+    """Numbers of images, ascending.
+
+    Raises:
+        UsageError: One is no positive integer.
+    """
+    from qsearch.errors import UsageError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batch {text!r} is no list of positive numbers: use for example 1,8,32")
+    return sorted({int(part) for part in parts})

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 __all__ = [
+    "Batch",
     "ConvertChannels",
     "CostTable",
     "Data",
@@ -44,6 +45,7 @@ Target = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads that a module runs on.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images of one inference; latency and memory are those of so many.")]
 ConvertChannels = Annotated[
     bool, typer.Option("--convert-channels", help="Convert grey images to colour, or the reverse, where the model needs it.")
 ]

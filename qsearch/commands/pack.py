@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qsearch.commands.options import (
+    Batch,
     ConvertChannels,
     Data,
     Json,
@@ -32,6 +33,7 @@ def pack(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
+    batch: Batch = 1,
     space: Annotated[str, typer.Option(help="Search space whose kernels are packed: a YAML file or a preset.")] = "default",
     tiles: Annotated[int, typer.Option(min=1, help="Register tiles to compile per dense convolution, of which one wins.")] = 3,
     seed: Seed = 0,
@@ -49,7 +51,7 @@ def pack(
         raise UsageError(f"--out: expected a file in a directory that exists, such as kernels.pack, got {out}")
     chosen = load_space(space)
     settings = Settings(
-        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, batch=batch, task=checked_task(task)
     )
     with stdout_reserved():
         from qsearch.search.evaluation.pack_kernels import pack_kernels

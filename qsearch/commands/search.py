@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qsearch.commands.options import (
+    Batch,
     ConvertChannels,
     CostTable,
     Data,
@@ -35,6 +36,7 @@ def search(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
+    batch: Batch = 1,
     space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
     budget: Annotated[int, typer.Option(min=1, help="Measured trials that the study shall have in total.")] = 200,
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Begin no trial after this many seconds of trials.")] = None,
@@ -92,6 +94,7 @@ def search(
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
         threads=threads,
+        batch=batch,
         task=checked_task(task),
         cost_table=cost_table,
         rpc=rpc,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qsearch.commands.options import (
+    Batch,
     ConvertChannels,
     CostTable,
     Data,
@@ -34,6 +35,7 @@ def tables(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
+    batch: Batch = 1,
     space: Annotated[str, typer.Option(help="Search space: a YAML file or the name of a preset.")] = "default",
     seed: Seed = 0,
     preprocessing: Preprocessing = None,
@@ -56,6 +58,7 @@ def tables(
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
         threads=threads,
+        batch=batch,
         task=checked_task(task),
         cost_table=cost_table,
         rpc=rpc,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qsearch.commands.options import (
+    Batch,
     ConvertChannels,
     Data,
     Json,
@@ -37,6 +38,7 @@ def tune(
     data: Data = None,
     target: Target = "llvm",
     threads: Threads = 1,
+    batch: Batch = 1,
     precision: Annotated[str, typer.Option(help="Comma-separated precisions whose kernels are tuned.")] = "fp32,int8",
     seconds: Annotated[float, typer.Option(min=0.0, help="Begin no kernel after this time.")] = 300.0,
     seed: Seed = 0,
@@ -56,7 +58,7 @@ def tune(
     for name in names:
         named_config(name)
     settings = Settings(
-        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, task=checked_task(task)
+        model, weights, data, target, convert_channels, preprocessing, seed, threads=threads, batch=batch, task=checked_task(task)
     )
     with stdout_reserved():
         found = tune_model(settings, names, seconds)

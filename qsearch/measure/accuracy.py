@@ -29,7 +29,7 @@ def run_images(
 
     Args:
         open_machine: Makes a virtual machine of the module; called once per worker.
-        images: float32 (N, C, H, W); N a multiple of batch.
+        images: float32 (N, C, H, W).
         batch: Batch the module was compiled for.
         threads: Threads the module runs on.
         device: What it runs on, 'cpu' or 'cuda'.
@@ -59,7 +59,7 @@ def run_blocks(
     Args:
         open_machine: Makes a virtual machine of the module; called once per worker.
         images: float32 (N, C, H, W).
-        blocks: Positions of images, a multiple of batch in each.
+        blocks: Positions of images; one that is no multiple of the batch is filled up with its last image.
         batch: Batch the module was compiled for.
         threads: Threads the module runs on.
         device: What it runs on, 'cpu' or 'cuda'.
@@ -82,9 +82,9 @@ def run_blocks(
     with ThreadPoolExecutor(workers) as pool:
         for block in blocks:
             # More shares than workers: where something else is busy on one processor too, the others take its share.
-            shares = np.array_split(block.reshape(-1, batch), min(SHARES * workers, len(block) // batch))
-            parts = list(pool.map(run_share, shares))
-            logits = np.concatenate(parts)
+            rows = np.pad(block, (0, -len(block) % batch), "edge").reshape(-1, batch)
+            parts = list(pool.map(run_share, np.array_split(rows, min(SHARES * workers, len(rows)))))
+            logits = np.concatenate(parts)[: len(block)]
             if not np.isfinite(logits).all():
                 raise MeasureError(
                     "the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range"

@@ -67,12 +67,15 @@ class ImageHistory:
         self.lost, self.runs = np.zeros(len(labels)), np.zeros(len(labels))
         self.whole: deque[np.ndarray] = deque(maxlen=WHOLE_RUNS)
 
-    def blocks(self) -> list[np.ndarray]:
+    def blocks(self, batch: int = 1) -> list[np.ndarray]:
         """Divide images into blocks: first those that float has wrong, then the others, most often lost first.
 
         A module can gain only on images of the first kind, so that after the first block all its gains are known. The
         others come in the order of the share of earlier runs that lost them, and then of float's margin, least first: a
         module loses mostly what others have lost, and where float's best class was hardly ahead of its second.
+
+        Args:
+            batch: What the number of images in each but the last is a multiple of.
 
         Returns:
             Positions of images, int64, ascending within each block; together all of them.
@@ -81,7 +84,7 @@ class ImageHistory:
         order = np.lexsort((self.margin, -share, self.float_right))
         wrong = int((~self.float_right).sum())
         ends = [wrong, *(wrong + round(share * (len(order) - wrong)) for share in LOOKS)]
-        return [np.sort(block) for block in np.split(order, ends) if len(block)]
+        return [np.sort(block) for block in np.split(order, [-(-end // batch) * batch for end in ends]) if len(block)]
 
     def run(self, blocks: Sequence[np.ndarray], parts: Iterable[np.ndarray], look: Callable[[Seen], None]) -> np.ndarray:
         """Join the logits of blocks, letting somebody look at the run so far after each but the last; and remember it.

@@ -11,7 +11,7 @@ import numpy as np
 
 from qsearch.measure.measurement import Latency
 
-__all__ = ["MOST_SPREAD", "TimingSettings", "measure_interleaved", "measure_latency", "measure_paired"]
+__all__ = ["MOST_SPREAD", "TimingSettings", "first_images", "measure_interleaved", "measure_latency", "measure_paired"]
 
 # Half the interquartile range of the paired ratios, as a share of their median, above which they are noise. At 21
 # repeats the standard error of the median is then 4 %: 1.25 sigma / sqrt(n), with sigma 1.48 times the half range.
@@ -35,6 +35,16 @@ class TimingSettings:
     warmup_ms: float = 20.0
     repeat_ms: float = 5.0
     repeats: int = 21
+
+
+def first_images(images: np.ndarray, batch: int) -> np.ndarray:
+    """What one inference is timed on, float32 (batch, C, H, W): the first images, and from the start again where they are few.
+
+    Args:
+        images: float32 (N, C, H, W).
+        batch: Images of one inference.
+    """
+    return images[np.arange(batch) % len(images)]
 
 
 def measure_latency(machine: Any, image: np.ndarray, settings: TimingSettings = TimingSettings(), threads: int = 1) -> Latency:

@@ -92,8 +92,8 @@ def _check_placeholders(name: str, program: torch.export.ExportedProgram, shape:
     found = tuple(inputs[0].meta["val"].shape)
     if found != shape:
         raise UnsupportedModelError(
-            f"model {name!r} was exported for an input of shape {found}, but the preprocessing gives {shape}; "
-            "export it with a static batch of one, or pass a matching --preprocessing file"
+            f"model {name!r} was exported for an input of shape {found}, but preprocessing and batch give {shape}; "
+            f"export it with a static batch of {shape[0]}, or pass a matching --preprocessing file"
         )
 
 

@@ -16,7 +16,11 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
+__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "hidden_speedups", "study_table"]
+
+# A single image hides what a precision gains where so much of its time does not grow with the batch, and where its speed-up
+# is so much less than in the largest batch.
+FIXED, HIDDEN = 0.3, 0.8
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class EvaluateRow:
         metric: What `top1` is: top-1, or mAP of a detector.
         second_metric: What `top5` is: top-5, or mAP@50.
         latency_source: measured or modelled.
+        batch: Images of one inference.
     """
 
     precision: str
@@ -46,22 +51,56 @@ class EvaluateRow:
     metric: str = "top-1"
     second_metric: str = "top-5"
     latency_source: str = "measured"
+    batch: int = 1
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput of inferences one after the other."""
+        return 1e3 * self.batch / self.latency_ms
 
 
 def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
-    """The plain comparison of precisions."""
+    """The plain comparison of precisions, batch by batch where there are larger ones than 1."""
     scores = (f"{rows[0].metric} %", f"{rows[0].second_metric} %")
-    table = _table(title, ("precision",), ("latency ms", "memory", "speed-up", *scores))
+    batches = any(row.batch != 1 for row in rows)
+    table = _table(
+        title,
+        ("precision",),
+        (*(("batch",) if batches else ()), "latency ms", *(("images/s",) if batches else ()), "memory", "speed-up", *scores),
+    )
     for row in rows:
         table.add_row(
             row.precision,
+            *((str(row.batch),) if batches else ()),
             f"{row.latency_ms:.3f}",
+            *((f"{row.images_per_s:.0f}",) if batches else ()),
             byte_text(row.peak_bytes),
             f"{row.speedup:.2f}x",
             f"{row.top1:.2f}",
             f"{row.top5:.2f}",
         )
     return table
+
+
+def hidden_speedups(rows: Sequence[EvaluateRow]) -> list[str]:
+    """What a single image hides of the precisions' speed, a sentence each.
+
+    A module's time is taken for a fixed part, such as calls and launches, and one that grows with the batch; both follow
+    from its times at batch 1 and in the largest.
+    """
+    found = []
+    for name in dict.fromkeys(row.precision for row in rows):
+        own = {row.batch: row for row in rows if row.precision == name}
+        one, most = own.get(1), own[max(own)]
+        if one is None or most.batch == 1:
+            continue
+        fixed = (most.batch - most.latency_ms / one.latency_ms) / (most.batch - 1)
+        if fixed >= FIXED and one.speedup <= HIDDEN * most.speedup:
+            found.append(
+                f"{name}: {100 * fixed:.0f} % of its time at batch 1 does not grow with the batch (calls, launches); it is "
+                f"{one.speedup:.2f} times as fast as float there, {most.speedup:.2f} times at batch {most.batch}"
+            )
+    return found
 
 
 def study_table(handle: StudyHandle, baseline: Measurement) -> Table:

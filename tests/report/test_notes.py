@@ -14,7 +14,7 @@ from rich.console import Console
 from qsearch.config import Calibration, PrecisionName, QuantConfig
 from qsearch.report.notes import TrialNotes, calibration_text, note_text, write_note
 from qsearch.report.pictures import COLOURS, LayerBar, byte_text, draw_precisions, layer_bars
-from qsearch.report.tables import EvaluateRow, evaluate_table, front_table
+from qsearch.report.tables import EvaluateRow, evaluate_table, front_table, hidden_speedups
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import study_front
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -126,6 +126,25 @@ def test_tables(tmp_path: Path) -> None:
     assert "none, all fp32" in text
     text = text_of(evaluate_table([EvaluateRow("int8", 1.234, 56_700, 2.5, 91.5, 99.25, 500)], "demo, 500 images"))
     assert all(part in text for part in ("int8", "1.234", "56.7 kB", "2.50x", "91.50", "99.25"))
+
+
+def test_a_table_of_batches_tells_throughput_and_what_one_image_hides() -> None:
+    def row(precision: str, batch: int, latency_ms: float, speedup: float) -> EvaluateRow:
+        return EvaluateRow(precision, latency_ms, 1000, speedup, 90.0, 99.0, 500, batch=batch)
+
+    rows = [
+        *(row("fp32", 1, 1.0, 1.0), row("fp32", 8, 8.0, 1.0)),
+        # Three quarters of it stay the same.
+        *(row("int8", 1, 0.8, 1.25), row("int8", 8, 2.2, 3.64)),
+        # All of it grows.
+        *(row("w4a8", 1, 0.5, 2.0), row("w4a8", 8, 4.0, 2.0)),
+    ]
+    text = text_of(evaluate_table(rows, "demo"))
+    assert all(part in text for part in ("batch", "images/s", "3636"))
+    (sentence,) = hidden_speedups(rows)
+    assert sentence.startswith("int8: 75 % of its time at batch 1") and "3.64 times at batch 8" in sentence
+    assert hidden_speedups(rows[2:3]) == hidden_speedups(rows[3:4]) == []
+    assert "batch" not in text_of(evaluate_table(rows[:1], "demo"))
 
 
 def test_methods_are_told_in_words() -> None:

@@ -64,6 +64,14 @@ def test_blocks_begin_with_what_float_has_wrong_and_go_on_by_its_margin() -> Non
     assert [len(block) for block in ImageHistory(FLOAT[~wrong][:3], LABELS[~wrong][:3]).blocks()] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("batch", [2, 7, 128, 1000])
+def test_blocks_are_whole_batches_but_for_the_last(batch: int) -> None:
+    blocks = ImageHistory(FLOAT, LABELS).blocks(batch)
+    np.testing.assert_array_equal(np.sort(np.concatenate(blocks)), np.arange(900))
+    assert all(len(block) and len(block) % batch == 0 for block in blocks[:-1])
+    assert set(np.flatnonzero(FLOAT.argmax(1) != LABELS)) <= set(blocks[0].tolist())
+
+
 def test_what_earlier_runs_lost_comes_first() -> None:
     history = ImageHistory(FLOAT, LABELS)
     # Lost by all, by half, and by none of them, though float's margin is least there.

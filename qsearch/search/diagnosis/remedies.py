@@ -145,7 +145,7 @@ class _Trials:
         after = measure(self.evaluator, program)
         # Scored as if what it is to help were the module, and it float: what that one loses, it gains.
         gained = _score(self.evaluator, self.before.logits, after.logits)
-        image, threads = self.evaluator.images(PART)[:1], self.evaluator.target.threads
+        image, threads = self.evaluator.timed_images(PART), self.evaluator.target.threads
         (latency,) = measure_paired(self.before.machine, [after.machine], image, 1.0, threads=threads)
         self.logits[candidate.name] = after.logits
         gain, interval = gained.top1_loss_pp, gained.top1_loss_ci_pp

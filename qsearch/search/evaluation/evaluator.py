@@ -58,6 +58,7 @@ class Settings:
         cost_table: Kernel times of a device that is not here; None to time modules on this machine.
         rpc: HOST:PORT of an RPC tracker whose device times modules; None for this machine.
         rpc_key: The key of that device.
+        batch: Images of one inference.
     """
 
     model: str = "demo"
@@ -73,6 +74,7 @@ class Settings:
     cost_table: Path | None = None
     rpc: str | None = None
     rpc_key: str | None = None
+    batch: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""

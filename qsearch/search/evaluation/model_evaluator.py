@@ -23,7 +23,7 @@ from qsearch.errors import TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import run_images
 from qsearch.measure.devices.device import Device, Prepared
 from qsearch.measure.devices.local import LocalDevice
-from qsearch.measure.latency import TimingSettings
+from qsearch.measure.latency import TimingSettings, first_images
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
 from qsearch.measure.tune import TunedKernel, tune_programs
@@ -125,6 +125,11 @@ class ModelEvaluator:
         return self.model.graph
 
     @property
+    def batch(self) -> int:
+        """Images of one inference."""
+        return self.graph.input.shape[0]
+
+    @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of model, data and target; of a detector also how its output is read."""
         found = {
@@ -132,6 +137,8 @@ class ModelEvaluator:
             "data": self.dataset.fingerprint,
             "target": self.target.description,
         }
+        if self.batch != 1:
+            found["batch"] = str(self.batch)
         if self.away is not None:
             found["device"] = self.away.description
         return found if self.head is None else found | {"detection": json.dumps(self.head.to_json(), sort_keys=True)}
@@ -154,7 +161,7 @@ class ModelEvaluator:
         with self._of_float():
             prepared = self._builder.prepare(FLOAT)
             longer = TimingSettings(repeats=4 * TimingSettings.repeats)
-            latency = self.device.alone(self.device.handle(prepared), self.images("search")[:1], longer)
+            latency = self.device.alone(self.device.handle(prepared), self.timed_images("search"), longer)
             logits = self.float_logits("search")
         accuracy = self.scorer("search").compare(logits, logits)
         self.refer_to(Measurement(latency, prepared.memory, accuracy, prepared.seconds, prepared.kernels_sha256))
@@ -242,6 +249,7 @@ class ModelEvaluator:
                 threads,
                 device=device,
                 runs_on=self.run_target.device,
+                batch=self.batch,
             )
         return self._measurer
 
@@ -301,7 +309,7 @@ class ModelEvaluator:
             self.float_logits(part)
         modules = {name: self._builder.prepare(config) for name, config in configs.items()}
         handles = [reference, *(self.device.handle(module) for module in modules.values())]
-        float_latency, *latencies = self.device.in_turns(handles, self.images(part)[:1])
+        float_latency, *latencies = self.device.in_turns(handles, self.timed_images(part))
         return {
             name: (latency, module.memory, self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
             for (name, module), latency in zip(modules.items(), latencies, strict=True)
@@ -325,7 +333,7 @@ class ModelEvaluator:
     def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
         target = self.run_target
-        return run_images(module.open, self.images(part), threads=target.threads, device=target.device)
+        return run_images(module.open, self.images(part), self.batch, target.threads, target.device)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Like `measure_again`, in a process of its own."""
@@ -334,13 +342,17 @@ class ModelEvaluator:
     def measure_again(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
         modules = [self._builder.prepare(config) for config in configs]
-        image, reference_ms = self.images("search")[:1], self.baseline.latency.median_ms
+        image, reference_ms = self.timed_images("search"), self.baseline.latency.median_ms
         latencies = self.device.paired(self._reference, [self.device.handle(one) for one in modules], image, reference_ms)
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
 
     def images(self, part: str) -> np.ndarray:
         """Preprocessed images, float32 (N, C, H, W)."""
         return self.dataset.images(part, self.settings.cache_dir / "images", said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
+
+    def timed_images(self, part: str) -> np.ndarray:
+        """What one inference is timed on, float32 (batch, C, H, W)."""
+        return first_images(self.images(part), self.batch)
 
     def float_logits(self, part: str) -> np.ndarray:
         """Logits of the float module, float32 (N, classes), computed once."""

@@ -14,6 +14,7 @@ from qsearch.measure.clock import Clock
 from qsearch.measure.devices.device import Device, Prepared
 from qsearch.measure.devices.local import LocalDevice
 from qsearch.measure.image_blocks import ImageHistory
+from qsearch.measure.latency import first_images
 from qsearch.measure.measurement import Measurement
 from qsearch.measure.task import Scorer
 from qsearch.search.loop.early_stopping import StoppingRule
@@ -37,6 +38,7 @@ class ModuleMeasurer:
         processors: Who runs where.
         device: What modules are timed on.
         runs_on: What they are run on for their outputs, 'cpu' or 'cuda'.
+        batch: Images of one inference.
     """
 
     open_reference: Callable[[], Any]
@@ -48,6 +50,7 @@ class ModuleMeasurer:
     processors: Processors = Processors()
     device: Device = LocalDevice()
     runs_on: str = "cpu"
+    batch: int = 1
 
     def open(self) -> Measure:
         """Get ready in a process of its own."""
@@ -85,7 +88,7 @@ class ModuleMeasurer:
         clock = Clock()
         with self.processors.alone():
             handles = [self.device.handle(prepared)]
-            (latency,) = self.device.paired(self.reference, handles, self.images[:1], self.reference_ms)
+            (latency,) = self.device.paired(self.reference, handles, first_images(self.images, self.batch), self.reference_ms)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
         accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
@@ -96,11 +99,9 @@ class ModuleMeasurer:
         """What a module computes, float32 (N, classes), unless the check stops it before the first or after a block."""
         if check is not None:
             check()
+        run = partial(run_blocks, prepared.open, self.images, batch=self.batch, threads=self.threads, device=self.runs_on)
         if check is None or self.scorer.labels is None:
-            (logits,) = run_blocks(
-                prepared.open, self.images, [np.arange(self.scorer.count)], threads=self.threads, device=self.runs_on
-            )
+            (logits,) = run([np.arange(self.scorer.count)])
             return logits
-        blocks = self.history.blocks()
-        parts = run_blocks(prepared.open, self.images, blocks, threads=self.threads, device=self.runs_on)
-        return self.history.run(blocks, parts, check)
+        blocks = self.history.blocks(self.batch)
+        return self.history.run(blocks, run(blocks), check)

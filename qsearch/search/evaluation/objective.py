@@ -59,7 +59,7 @@ def prepare_for(settings: Settings, target: Target, progress: Progress, asked: A
     preprocessing = read_preprocessing(settings.preprocessing) if settings.preprocessing else loaded.preprocessing
     dataset = open_dataset(settings, loaded, preprocessing)
     progress(f"importing model {settings.model}")
-    model = import_model(settings.model, loaded.module, (1, *preprocessing.shape))
+    model = import_model(settings.model, loaded.module, (settings.batch, *preprocessing.shape))
     require_asked(target, asked, model.graph)
     check_classes(model.name, check_outputs(model.graph, loaded), loaded.classes, dataset)
     if model.graph.foreign:

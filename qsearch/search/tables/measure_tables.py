@@ -12,6 +12,7 @@ import numpy as np
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.config import QuantConfig
 from qsearch.measure.devices.device import Away
+from qsearch.measure.latency import first_images
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
@@ -129,7 +130,7 @@ def _costs(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[st
         lower,
         source.linker,
         source.build,
-        source.images("search")[:1],
+        first_images(source.images("search"), source.model.graph.input.shape[0]),
         source.lower(QuantConfig(default_precision="fp32")),
         source.baseline.latency.median_ms,
         others,
