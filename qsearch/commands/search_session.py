@@ -34,6 +34,7 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.profile import Profile
+from qsearch.search.provenance import layer_facts, machine_facts, package_versions
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
@@ -149,7 +150,9 @@ def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[s
     seconds = {**evaluator.seconds, "total": time.monotonic() - start}
     settings = request.settings
     facts = {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
-    return facts | {"limits": dict(request.limits)}
+    facts |= {"limits": dict(request.limits), "sampler": request.sampler}
+    # What a report says of where the figures are from, when the model is no longer at hand.
+    return facts | {"layers": layer_facts(evaluator.graph), "machine": machine_facts(), "versions": package_versions()}
 
 
 def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
