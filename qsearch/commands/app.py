@@ -18,6 +18,7 @@ from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
 from qsearch.commands.pack import measure_pack, pack
+from qsearch.commands.report import report
 from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.tables import tables
@@ -32,6 +33,7 @@ __all__ = ["app", "main"]
 VERBS: tuple[Callable[..., None], ...] = (
     search,
     front,
+    report,
     evaluate,
     diagnose,
     tables,
