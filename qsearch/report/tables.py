@@ -16,7 +16,9 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
+__all__ = ["NOTHING_BEATS_FLOAT", "EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
+
+NOTHING_BEATS_FLOAT = "nothing that was tried beats float in any objective: `export` picks float"
 
 
 @dataclass(frozen=True)
