@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from qsearch.commands.compare import compare
 from qsearch.commands.dashboard import dashboard
 from qsearch.commands.diagnose import diagnose
 from qsearch.commands.doctor import doctor
@@ -34,6 +35,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     search,
     front,
     report,
+    compare,
     evaluate,
     diagnose,
     tables,

@@ -16,7 +16,7 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["NOTHING_BEATS_FLOAT", "EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
+__all__ = ["NOTHING_BEATS_FLOAT", "EvaluateRow", "evaluate_table", "front_table", "front_words", "plain_table", "study_table"]
 
 NOTHING_BEATS_FLOAT = "nothing that was tried beats float in any objective: `export` picks float"
 
@@ -53,7 +53,7 @@ class EvaluateRow:
 def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
     """The plain comparison of precisions."""
     scores = (f"{rows[0].metric} %", f"{rows[0].second_metric} %")
-    table = _table(title, ("precision",), ("latency ms", "memory", "speed-up", *scores))
+    table = plain_table(title, ("precision",), ("latency ms", "memory", "speed-up", *scores))
     for row in rows:
         table.add_row(
             row.precision,
@@ -108,7 +108,7 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     dropped: they come last, marked with the other's number.
     """
     numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
-    table = _table(title, ("trial",), numbers, ("layers", "calibration"))
+    table = plain_table(title, ("trial",), numbers, ("layers", "calibration"))
     table.add_row(
         "float",
         _latency(baseline.latency),
@@ -141,7 +141,15 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     return table
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()) -> Table:
+def plain_table(title: str, left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        title: Its heading.
+        left: Names of its first columns.
+        right: Of those with numbers after them.
+        last: Of the last ones.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for name in left:
         table.add_column(name)
