@@ -178,7 +178,8 @@ def draw_map(document: Document) -> Image.Image:
     """
     points, layers, font = document["points"], document["layers"], _font(TEXT)
     names = [_clean(layer["name"]) for layer in layers]
-    names = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..." for name in names]
+    # Names of layers are told apart by their ends.
+    names = [name if len(name) <= LONGEST_NAME else f"{name[:12]}...{name[15 - LONGEST_NAME :]}" for name in names]
     used = {precision for point in points for precision in point["precisions"]}
     entries = [name for name in COLOURS if name in used] + sorted(used - set(COLOURS))
     title = f"{_clean(document['study']['study'])}: precision of every layer"

@@ -34,9 +34,10 @@ function signedBytes(size) {
   return size === 0 ? "0 B" : (size < 0 ? "\u2212" : "+") + bytesText(Math.abs(size));
 }
 
+// A long name without its middle: names of layers are told apart by their ends.
 function middle(text, most) {
   if (text.length <= most) return text;
-  const head = Math.ceil((most - 1) / 2);
+  const head = Math.floor(most / 3);
   return text.slice(0, head) + "\u2026" + text.slice(text.length - (most - 1 - head));
 }
 

@@ -105,11 +105,13 @@ function mapTable() {
     put(entry, "i", {}).style.background = colourOf(name);
     entry.append(SHORT[name] && SHORT[name] !== name ? `${name} (${SHORT[name]})` : name);
   }
+  // On paper the names of so many would lie over one another.
+  byId("map").classList.toggle("dense", data.layers.length > 60);
   const row = put(put(byId("map"), "thead", {}), "tr", {});
   put(row, "th", { class: "corner" });
   for (const layer of data.layers) {
     const told = layer.type ? `${layer.name}: ${layer.type}, ${layer.weights.toLocaleString("en")} weights` : layer.name;
-    put(put(row, "th", { scope: "col", title: told }), "span", {}, middle(layer.name, 34));
+    put(put(row, "th", { scope: "col", title: told }), "span", {}, middle(layer.name, 30));
   }
   const body = put(byId("map"), "tbody", {});
   data.points.forEach((point, index) => {
@@ -168,7 +170,9 @@ function legend(place, entries) {
     const entry = put(byId(place), "li", {});
     const drawn = put(entry, "svg", { viewBox: "0 0 14 14" });
     const group = put(drawn, "g", { class: kind });
-    if (shape === "diamond") put(group, "path", { class: "float", d: "M7 1l6 6l-6 6l-6 -6z" });
+    if (shape === "triangle") put(group, "path", { class: "dot", d: "M7 1l6 11h-12z" });
+    else if (shape === "line") put(group, "line", { class: "bound", x1: 0, x2: 14, y1: 7, y2: 7 });
+    else if (shape === "diamond") put(group, "path", { class: "float", d: "M7 1l6 6l-6 6l-6 -6z" });
     else put(group, "circle", { class: shape, cx: 7, cy: 7, r: shape === "plain" ? 3 : 5 });
     entry.append(words);
   }
@@ -225,7 +229,10 @@ function start() {
   const kinds = { front: "on the front", dropped: "dropped by the second measurement", closest: "closest to the constraints" };
   const found = Object.keys(kinds).filter((kind) => data.points.some((point) => point.kind === kind));
   const others = data.others.length ? [["plain", "", "other trials"]] : [];
-  legend("kinds", [...found.map((kind) => ["dot", `point ${kind}`, kinds[kind]]), ...others, ...(study.baseline ? [["diamond", "", "float"]] : [])]);
+  const more = data.points.some((point) => point.top1_loss_pp > data.loss_bound_pp) ? [["triangle", "point", `loses more than ${data.loss_bound_pp} pp`]] : [];
+  const limits = Object.keys(study.constraints).length ? [["line", "", "constraint"]] : [];
+  const base = study.baseline ? [["diamond", "", "float"]] : [];
+  legend("kinds", [...found.map((kind) => ["dot", `point ${kind}`, kinds[kind]]), ...more, ...others, ...base, ...limits]);
   if (data.points.length) {
     pointsTable();
     mapTable();
