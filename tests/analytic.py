@@ -203,21 +203,27 @@ def stand_in() -> types.ModuleType:
     return module
 
 
-def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
-    """Run a command over this network within this process."""
+@contextlib.contextmanager
+def standing_in() -> Iterator[None]:
+    """This network in place of every model."""
     # One name is put back, not all of sys.modules: what libraries imported meanwhile must not be imported twice.
-    name = "qsearch.search.evaluation.objective"
+    name, session = "qsearch.search.evaluation.objective", "qsearch.session.search_session"
     kept = sys.modules.get(name)
-    sys.modules.pop("qsearch.commands.search_session", None)
+    sys.modules.pop(session, None)
     sys.modules[name] = stand_in()
     try:
-        with contextlib.chdir(folder):
-            return CliRunner().invoke(app.app, arguments, env=variables)
+        yield
     finally:
         del sys.modules[name]
         if kept is not None:
             sys.modules[name] = kept
-        sys.modules.pop("qsearch.commands.search_session", None)
+        sys.modules.pop(session, None)
+
+
+def invoke(folder: Path, *arguments: str, **variables: str) -> Result:
+    """Run a command over this network within this process."""
+    with standing_in(), contextlib.chdir(folder):
+        return CliRunner().invoke(app.app, arguments, env=variables)
 
 
 def main() -> None:

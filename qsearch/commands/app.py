@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from qsearch.commands.compare import compare
 from qsearch.commands.dashboard import dashboard
 from qsearch.commands.diagnose import diagnose
 from qsearch.commands.doctor import doctor
@@ -18,6 +19,7 @@ from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
 from qsearch.commands.front import front
 from qsearch.commands.pack import measure_pack, pack
+from qsearch.commands.report import report
 from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.tables import tables
@@ -32,6 +34,8 @@ __all__ = ["app", "main"]
 VERBS: tuple[Callable[..., None], ...] = (
     search,
     front,
+    report,
+    compare,
     evaluate,
     diagnose,
     tables,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qsearch.commands.options import Json, Storage, Study
-from qsearch.commands.terminal import NOTHING_BEATS_FLOAT, print_json, print_table, say
+from qsearch.commands.terminal import print_json, print_table, say
 
 __all__ = ["front"]
 
@@ -11,7 +11,7 @@ __all__ = ["front"]
 def front(study: Study, storage: Storage = None, json: Json = False) -> None:
     """Show the Pareto front of a study against float."""
     from qsearch.report.documents import baseline_of, study_document
-    from qsearch.report.tables import front_words, study_table
+    from qsearch.report.tables import NOTHING_BEATS_FLOAT, front_words, study_table
     from qsearch.search.study import load_study
 
     handle = load_study(study, storage)

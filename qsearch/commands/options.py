@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -26,7 +25,6 @@ __all__ = [
     "Threads",
     "Weights",
     "checked_task",
-    "default_study",
 ]
 
 Model = Annotated[
@@ -85,9 +83,3 @@ def checked_task(name: str | None) -> Any:
     if name is not None and name not in get_args(Tasks):
         raise UsageError(f"unknown task {name!r}: use {' or '.join(get_args(Tasks))}, or leave it out")
     return name
-
-
-def default_study(model: str) -> str:
-    """A study name for a model: 'torchvision:resnet18' -> 'torchvision-resnet18', 'nets/a.pt2' -> 'a'."""
-    name = Path(model).stem if model.endswith(".pt2") else model
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:100] or "study"

@@ -23,9 +23,8 @@ from qsearch.commands.options import (
     Threads,
     Weights,
     checked_task,
-    default_study,
 )
-from qsearch.commands.terminal import INFEASIBLE, print_json, print_table, say, stdout_reserved
+from qsearch.commands.terminal import INFEASIBLE, INTERRUPTED, print_json, print_table, say, stderr_console, stdout_reserved
 
 __all__ = ["search"]
 
@@ -78,19 +77,9 @@ def search(
     from qsearch.errors import UsageError
     from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluation.evaluator import Settings
-    from qsearch.search.evaluation.open_away import named_target
-    from qsearch.search.loop.processors import check_jobs
-    from qsearch.search.samplers import check_sampler
     from qsearch.search.space import load_space
-    from qsearch.search.storage import checked_name, database_file, storage_url
+    from qsearch.session.search_request import SearchRequest, checked_request, default_study
 
-    name = checked_name(study or default_study(model))
-    # Whatever is wrong with the command itself is said before minutes are spent on the model.
-    database_file(storage_url(name, storage))
-    check_sampler(sampler, seed)
-    limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
-    check_jobs(jobs, threads)
-    chosen = load_space(space)
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
         threads=threads,
@@ -100,24 +89,27 @@ def search(
         rpc=rpc,
         rpc_key=rpc_key,
     )
-    settings = named_target(settings)
-
+    limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
+    name = study or default_study(model)
+    asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
+    request = checked_request(SearchRequest(*asked))
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 
-    from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun
+    from qsearch.session.search_session import SearchInterrupted, run_session
 
     with stdout_reserved():
         if tune and study_has_begun(name, storage):
             # What a first run had no time to tune stays as its trials were measured.
             say(f"study {name} has begun: it keeps its kernels, nothing is tuned")
         elif tune:
-            tune_model(settings, chosen.precisions.names, tune)
-        document, table = run_session(
-            SearchRequest(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
-        )
+            tune_model(request.settings, request.space.precisions.names, tune)
+        try:
+            document, table = run_session(request, say, stderr_console())
+        except SearchInterrupted:
+            raise typer.Exit(INTERRUPTED) from None
     if json:
         print_json(document)
     else:

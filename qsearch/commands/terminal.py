@@ -14,7 +14,6 @@ from rich.table import Table
 __all__ = [
     "INFEASIBLE",
     "INTERRUPTED",
-    "NOTHING_BEATS_FLOAT",
     "print_json",
     "print_table",
     "say",
@@ -27,7 +26,6 @@ __all__ = [
 INTERRUPTED = 130
 # A search that ended without a configuration within its constraints.
 INFEASIBLE = 3
-NOTHING_BEATS_FLOAT = "nothing that was tried beats float in any objective: `export` picks float"
 
 
 def stderr_console() -> Console:

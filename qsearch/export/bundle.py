@@ -13,14 +13,12 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tvm.support import cc
 
-import qsearch
 from qsearch.build.cache import LEAST_FREE_BYTES
 from qsearch.build.link import CompiledModule, Linker
 from qsearch.build.object_cache import compiler_for
@@ -29,6 +27,7 @@ from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
 from qsearch.export import runner
 from qsearch.quantize.program import Program
+from qsearch.search.provenance import package_versions
 
 __all__ = ["BundleContent", "require_vacant", "write_bundle"]
 
@@ -156,7 +155,7 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
     np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
     shutil.copyfile(runner.__file__, directory / "run.py")
-    versions = _versions()
+    versions = package_versions(PACKAGES)
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
     output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
     words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
@@ -206,13 +205,3 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], m
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    found = {"qsearch": qsearch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

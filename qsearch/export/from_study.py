@@ -15,6 +15,7 @@ from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
+from qsearch.search.provenance import layer_facts
 
 __all__ = ["check_identity", "check_kernels", "export_point"]
 
@@ -121,7 +122,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
-        metrics=_metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {}),
+        metrics=_metrics(point, baseline) | _origin(evaluator) | ({"remark": "; ".join(remarks)} if remarks else {}),
         inputs=evaluator.images("search")[:RECORDED_IMAGES],
         outputs=logits[:RECORDED_IMAGES],
         detection=None if evaluator.head is None else evaluator.head.to_json(),
@@ -139,6 +140,11 @@ def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:
             f"{_named([point])} built now gives other outputs (digest {found[:12]}) than it was measured with "
             f"({measured.output_sha256[:12]}): torch, NumPy or TVM has changed since; search again under another --study name"
         )
+
+
+def _origin(evaluator: ModelEvaluator) -> dict[str, Any]:
+    """What was measured, by fingerprints, and its layers: a bundle can be compared with others without its model."""
+    return {"identity": evaluator.identity, "layers": layer_facts(evaluator.graph)}
 
 
 def _metrics(point: FrontPoint, baseline: Measurement) -> dict[str, Any]:

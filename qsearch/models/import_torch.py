@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from qsearch.models.graph_builder import Builder, FxNode
 from qsearch.models.interpret import interpret
 from qsearch.models.memory import settle
 
-__all__ = ["import_model"]
+__all__ = ["export_module", "import_model"]
 
 # Largest difference between the layer graph and the torch module, relative to the largest output.
 IMPORT_TOLERANCE = 1e-3
@@ -59,14 +60,36 @@ def import_model(name: str, module: nn.Module | torch.export.ExportedProgram, sh
     return model
 
 
+def export_module(name: str, module: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+    """Trace a module.
+
+    Args:
+        name: Name of the model, for messages.
+        module: In evaluation mode.
+        example: Its input, float32 (N, C, H, W).
+
+    Raises:
+        UnsupportedModelError: torch cannot trace it.
+    """
+    with _tracing(name, example):
+        return torch.export.export(module, (example,))
+
+
 def _exported(name: str, module: nn.Module | torch.export.ExportedProgram, example: torch.Tensor) -> torch.export.ExportedProgram:
+    with _tracing(name, example):
+        if isinstance(module, nn.Module):
+            module = torch.export.export(module.eval(), (example,))
+        return module.run_decompositions({})
+
+
+@contextmanager
+def _tracing(name: str, example: torch.Tensor) -> Iterator[None]:
+    """Say what the user needs to know of a model that torch cannot trace."""
     try:
         # torch prints the graph it could not trace; the reason below says what the user needs.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            if isinstance(module, nn.Module):
-                module = torch.export.export(module.eval(), (example,))
-            return module.run_decompositions({})
+            yield
     except Exception as error:  # torch.export raises dozens of kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from qsearch.config import QuantConfig
 from qsearch.report.pictures import byte_text
-from qsearch.report.tables import _table
+from qsearch.report.tables import plain_table
 from qsearch.search.diagnosis.diagnosis import Diagnosis
 from qsearch.search.diagnosis.remedies import Remedy, nats
 from qsearch.search.diagnosis.values import DEAD
@@ -70,7 +70,7 @@ def _layer_table(diagnosis: Diagnosis) -> Table:
     layers, images = diagnosis.layers, diagnosis.layer_images
     title = f"the layers that cost most, {min(SHOWN_LAYERS, len(layers))} of {len(layers)}, on {images} images"
     numbers = ("cost, nats", "SNR dB", "of channels", "accumulated", "weights", "activations", "clipped")
-    table = _table(title, ("layer", "precision"), numbers)
+    table = plain_table(title, ("layer", "precision"), numbers)
     clipped = {one.value: one.share for one in diagnosis.clipped}
     for one in layers[:SHOWN_LAYERS]:
         share = f"{clipped[one.layer]:.2%}" if one.layer in clipped else ""
@@ -124,7 +124,7 @@ def _remedy_table(diagnosis: Diagnosis) -> Table:
     before = diagnosis.accuracy
     title = f"remedies, measured on {before.images} search images, paired"
     numbers = ("loss before pp", "after pp", "gained pp", "95 % interval", "nats", "latency", "memory")
-    table = _table(title, ("remedy",), numbers)
+    table = plain_table(title, ("remedy",), numbers)
     for one in diagnosis.remedies.measured:
         low, high = one.gain_ci_pp
         table.add_row(

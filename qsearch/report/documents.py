@@ -25,7 +25,7 @@ from qsearch.search.front import (
 )
 from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
 
-__all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
+__all__ = ["baseline_of", "record_bound", "record_run", "run_of", "settings_of", "study_document"]
 
 _RUN = "run"
 _BASELINE = "baseline"
@@ -38,7 +38,8 @@ def record_run(handle: StudyHandle, baseline: Measurement, run: Mapping[str, Any
     Args:
         handle: The study.
         baseline: The float module. The first one recorded stays: a study has one scale for its hypervolume.
-        run: model and target as the user wrote them, and seconds{total, float_pass} of the last run.
+        run: model and target as the user wrote them, and seconds{total, float_pass} of the last run; layers, machine and
+            versions, see `qsearch.search.provenance`.
     """
     study = handle.study
     with handle.guard():
@@ -62,13 +63,18 @@ def baseline_of(handle: StudyHandle) -> Measurement | None:
     return None if data is None else measurement_from_json(data)
 
 
+def run_of(handle: StudyHandle) -> dict[str, Any]:
+    """What `record_run` kept last; empty before the first run got that far, and of older versions without some keys."""
+    return dict(handle.study.user_attrs.get(_RUN, {}))
+
+
 def settings_of(handle: StudyHandle) -> Settings:
     """What a study searches.
 
     Raises:
         StudyError: The study was made before it got that far.
     """
-    data = handle.study.user_attrs.get(_RUN, {}).get("settings")
+    data = run_of(handle).get("settings")
     if data is None:
         raise StudyError(f"study {handle.name!r} does not say what it searched; run its search command once more")
     return Settings.from_json(data)
@@ -78,7 +84,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
     """Everything there is to say about a study, as plain types."""
     with handle.guard():
         study = handle.study
-        run: Mapping[str, Any] = study.user_attrs.get(_RUN, {})
+        run = run_of(handle)
         baseline, front, closest = baseline_of(handle), study_front(study), closest_points(study)
         complete, measured, parts = finished(study), measured_trials(study), recorded_parts(study)
         volume = None if baseline is None else hypervolume(kept_points(front), baseline)

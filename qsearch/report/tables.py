@@ -16,8 +16,18 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "hidden_speedups", "study_table"]
+__all__ = [
+    "NOTHING_BEATS_FLOAT",
+    "EvaluateRow",
+    "evaluate_table",
+    "front_table",
+    "front_words",
+    "hidden_speedups",
+    "plain_table",
+    "study_table",
+]
 
+NOTHING_BEATS_FLOAT = "nothing that was tried beats float in any objective: `export` picks float"
 # A single image hides what a precision gains where so much of its time does not grow with the batch, and where its speed-up
 # is so much less than in the largest batch.
 FIXED, HIDDEN = 0.3, 0.8
@@ -63,7 +73,7 @@ def evaluate_table(rows: Sequence[EvaluateRow], title: str) -> Table:
     """The plain comparison of precisions, batch by batch where there are larger ones than 1."""
     scores = (f"{rows[0].metric} %", f"{rows[0].second_metric} %")
     batches = any(row.batch != 1 for row in rows)
-    table = _table(
+    table = plain_table(
         title,
         ("precision",),
         (*(("batch",) if batches else ()), "latency ms", *(("images/s",) if batches else ()), "memory", "speed-up", *scores),
@@ -145,7 +155,7 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     dropped: they come last, marked with the other's number.
     """
     numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
-    table = _table(title, ("trial",), numbers, ("layers", "calibration"))
+    table = plain_table(title, ("trial",), numbers, ("layers", "calibration"))
     table.add_row(
         "float",
         _latency(baseline.latency),
@@ -178,7 +188,15 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     return table
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()) -> Table:
+def plain_table(title: str, left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
+    """An empty table.
+
+    Args:
+        title: Its heading.
+        left: Names of its first columns.
+        right: Of those with numbers after them.
+        last: Of the last ones.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for name in left:
         table.add_column(name)

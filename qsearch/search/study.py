@@ -28,6 +28,7 @@ __all__ = [
     "measured_trials",
     "objective_names",
     "reap_trials",
+    "recorded_labels",
     "recorded_parts",
     "requeue",
     "study_has_begun",
@@ -189,6 +190,11 @@ def study_has_begun(name: str, storage: str | None = None) -> bool:
 def recorded_parts(study: optuna.Study) -> dict[str, str]:
     """Name of a part (model, data, target, ...) -> fingerprint, as the study keeps them."""
     return dict(study.user_attrs.get(_IDENTITY, {}).get("parts", {}))
+
+
+def recorded_labels(study: optuna.Study) -> dict[str, str]:
+    """Name of a part -> how the user wrote it, for those that the study keeps so."""
+    return dict(study.user_attrs.get(_IDENTITY, {}).get("labels", {}))
 
 
 def finished(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:

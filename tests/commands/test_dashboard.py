@@ -9,10 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from analytic import invoke
+from browser import kept_in, open_browser
+
+from qsearch.report.page_document import page_document
+from qsearch.search.study import load_study
 
 SCRIPT = Path(__file__).parents[1] / "analytic.py"
 
@@ -26,30 +31,68 @@ def get(port: int, path: str) -> bytes:
     return response.read()
 
 
-def test_dashboard_serves_notes_and_pictures(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, list[str]]]:
+    """The folder of a study, the port that its dashboard is served on until Ctrl-C, and the command that does it."""
     pytest.importorskip("optuna_dashboard")
-    assert invoke(tmp_path, "search", "--budget", "3").exit_code == 0
+    folder = tmp_path_factory.mktemp("served")
+    assert invoke(folder, "search", "--budget", "3").exit_code == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(SCRIPT), "dashboard", "--study", "demo", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(port)
-        trial = json.loads(get(port, "/api/studies/1?after=0"))["trials"][1]
-        assert "| latency, ms |" in trial["note"]["body"]
-        (artifact,) = trial["artifacts"]
-        assert f"/artifacts/1/{trial['trial_id']}/{artifact['artifact_id']}" in trial["note"]["body"]
-        assert get(port, f"/artifacts/1/{trial['trial_id']}/{artifact['artifact_id']}").startswith(b"\x89PNG")
-        taken = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert taken.returncode == 2
-        assert f"port {port}" in taken.stderr
+        yield folder, port, command
     finally:
         server.send_signal(signal.SIGINT)
         _, words = server.communicate(timeout=60)
     assert server.returncode == 0
     assert f"http://127.0.0.1:{port}" in words
     assert "Traceback" not in words
+
+
+def test_dashboard_serves_notes_and_pictures(served: tuple[Path, int, list[str]]) -> None:
+    folder, port, command = served
+    trial = json.loads(get(port, "/api/studies/1?after=0"))["trials"][1]
+    assert "| latency, ms |" in trial["note"]["body"]
+    (artifact,) = trial["artifacts"]
+    assert f"/artifacts/1/{trial['trial_id']}/{artifact['artifact_id']}" in trial["note"]["body"]
+    assert get(port, f"/artifacts/1/{trial['trial_id']}/{artifact['artifact_id']}").startswith(b"\x89PNG")
+    taken = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert taken.returncode == 2
+    assert f"port {port}" in taken.stderr
+
+
+def test_dashboard_shows_in_a_browser_what_the_report_says(served: tuple[Path, int, list[str]], tmp_path: Path) -> None:
+    folder, port, _ = served
+    document = page_document(load_study("demo", f"sqlite:///{folder}/studies/demo.db"))
+    point = document["points"][0]
+    with open_browser() as browser:
+        page = browser.page()
+        page.resize(1280, 1600)
+        page.open(f"http://127.0.0.1:{port}/dashboard/studies/1/trials?numbers={point['trial']}")
+        # The note of the trial: its figures, its words, and the picture of its precisions, drawn.
+        assert page.until("document.body.innerText.includes('latency, ms')")
+        text = page.evaluate("document.body.innerText")
+        assert f"{point['latency_ms']:.3f} ± {point['latency_spread_ms']:.3f}" in text
+        assert f"calibration: {point['words']}" in text
+        for precision, count in point["counts"].items():
+            assert f"{count} {precision}" in text
+        pictures = "[...document.querySelectorAll('img[src*=\"/artifacts/\"]')]"
+        assert page.until(f"{pictures}.some((one) => one.naturalWidth > 100)")
+        # The study by its name, the objectives by theirs, and every layer as a parameter of the trial.
+        assert "demo" in page.evaluate("document.title + document.body.innerText")
+        for name in ("latency_ms", "peak_bytes", "top1_loss_pp", *(layer["name"] for layer in document["layers"])):
+            assert name in text, name
+        page.screenshot(kept_in(tmp_path) / "dashboard-trial.png", whole=False)
+        page.open(f"http://127.0.0.1:{port}/dashboard/studies/1/note")
+        assert page.until("document.body.innerText.includes('What the planner knows of the layers')")
+        most = document["tables"][0]
+        assert page.until(f"document.body.innerText.includes({json.dumps(most['layer'])})")
+        assert page.until(f"{pictures}.some((one) => one.naturalWidth > 100)")
+        page.screenshot(kept_in(tmp_path) / "dashboard-note.png", whole=False)
 
 
 def wait_for(port: int) -> None:

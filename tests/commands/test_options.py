@@ -8,9 +8,9 @@ import pytest
 import typer
 
 from qsearch.commands.app import bounded
-from qsearch.commands.options import default_study
 from qsearch.errors import DataError, StudyError
 from qsearch.search.storage import checked_name
+from qsearch.session.search_request import default_study
 
 
 @pytest.mark.parametrize(

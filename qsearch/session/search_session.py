@@ -1,32 +1,30 @@
 """One run of `search`: get ready, run trials, measure the front again, report.
 
-Imports everything heavy; the verb imports this file once its arguments are known to be good.
+Imports everything heavy; who asks imports this file once the request is known to be good.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import typer
+from rich.console import Console
 from rich.table import Table
 
-from qsearch.commands.terminal import INTERRUPTED, NOTHING_BEATS_FLOAT, say
-from qsearch.commands.trial_progress import TrialProgress
 from qsearch.config import named_config
 from qsearch.errors import TrialError
 from qsearch.report.documents import baseline_of, record_bound, record_run, study_document
 from qsearch.report.notes import TrialNotes
 from qsearch.report.table_notes import attach_tables
-from qsearch.report.tables import front_words, study_table
+from qsearch.report.tables import NOTHING_BEATS_FLOAT, front_words, study_table
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.constraints import Constraints, limits_text
-from qsearch.search.evaluation.evaluator import Evaluator, Settings
+from qsearch.search.evaluation.evaluator import Evaluator, Progress
 from qsearch.search.evaluation.objective import open_evaluator
 from qsearch.search.front import record_heldout, study_front
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -34,12 +32,14 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.profile import Profile
+from qsearch.search.provenance import layer_facts, machine_facts, package_versions
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
-from qsearch.search.space import SearchSpace
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.session.search_request import SearchRequest
+from qsearch.session.trial_progress import TrialProgress
 
-__all__ = ["SearchRequest", "run_session"]
+__all__ = ["SearchInterrupted", "run_session"]
 
 NOISE_AGAIN = (
     "{noisy} of these {front} points could not be timed well: beside float, their times spread too far even when timed for "
@@ -48,57 +48,37 @@ NOISE_AGAIN = (
 )
 
 
-@dataclass(frozen=True)
-class SearchRequest:
-    """What the user asked for.
-
-    Attributes:
-        settings: Model, data, target.
-        space: What may be tried.
-        study: Name of the study.
-        storage: SQLAlchemy URL; None for the default.
-        sampler: Its name.
-        budget: Measured trials the study shall have in total.
-        timeout_s: No trial is begun after that many seconds of trials.
-        limits: Objective -> largest value wanted.
-        early_stopping: Whether trials end as soon as their outcome is certain.
-        jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
-    """
-
-    settings: Settings
-    space: SearchSpace
-    study: str
-    storage: str | None
-    sampler: str
-    budget: int
-    timeout_s: float | None
-    limits: Mapping[str, float] = field(default_factory=dict)
-    early_stopping: bool = True
-    jobs: int | None = None
+class SearchInterrupted(KeyboardInterrupt):
+    """The user interrupted a search; that its study is intact was said."""
 
 
-def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
+def run_session(request: SearchRequest, say: Progress, console: Console) -> tuple[dict[str, Any], Table]:
     """Search until the budget is met.
+
+    Args:
+        request: What is wanted, see `checked_request`.
+        say: Called with what a person at the terminal wants to know.
+        console: Where a progress bar is drawn, if it can be drawn there.
 
     Returns:
         The JSON document and the table of the study as it stands at the end.
 
     Raises:
-        typer.Exit: The user interrupted the search.
+        SearchInterrupted: The user interrupted the search.
         QSearchError: The request cannot be carried out.
     """
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
-    request = _for_task(request, evaluator.profile)
+    request = _for_task(request, evaluator.profile, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        _run_trials(handle, request, bound, evaluator)
+        _run_trials(handle, request, bound, evaluator, (say, console))
         _record_bound(handle, request)
-        _verify(handle, evaluator)
+        _verify(handle, evaluator, say)
         record_run(handle, baseline, _facts(request, evaluator, start))
         document = study_document(handle)
         if document["beats_float"] is False:
@@ -108,7 +88,7 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         return document, study_table(handle, baseline)
 
 
-def _for_task(request: SearchRequest, profile: Profile) -> SearchRequest:
+def _for_task(request: SearchRequest, profile: Profile, say: Progress) -> SearchRequest:
     """The request with the defaults of what the model is for."""
     stopping = request.early_stopping and profile.task == "classification"
     if stopping != request.early_stopping:
@@ -149,10 +129,15 @@ def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[s
     seconds = {**evaluator.seconds, "total": time.monotonic() - start}
     settings = request.settings
     facts = {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
-    return facts | {"limits": dict(request.limits)}
+    facts |= {"limits": dict(request.limits), "sampler": request.sampler}
+    # What a report says of where the figures are from, when the model is no longer at hand.
+    return facts | {"layers": layer_facts(evaluator.graph), "machine": machine_facts(), "versions": package_versions()}
 
 
-def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator) -> None:
+def _run_trials(
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console]
+) -> None:
+    say, console = told
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
@@ -166,12 +151,15 @@ def _run_trials(handle: StudyHandle, request: SearchRequest, bound: BoundSpace, 
     )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
     # The measuring process starts only now, as it would disturb the kernels that are timed for the planner's tables.
-    with _pipeline(request, evaluator, done) as pipeline, TrialProgress(done, request.budget, baseline) as progress:
+    with (
+        _pipeline(request, evaluator, done) as pipeline,
+        TrialProgress((done, request.budget), baseline, say, console) as progress,
+    ):
         outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, progress.on_trial)
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")
-        raise typer.Exit(INTERRUPTED)
+        raise SearchInterrupted
     if outcome.stopped == "timeout":
         say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
     if outcome.stopped == "exhausted":
@@ -212,7 +200,7 @@ def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:
     record_bound(handle, tables_bound(sampler.space, sampler.tables, observations, request.limits))
 
 
-def _verify(handle: StudyHandle, evaluator: Evaluator) -> None:
+def _verify(handle: StudyHandle, evaluator: Evaluator, say: Progress) -> None:
     """Measure the front again, unless all of it was already, and without noise."""
     with handle.guard():
         front = study_front(handle.study)

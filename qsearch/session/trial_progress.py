@@ -1,17 +1,19 @@
-"""Progress of a search on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a search: a bar on a terminal and in a notebook, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qsearch.commands.terminal import say, stderr_console
 from qsearch.measure.latency import MOST_SPREAD
 from qsearch.measure.measurement import Measurement
 from qsearch.report.pictures import byte_text
+from qsearch.search.evaluation.evaluator import Progress as Say
 
 __all__ = ["TrialProgress"]
 
@@ -26,17 +28,23 @@ NOISE = (
 class TrialProgress:
     """Shows each finished trial; use as a context manager around the search."""
 
-    def __init__(self, done: int, budget: int, baseline: Measurement) -> None:
-        """Start at `done` of `budget` measured trials; latencies are shown as speed-up over `baseline`."""
-        console = stderr_console()
-        self._done, self._budget, self._baseline = done, budget, baseline
+    def __init__(self, counts: tuple[int, int], baseline: Measurement, say: Say, console: Console) -> None:
+        """Start.
+
+        Args:
+            counts: Measured trials there are, and how many there shall be.
+            baseline: The float module; latencies are shown as speed-up over it.
+            say: Called with lines where there is no bar.
+            console: Where the bar is drawn, if it is a terminal or a notebook.
+        """
+        (self._done, self._budget), self._baseline, self._say = counts, baseline, say
         self._bar: Progress | None = None
         self._last_line = -SECONDS_BETWEEN_LINES
         self._noise_said = False
-        if console.is_terminal:
+        if _draws_bars(console):
             bar = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(TextColumn("trials"), *bar, TextColumn("{task.fields[last]}"), console=console)
-            self._task = self._bar.add_task("trials", total=budget, completed=done, last="")
+            self._task = self._bar.add_task("trials", total=self._budget, completed=self._done, last="")
 
     def __enter__(self) -> TrialProgress:
         """Show the bar."""
@@ -66,10 +74,15 @@ class TrialProgress:
             self._bar.update(self._task, completed=self._done, last=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or self._done >= self._budget:
             self._last_line = time.monotonic()
-            say(f"trial {self._done} of {self._budget}, {text}")
+            self._say(f"trial {self._done} of {self._budget}, {text}")
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False)
         else:
-            say(text)
+            self._say(text)
+
+
+def _draws_bars(console: Console) -> bool:
+    """Whether a bar can be drawn there; in a notebook it takes ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)

@@ -1,0 +1,71 @@
+"""What a search is asked for, and what can be said of it before minutes are spent on the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qsearch.errors import UsageError
+from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.evaluation.open_away import named_target
+from qsearch.search.loop.processors import check_jobs
+from qsearch.search.samplers import PLANNER, check_sampler
+from qsearch.search.space import SearchSpace
+from qsearch.search.storage import checked_name, database_file, storage_url
+
+__all__ = ["SearchRequest", "checked_request", "default_study"]
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What the user asked for.
+
+    Attributes:
+        settings: Model, data, target.
+        space: What may be tried.
+        study: Name of the study.
+        storage: SQLAlchemy URL; None for the default.
+        sampler: Its name.
+        budget: Measured trials the study shall have in total.
+        timeout_s: No trial is begun after that many seconds of trials.
+        limits: Objective -> largest value wanted.
+        early_stopping: Whether trials end as soon as their outcome is certain.
+        jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
+    """
+
+    settings: Settings
+    space: SearchSpace
+    study: str
+    storage: str | None = None
+    sampler: str = PLANNER
+    budget: int = 200
+    timeout_s: float | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    early_stopping: bool = True
+    jobs: int | None = None
+
+
+def checked_request(request: SearchRequest) -> SearchRequest:
+    """The request with its target named, after whatever is wrong with it was said that needs no model to be seen.
+
+    Raises:
+        UsageError: It cannot be carried out as written.
+    """
+    database_file(storage_url(checked_name(request.study), request.storage))
+    check_sampler(request.sampler, request.settings.seed)
+    if request.budget < 1:
+        raise UsageError(f"the budget is a number of trials, 1 or more, got {request.budget}")
+    if request.timeout_s is not None and not request.timeout_s >= 0:
+        raise UsageError(f"the timeout is a number of seconds, 0 or more, got {request.timeout_s}")
+    if request.settings.batch < 1:
+        raise UsageError(f"the batch is a number of images, 1 or more, got {request.settings.batch}")
+    check_jobs(request.jobs, request.settings.threads)
+    return replace(request, settings=named_target(request.settings))
+
+
+def default_study(model: str) -> str:
+    """A study name for a model: 'torchvision:resnet18' -> 'torchvision-resnet18', 'nets/a.pt2' -> 'a'."""
+    name = Path(model).stem if model.endswith(".pt2") else model
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:100] or "study"
