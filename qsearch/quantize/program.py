@@ -103,11 +103,13 @@ rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qsearch.models.graph import Conv, ForeignOp, Matmul, Pool
+from qsearch.quantize.affine import Affine
 
 __all__ = ["FLOATS", "INTEGERS", "INTEGER_DTYPES", "Op", "OpKey", "Program", "Value"]
 
@@ -197,7 +199,8 @@ class Op:
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
             conv2d: weight int8, int16, float8_e4m3fn, float16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (integer and fp8 layers only), clip_high float32 (O,) (where it clips per channel),
+            multiplier float32 (O,) (integer and fp8 layers only), weight_scale float32 (O,) (these too; the real step of an
+            integer weight, which no kernel reads), clip_high float32 (O,) (where it clips per channel),
             group_scale uint8 and group_offset int8 (O, kh, kw, groups) or (O, 1, 1, 1) (4-bit weights in groups;
             the weight is w, not q);
             and for all kinds, where they apply:
@@ -229,8 +232,11 @@ class Program:
         input: The model's input, float32 (N, C, H, W).
         ops: In execution order.
         output: The model's output, float32.
+        affines: Value name -> scale and zero point, of those that are not float32. Kernels know ratios of scales only; formats
+            that other programs read hold the scales.
     """
 
     input: Value
     ops: tuple[Op, ...]
     output: Value
+    affines: Mapping[str, Affine] = field(default_factory=dict)
