@@ -32,6 +32,8 @@ from qsearch.quantize.program import Program
 
 __all__ = ["BundleContent", "require_vacant", "write_bundle"]
 
+# Of modules for the CPU: GPUs have no runner of their own.
+CPP_RUNNER = Path(__file__).with_name("run.cpp")
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 
 README = """# A qsearch bundle
@@ -41,17 +43,21 @@ README = """# A qsearch bundle
 
     python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
 {predict}
-
+{cpp}
 | file | what it is |
 |---|---|
 | model.so | kernels, weights and the Relax executable |
 | config.json | the quantization configuration |
 | preprocessing.json, classes.json | from picture to input, from logit to name |
 | metrics.json | what was measured of this very module |
-| recorded_inputs.npy, recorded_outputs.npy | images and the outputs that the module must give for them |
+| recorded_inputs.npy | pixels of pictures; replayed as they are, mirrored, upside down and inverted |
+| recorded_outputs.npy | the outputs that the module must give for them |
 | manifest.json | target, versions, SHA-256 of every file |
 """
 PREDICT = "    python run.py . predict X.npy    classify float32 images of shape {shape}"
+CPP = """
+`run.cpp` does the same without Python; its first lines say how to build it.
+"""
 DETECTOR_OUTPUT = "a box and logits at every position of a grid, read as `detection.json` says"
 DETECTOR_PREDICT = "    python run.py . outputs X.npy Y.npy    the outputs for float32 images of shape {shape}"
 
@@ -65,8 +71,9 @@ class BundleContent:
         preprocessing: Its JSON form.
         classes: Class names in output order; may be shorter than the output.
         metrics: What was measured, with `latency_ms` at the top level, and `remark` where there is something to say of it.
-        inputs: Recorded images, float32 (N, C, H, W).
-        outputs: What the measured module gave for them, float32 (N, ...).
+        inputs: Recorded pictures, uint8 (N, H, W, C), each of which `runner.varied` makes eight inputs of; or inputs, float32
+            (N, C, H, W).
+        outputs: What the measured module gave for the inputs, float32 (inputs, ...).
         detection: JSON form of how a detector's output is read; None for a classifier.
     """
 
@@ -156,10 +163,13 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
     np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
     shutil.copyfile(runner.__file__, directory / "run.py")
+    if not linker.target.arch:
+        shutil.copyfile(CPP_RUNNER, directory / CPP_RUNNER.name)
     versions = _versions()
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
     output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
     words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
+    words["cpp"] = "" if linker.target.arch else CPP
     text = README.format(target=linker.target.description, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
     _write_manifest(directory, linker.target, versions, content.metrics)
@@ -171,7 +181,8 @@ def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
         raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
     compiler = compiler_for(target)
     try:
-        module.executable.export_library(str(path), addons=module.addons, cc=compiler)
+        # Without what debuggers read of kernels, which is a tenth of the file.
+        module.executable.export_library(str(path), addons=module.addons, cc=compiler, options=["-Wl,--strip-all"])
     except RuntimeError as error:
         if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -186,6 +197,7 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], m
     manifest: dict[str, Any] = {
         "format": runner.FORMAT,
         "versions": versions,
+        "input": {"dtype": "float32", "layout": "NCHW"},
         "target": {
             "name": target.name,
             "architecture": target.architecture,

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qsearch.data import Preprocessing
 from qsearch.errors import BundleError, StudyMismatchError
+from qsearch.export import runner
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
@@ -18,7 +20,8 @@ from qsearch.search.front import FrontPoint, Heldout
 
 __all__ = ["check_identity", "check_kernels", "export_point"]
 
-RECORDED_IMAGES = 16
+# Pictures that a bundle records, and inputs where images are no pictures: each picture gives eight.
+RECORDED_PICTURES, RECORDED_INPUTS = 2, 16
 NEVER_RUN = (
     "compiled for a device that was not there, and never run: its latency is the device's by the source that the figures name; "
     "the recorded outputs are those of a module for another CPU, of which float layers may differ in their last bits"
@@ -115,20 +118,43 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
     if evaluator.away is not None:
         remarks.append(NEVER_RUN)
     program = evaluator.lower(point.config)
-    logits = evaluator.logits(evaluator.build(program), "search")
-    _check_outputs(point, logits)
+    module = evaluator.build(program)
+    _check_outputs(point, evaluator.logits(module, "search"))
+    recorded, inputs = recorded_inputs(evaluator.images("search"), evaluator.dataset.preprocessing)
     content = BundleContent(
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
         metrics=_metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {}),
-        inputs=evaluator.images("search")[:RECORDED_IMAGES],
-        outputs=logits[:RECORDED_IMAGES],
+        inputs=recorded,
+        outputs=evaluator.outputs(module, inputs),
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
     module_bytes = (directory / "model.so").stat().st_size
     return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+
+
+def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """What a bundle stores for its replay, and what the module takes of it.
+
+    Pixels take a quarter of the bytes of normalised images, and mirrored and inverted ones none.
+
+    Args:
+        images: float32 (N, C, H, W), preprocessed.
+        preprocessing: Of the model.
+
+    Returns:
+        uint8 (pictures, H, W, C) and float32 (inputs, C, H, W); twice the same where images do not come from pixels.
+    """
+    first = images[:RECORDED_PICTURES]
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    pixels = np.rint((first * std + mean) * 255)
+    pictures = np.clip(pixels, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    inputs = runner.normalised(runner.varied(pictures), preprocessing.to_json())
+    if np.array_equal(inputs[:: len(inputs) // len(first)], first):
+        return np.ascontiguousarray(pictures), inputs
+    return images[:RECORDED_INPUTS], images[:RECORDED_INPUTS]
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:

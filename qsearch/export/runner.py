@@ -28,7 +28,8 @@ import numpy as np
 WRONG_MACHINE = 3
 # A detector's bundle has this file.
 DETECTION = "detection.json"
-FORMAT = 1
+# Of the manifest and of what the files it lists hold. 2: pictures are recorded as pixels.
+FORMAT = 2
 
 
 class BundleProblem(Exception):
@@ -134,11 +135,33 @@ def run_images(machine, manifest, tvm, images):
     return np.concatenate([function(image).numpy() for image in given])
 
 
+def varied(pictures):
+    """Eight inputs of each picture, uint8 (N, H, W, C): as it is, mirrored, upside down, both; then those of its negative."""
+    positions = [pictures, pictures[:, :, ::-1], pictures[:, ::-1], pictures[:, ::-1, ::-1]]
+    kinds = np.stack([*positions, *(255 - one for one in positions)], axis=1)
+    return kinds.reshape(-1, *pictures.shape[1:])
+
+
+def normalised(pictures, preprocessing):
+    """Pictures, uint8 (N, H, W, C), as the float32 (N, C, H, W) that a module takes; float32 operation by operation."""
+    mean, std = (np.asarray(preprocessing[name], np.float32) for name in ("mean", "std"))
+    return np.ascontiguousarray(((pictures.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
+def recorded_inputs(bundle):
+    """The inputs whose outputs were recorded: made of pictures, or float32 as they are where the model's are no pictures."""
+    stored = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
+    if stored.dtype != np.uint8:
+        return stored
+    preprocessing = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8"))
+    return normalised(varied(stored), preprocessing)
+
+
 def verify(bundle):
     """Replay every recorded input and count the bits that differ; time the module."""
     manifest = read_manifest(bundle)
     check_machine(manifest)
-    inputs = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
+    inputs = recorded_inputs(bundle)
     expected = np.load(bundle / "recorded_outputs.npy", allow_pickle=False)
     machine, tvm = open_module(bundle, manifest)
     outputs = run_images(machine, manifest, tvm, inputs)

@@ -33,6 +33,7 @@ FILES = (
     "preprocessing.json",
     "recorded_inputs.npy",
     "recorded_outputs.npy",
+    "run.cpp",
     "run.py",
 )
 
