@@ -54,6 +54,12 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="onnx, pt2: write the file although it decides too often otherwise than the module.")
     ] = False,
+    with_preprocess: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocess", help="Bundles of classifiers: the module takes resized and cropped pixels and gives the class."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Export a trial: the compiled module with everything needed to run and check it; or an ONNX or torch.export file."""
@@ -69,14 +75,15 @@ def export(
     if stray := [option for option, value in (own if study else of_study).items() if value]:
         raise UsageError(f"{' and '.join(stray)} and {'--study' if study else '--config'} contradict each other: leave one out")
     as_file = kind != "bundle"
-    if (force and not as_file) or (as_file and (all_points or remeasure)):
-        raise UsageError("--force is for --format onnx and pt2 only, --all and --remeasure are for bundles only")
+    if (force and not as_file) or (as_file and (all_points or remeasure or with_preprocess)):
+        raise UsageError("--force is for --format onnx and pt2; --all, --remeasure and --with-preprocess are for bundles")
     if study is None:
         settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
         source = _Source(settings, config=config)
     else:
         source = _of_study(study, storage, _Choice(trial, pick, max_loss_pp, all_points))
-    rows = _write_file(source, out, kind, force) if as_file else _write_bundles(source, out, all_points, remeasure)
+    bundles = _Bundles(all_points, remeasure, with_preprocess)
+    rows = _write_file(source, out, kind, force) if as_file else _write_bundles(source, out, bundles)
     if json:
         print_json({"study": study, "files" if as_file else "bundles": rows})
 
@@ -110,6 +117,15 @@ class _Source:
     points: tuple[FrontPoint, ...] = ()
     baseline: Measurement | None = None
     parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Bundles:
+    """How bundles are written."""
+
+    all_points: bool
+    remeasure: bool
+    with_preprocess: bool
 
 
 def _of_study(study: str, storage: str | None, choice: _Choice) -> _Source:
@@ -152,28 +168,30 @@ def _open(source: _Source) -> ModelEvaluator:
     return evaluator
 
 
-def _write_bundles(source: _Source, out: Path, all_points: bool, remeasure: bool) -> list[dict[str, Any]]:
+def _write_bundles(source: _Source, out: Path, how: _Bundles) -> list[dict[str, Any]]:
     from qsearch.export.bundle import require_vacant
 
     names = ["float" if point.number is None else f"trial-{point.number}" for point in source.points] or [source.config or ""]
-    directories = [out / name if all_points else out for name in names]
+    directories = [out / name if how.all_points else out for name in names]
     for directory in directories:
         # Said before the model is loaded, and before the first of many bundles is written.
         require_vacant(directory)
     with stdout_reserved():
-        from qsearch.export.from_study import check_kernels, export_point
+        from qsearch.export.from_study import check_kernels, export_point, require_pictures
 
         evaluator = _open(source)
+        if how.with_preprocess:
+            require_pictures(evaluator)
         if source.config is not None:
             source = _measured(source, evaluator)
-        elif not remeasure:
+        elif not how.remeasure:
             check_kernels(evaluator, source.points)
         if evaluator.away is not None:
             say(f"compiling for {evaluator.target.description}, which is not run here; `verify` the bundle on the device")
         assert source.baseline is not None
         rows = []
         for point, directory in zip(source.points, directories, strict=True):
-            rows.append(export_point(evaluator, point, source.baseline, directory))
+            rows.append(export_point(evaluator, point, source.baseline, directory, how.with_preprocess))
             again = ", measured again" if rows[-1]["remeasured"] else ""
             what = source.config or ("float" if point.number is None else f"trial {point.number}")
             say(f"{what} -> {directory} ({rows[-1]['module_bytes']:,} bytes{again})")

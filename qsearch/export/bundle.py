@@ -38,8 +38,11 @@ PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 
 README = """# A qsearch bundle
 
-`model.so` is a compiled, quantized model for {target}. It takes float32 images ({shape}), preprocessed as
-`preprocessing.json` says, and gives {output}. It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
+`model.so` is a compiled, quantized model for {target}.
+
+It takes {input}.
+It gives {output}.
+It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 
     python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
 {predict}
@@ -54,7 +57,9 @@ README = """# A qsearch bundle
 | recorded_outputs.npy | the outputs that the module must give for them |
 | manifest.json | target, versions, SHA-256 of every file |
 """
-PREDICT = "    python run.py . predict X.npy    classify float32 images of shape {shape}"
+INPUT = "float32 images ({shape}), preprocessed as `preprocessing.json` says"
+PIXELS_INPUT = "pixels, uint8 ({shape}), resized and cropped as `preprocessing.json` says and no more: normalisation is inside"
+PREDICT = "    python run.py . predict X.npy    classify images of shape {shape}"
 CPP = """
 `run.cpp` does the same without Python; its first lines say how to build it.
 """
@@ -74,6 +79,7 @@ class BundleContent:
         inputs: Recorded pictures, uint8 (N, H, W, C), each of which `runner.varied` makes eight inputs of; or inputs, float32
             (N, C, H, W).
         outputs: What the measured module gave for the inputs, float32 (inputs, ...).
+        takes_pixels: Normalisation is inside the module, and the choice of the class; outputs are then int32 (inputs,).
         detection: JSON form of how a detector's output is read; None for a classifier.
     """
 
@@ -83,6 +89,7 @@ class BundleContent:
     metrics: dict[str, Any]
     inputs: np.ndarray
     outputs: np.ndarray
+    takes_pixels: bool = False
     detection: dict[str, Any] | None = None
 
 
@@ -168,11 +175,15 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     versions = _versions()
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
     output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
+    output = "the index of the class, int32" if content.takes_pixels else output
+    given = (PIXELS_INPUT if content.takes_pixels else INPUT).format(shape=shape)
     words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
     words["cpp"] = "" if linker.target.arch else CPP
-    text = README.format(target=linker.target.description, shape=shape, **words)
+    text = README.format(target=linker.target.description, input=given, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
-    _write_manifest(directory, linker.target, versions, content.metrics)
+    layout = "NHWC" if content.takes_pixels else "NCHW"
+    of_input = {"dtype": program.input.dtype, "layout": layout, "shape": list(program.input.shape)}
+    _write_manifest(directory, linker.target, versions, {"input": of_input, "metrics": content.metrics})
 
 
 def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
@@ -192,12 +203,13 @@ def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
         raise BundleError(f"linking {path.name} failed: {reason}; run the command again") from error
 
 
-def _write_manifest(directory: Path, target: Target, versions: dict[str, str], metrics: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, target: Target, versions: dict[str, str], told: dict[str, Any]) -> None:
+    metrics = told["metrics"]
     files = sorted(path for path in directory.iterdir() if path.is_file())
     manifest: dict[str, Any] = {
         "format": runner.FORMAT,
         "versions": versions,
-        "input": {"dtype": "float32", "layout": "NCHW"},
+        "input": told["input"],
         "target": {
             "name": target.name,
             "architecture": target.architecture,

@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from qsearch.build.link import CompiledModule
 from qsearch.data import Preprocessing
-from qsearch.errors import BundleError, StudyMismatchError
+from qsearch.errors import BundleError, DataError, StudyMismatchError, UsageError
 from qsearch.export import runner
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
+from qsearch.quantize.whole_pictures import with_preprocessing
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 
-__all__ = ["check_identity", "check_kernels", "export_point"]
+__all__ = ["check_classes", "check_identity", "check_kernels", "export_point", "recorded_inputs", "require_pictures"]
 
 # Pictures that a bundle records, and inputs where images are no pictures: each picture gives eight.
 RECORDED_PICTURES, RECORDED_INPUTS = 2, 16
+WITHOUT_ENDS = "latencies are those of the module without normalisation and the choice of the class, which are inside this one"
 NEVER_RUN = (
     "compiled for a device that was not there, and never run: its latency is the device's by the source that the figures name; "
     "the recorded outputs are those of a module for another CPU, of which float layers may differ in their last bits"
@@ -92,7 +95,9 @@ def _measured_again(evaluator: ModelEvaluator, point: FrontPoint) -> FrontPoint:
     return replace(point, measurement=measurement, heldout=heldout)
 
 
-def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measurement, directory: Path) -> dict[str, Any]:
+def export_point(
+    evaluator: ModelEvaluator, point: FrontPoint, baseline: Measurement, directory: Path, with_preprocess: bool = False
+) -> dict[str, Any]:
     """Write one trial's bundle.
 
     A trial whose kernels have changed is measured again, and float with it; metrics and manifest say so. Who wants
@@ -103,6 +108,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         point: The trial.
         baseline: The study's float module.
         directory: Where to write.
+        with_preprocess: The module takes pixels and gives the index of the class.
 
     Returns:
         trial (None for float), bundle, module_bytes: bytes of the module file, remeasured: whether the figures are new.
@@ -119,8 +125,14 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         remarks.append(NEVER_RUN)
     program = evaluator.lower(point.config)
     module = evaluator.build(program)
-    _check_outputs(point, evaluator.logits(module, "search"))
+    logits = evaluator.logits(module, "search")
+    _check_outputs(point, logits)
     recorded, inputs = recorded_inputs(evaluator.images("search"), evaluator.dataset.preprocessing)
+    if with_preprocess:
+        program = with_preprocessing(program, evaluator.dataset.preprocessing)
+        module, inputs = evaluator.build(program), runner.varied(recorded)
+        check_classes(evaluator, module, logits)
+        remarks.append(WITHOUT_ENDS)
     content = BundleContent(
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
@@ -128,6 +140,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         metrics=_metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {}),
         inputs=recorded,
         outputs=evaluator.outputs(module, inputs),
+        takes_pixels=with_preprocess,
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
@@ -147,14 +160,38 @@ def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[n
     Returns:
         uint8 (pictures, H, W, C) and float32 (inputs, C, H, W); twice the same where images do not come from pixels.
     """
-    first = images[:RECORDED_PICTURES]
-    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    pixels = np.rint((first * std + mean) * 255)
-    pictures = np.clip(pixels, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    inputs = runner.normalised(runner.varied(pictures), preprocessing.to_json())
-    if np.array_equal(inputs[:: len(inputs) // len(first)], first):
-        return np.ascontiguousarray(pictures), inputs
-    return images[:RECORDED_INPUTS], images[:RECORDED_INPUTS]
+    try:
+        pictures = preprocessing.pixels_of(images[:RECORDED_PICTURES])
+    except DataError:
+        return images[:RECORDED_INPUTS], images[:RECORDED_INPUTS]
+    return pictures, runner.normalised(runner.varied(pictures), preprocessing.to_json())
+
+
+def require_pictures(evaluator: ModelEvaluator) -> None:
+    """Refuse to take pre-processing into a module that it does not fit.
+
+    Raises:
+        UsageError: The model is a detector, or is for a GPU.
+    """
+    if evaluator.head is not None:
+        raise UsageError("--with-preprocess is for classifiers: the module of a detector gives no class; leave it out")
+    if evaluator.target.arch:
+        raise UsageError(f"--with-preprocess is for CPUs, the target is {evaluator.target.description}: leave it out")
+
+
+def check_classes(evaluator: ModelEvaluator, module: CompiledModule, logits: np.ndarray) -> None:
+    """Refuse a module that takes pixels and chooses another class of any search image than the one that was scored.
+
+    Raises:
+        BundleError: It does.
+    """
+    pixels = evaluator.dataset.preprocessing.pixels_of(evaluator.images("search"))
+    wrong = int((evaluator.outputs(module, pixels) != logits.argmax(1)).sum())
+    if wrong:
+        raise BundleError(
+            f"with pre-processing inside, the module chooses another class on {wrong} of {len(logits)} search images: this is a "
+            "defect of qsearch; export without --with-preprocess"
+        )
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:

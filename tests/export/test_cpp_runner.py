@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_search import RealSearch, within
 
 from qsearch.export import runner
 
@@ -64,6 +65,15 @@ def test_what_cannot_be_run(built: Path, tmp_path: Path) -> None:
     (copy / "recorded_inputs.npy").write_bytes(b"nothing")
     result = run(built, str(copy))
     assert result.returncode == 1 and "recorded_inputs.npy is no .npy file" in result.stderr
+
+
+def test_a_module_that_takes_pixels(built: Path, real: RealSearch, tmp_path: Path) -> None:
+    bundle = tmp_path / "pixels"
+    export = ("export", "--study", "real", "--pick", "smallest", "--with-preprocess", "--out", str(bundle))
+    assert within(real.folder, *export).returncode == 0
+    result = run(built, str(bundle))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["mismatching_bits"] == 0
 
 
 def test_eight_inputs_of_a_picture() -> None:
