@@ -27,7 +27,7 @@ from qsearch.build.object_cache import compiler_for
 from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
-from qsearch.export import runner
+from qsearch.export import predict, runner
 from qsearch.quantize.program import Program
 
 __all__ = ["BundleContent", "require_vacant", "write_bundle"]
@@ -59,7 +59,7 @@ It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 """
 INPUT = "float32 images ({shape}), preprocessed as `preprocessing.json` says"
 PIXELS_INPUT = "pixels, uint8 ({shape}), resized and cropped as `preprocessing.json` says and no more: normalisation is inside"
-PREDICT = "    python run.py . predict X.npy    classify images of shape {shape}"
+PREDICT = "    python predict.py PICTURE...     classify pictures (with Pillow), or images of shape {shape} in a .npy file"
 CPP = """
 `run.cpp` does the same without Python; its first lines say how to build it.
 """
@@ -170,14 +170,16 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
     np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
     shutil.copyfile(runner.__file__, directory / "run.py")
+    if content.detection is None:
+        shutil.copyfile(predict.__file__, directory / "predict.py")
     if not linker.target.arch:
         shutil.copyfile(CPP_RUNNER, directory / CPP_RUNNER.name)
     versions = _versions()
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
-    output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
+    output, how = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
     output = "the index of the class, int32" if content.takes_pixels else output
     given = (PIXELS_INPUT if content.takes_pixels else INPUT).format(shape=shape)
-    words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
+    words = {"output": output, "predict": how.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
     words["cpp"] = "" if linker.target.arch else CPP
     text = README.format(target=linker.target.description, input=given, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
