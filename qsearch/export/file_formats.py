@@ -20,6 +20,7 @@ from qsearch.errors import BundleError, UsageError
 from qsearch.export.interchange.onnx_file import run_onnx, runtime_is_there, to_onnx
 from qsearch.export.interchange.torch_module import run_archive, save_archive
 from qsearch.export.interchange.translate import translate
+from qsearch.export.interchange.writer import Rounding
 from qsearch.models.detection import DetectionHead
 from qsearch.search.evaluation.objective import ModelEvaluator
 
@@ -28,6 +29,8 @@ __all__ = ["BAR", "Agreement", "FileFormat", "agreement", "export_file", "requir
 FileFormat = Literal["onnx", "pt2"]
 # Share of decisions that must be the module's.
 BAR = 0.995
+ROUNDINGS: dict[str, tuple[Rounding, ...]] = {"onnx": ("fused", "steps"), "pt2": ("float",)}
+NEXT = "; writing layers whose weight scales are the module's multipliers, and whose values have a scale of one"
 RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch"}
 
 
@@ -90,7 +93,8 @@ def export_file(
         force: Write the file although it agrees with the module too rarely.
 
     Returns:
-        file, format, bytes, agreement: {images, same, largest_difference}, or None where there is nothing to run the file with.
+        file, format, rounding (see `translate`), bytes, agreement: {decisions, same, largest_difference}, or None where
+        there is nothing to run the file with.
 
     Raises:
         UnsupportedModelError: The format has no counterpart of an operation.
@@ -98,16 +102,22 @@ def export_file(
         BundleError: The file disagrees with the module, or cannot be written.
     """
     program = evaluator.lower(config)
-    network = translate(program)
+    logits = evaluator.logits(evaluator.build(program), "search")
     words = _words(evaluator, config)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".export-{os.getpid()}-") as scratch:
             written = Path(scratch) / path.name
-            if kind == "onnx":
-                written.write_bytes(to_onnx(network, evaluator.model.name, words))
-            else:
-                save_archive(network, written, words)
-            found = _compared(evaluator, evaluator.logits(evaluator.build(program), "search"), written, kind)
+            # The plainest first: scales of all values stand in the file. The last is the program's arithmetic itself.
+            for rounding in ROUNDINGS[kind]:
+                network = translate(program, rounding)
+                if kind == "onnx":
+                    written.write_bytes(to_onnx(network, evaluator.model.name, words))
+                else:
+                    save_archive(network, written, words)
+                found = _compared(evaluator, logits, written, kind)
+                if found is None or found.share >= BAR:
+                    break
+                evaluator.progress(f"that is less than {100 * BAR} %{'' if rounding == ROUNDINGS[kind][-1] else NEXT}")
             if found is not None:
                 _require_agreement(found, kind, force)
             os.replace(written, path)
@@ -116,7 +126,7 @@ def export_file(
     document = None
     if found is not None:
         document = {"decisions": found.decisions, "same": found.same, "largest_difference": found.largest_difference}
-    return {"file": str(path), "format": kind, "bytes": path.stat().st_size, "agreement": document}
+    return {"file": str(path), "format": kind, "rounding": rounding, "bytes": path.stat().st_size, "agreement": document}
 
 
 def _words(evaluator: ModelEvaluator, config: QuantConfig) -> dict[str, str]:

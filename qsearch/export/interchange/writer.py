@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from qsearch.export.interchange.steps import Step
 from qsearch.quantize.affine import Affine
 from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Program
 
-__all__ = ["Tensor", "Writer", "scalar"]
+__all__ = ["Rounding", "Tensor", "Writer", "scalar"]
+
+Rounding = Literal["float", "fused", "steps"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,15 @@ def scalar(op: Op, name: str) -> float:
 
 
 class Writer:
-    """The steps while they are being written."""
+    """The steps while they are being written.
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    Args:
+        program: What is translated.
+        rounding: As of `translate`.
+    """
+
+    def __init__(self, program: Program, rounding: Rounding) -> None:
+        self.program, self.rounding = program, rounding
         self.steps: list[Step] = []
         self.constants: dict[str, np.ndarray] = {}
         given = program.input
@@ -49,7 +56,7 @@ class Writer:
         self.dtypes = {given.name: given.dtype} | {op.output.name: op.output.dtype for op in program.ops}
         self.layer = ""
         self._names = {given.name}
-        self._seen: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._seen: dict[tuple[str, tuple[int, ...], float | None], Tensor] = {}
 
     def step(self, op: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
         """Append a step of the layer being written; its output is named after that unless it has a name."""
@@ -67,16 +74,24 @@ class Writer:
         """Scale and zero point of a value that is not float32."""
         return self.program.affines[value]
 
-    def real(self, value: str, shape: tuple[int, ...]) -> str:
-        """The real numbers of a value, its memory seen with a physical shape; four axes are given as (N, C, H, W)."""
-        key = value, shape
+    def real(self, value: str, shape: tuple[int, ...], step: float | None = None) -> str:
+        """The real numbers of a value, its memory seen with a physical shape; four axes are given as (N, C, H, W).
+
+        Args:
+            value: The value.
+            shape: As the operation that reads it sees it.
+            step: What one step of integers counts as; None for their scale.
+        """
+        key = value, shape, step
         if key not in self._seen:
             held = self.held[value]
-            whole = value, held.shape
+            whole = value, held.shape, step
             if whole not in self._seen:
                 name = held.name
                 if self.dtypes[value] in INTEGER_DTYPES:
-                    name = self.step("Dequantize", name, name=f"{name}.real", affine=self.affine(value))
+                    affine = self.affine(value)
+                    affine = affine if step is None else replace(affine, scale=np.float32(step))
+                    name = self.step("Dequantize", name, name=f"{name}.real", affine=affine)
                 self._seen[whole] = Tensor(name, held.shape, held.planar)
             self._seen[key] = self.reshape(self._seen[whole], shape)
         return self._seen[key].name
@@ -93,7 +108,7 @@ class Writer:
         name = self.step("Reshape", name, shape=seen)
         return Tensor(self.step("Transpose", name, perm=(0, 3, 1, 2)) if last else name, shape)
 
-    def write(self, op: Op, real: str, shape: tuple[int, ...], clips: bool = True) -> None:
+    def write(self, op: Op, real: str, shape: tuple[int, ...], clips: bool = True, steps: bool = False) -> None:
         """Write an operation's output.
 
         Args:
@@ -101,6 +116,7 @@ class Writer:
             real: Its result in real numbers.
             shape: Physical shape of that.
             clips: The operation has clip bounds of its own; what only moves values has none.
+            steps: The result counts steps of the output instead.
         """
         output = op.output
         if output.dtype in INTEGER_DTYPES:
@@ -109,6 +125,7 @@ class Writer:
             if clips:
                 qmin, qmax = max(qmin, int(scalar(op, "qmin"))), min(qmax, int(scalar(op, "qmax")))
             made = self.reshape(Tensor(real, shape), output.shape)
+            affine = replace(affine, scale=np.float32(1)) if steps else affine
             self.hold(op, self.step("Quantize", made.name, name=output.name, affine=affine, qmin=qmin, qmax=qmax))
             return
         if clips and (op.key.clipped or output.dtype == "float16"):
