@@ -29,8 +29,8 @@ __all__ = ["BAR", "Agreement", "FileFormat", "agreement", "export_file", "requir
 FileFormat = Literal["onnx", "pt2"]
 # Share of decisions that must be the module's.
 BAR = 0.995
-ROUNDINGS: dict[str, tuple[Rounding, ...]] = {"onnx": ("fused", "steps"), "pt2": ("float",)}
-NEXT = "; writing layers whose weight scales are the module's multipliers, and whose values have a scale of one"
+ROUNDINGS: dict[str, tuple[Rounding, ...]] = {"onnx": ("fused", "steps"), "pt2": ("float", "sums")}
+NEXT = ": writing layers that sum the integers themselves and multiply by the module's own multipliers"
 RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch"}
 
 
@@ -165,5 +165,6 @@ def _require_agreement(found: Agreement, kind: FileFormat, force: bool) -> None:
     if found.share < BAR and not force:
         raise BundleError(
             f"{RUNTIMES[kind]} decides as the module on {100 * found.share:.2f} % of the search images, less than {100 * BAR} %: "
-            "no file is written. A CPU without VNNI may saturate sums of int8 products; give --force to write it nevertheless"
+            "no file is written. Layers in fp32 round their last bits differently in every runtime, and 4-bit layers after them "
+            "make more of it: give such layers int8 or int16; a CPU without VNNI may saturate sums of int8 products. --force writes it"
         )

@@ -83,10 +83,19 @@ def test_scales_of_fused_layers_yield_the_programs_multipliers() -> None:
     assert matched == 4
 
 
-@pytest.mark.parametrize(("name", "precision"), [("residual", "mixed"), ("excite", "int8"), ("foreign", "int8"), ("vit", "int8")])
-def test_a_torch_archive_computes_the_program(name: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision", "rounding"),
+    [
+        ("residual", "mixed", "float"),
+        ("residual", "int8", "sums"),
+        ("excite", "int8", "sums"),
+        ("foreign", "int8", "float"),
+        ("vit", "int8", "float"),
+    ],
+)
+def test_a_torch_archive_computes_the_program(name: str, precision: str, rounding: Rounding, tmp_path: Path) -> None:
     program = program_of(name, precision)
-    save_archive(translate(program), tmp_path / "x.pt2", {"note.json": "{}"})
+    save_archive(translate(program, rounding), tmp_path / "x.pt2", {"note.json": "{}"})
     close(expected(program), run_archive(tmp_path / "x.pt2", IMAGES), precision)
     called = {str(node.target) for node in torch.export.load(tmp_path / "x.pt2").graph.nodes if node.op == "call_function"}
     assert any("fake_quantize_per_tensor_affine" in name for name in called)

@@ -4,7 +4,7 @@ Image values are held as (N, C, H, W) here. Operators and their attributes are t
 there; the rest are:
 
     Quantize     float -> integers; attributes `affine`, `qmin`, `qmax`, the bounds of a fused clip included
-    Dequantize   integers -> float; attribute `affine`
+    Dequantize   integers -> float; attribute `affine`; of both `stored` is the value's own scale, which `affine` need not have
     Weight       integers of a layer -> float; second input: scales, float32 (O,) or (), along axis 0
     Half         float -> the nearest float16 -> float
     Lookup       integers -> integers by a table of 256; attributes `affine` of what it reads, `written` of what it writes

@@ -51,11 +51,20 @@ class FakeQuantized(nn.Module):
 def _quantize(step: Step, x: Tensor) -> Tensor:
     affine, qmin, qmax = cast(Affine, step.attributes["affine"]), step.attributes["qmin"], step.attributes["qmax"]
     scale, zero_point = float(affine.scale), affine.zero_point
+    # Values are held in their own scale, whatever the layer counts in.
+    held = float(step.attributes["stored"].scale / affine.scale)
     if qmin <= zero_point <= qmax:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, qmin, qmax)
+        rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, qmin, qmax)
+        return rounded if held == 1 else rounded * held
     # torch wants zero among the integers; the clip that excludes it comes after.
     rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, affine.limits.qmin, affine.limits.qmax)
-    return rounded.clamp((qmin - zero_point) * scale, (qmax - zero_point) * scale)
+    rounded = rounded.clamp((qmin - zero_point) * scale, (qmax - zero_point) * scale)
+    return rounded if held == 1 else rounded * held
+
+
+def _dequantize(step: Step, x: Tensor) -> Tensor:
+    affine, stored = cast(Affine, step.attributes["affine"]), cast(Affine, step.attributes["stored"])
+    return x if affine == stored else torch.round(x / float(stored.scale)) * float(affine.scale)
 
 
 def _weight(step: Step, integers: Tensor, scale: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ def _foreign(step: Step, *tensors: Tensor) -> Tensor:
 
 _STEPS: dict[str, Callable[..., Tensor]] = {
     "Quantize": _quantize,
-    "Dequantize": lambda step, x: x,
+    "Dequantize": _dequantize,
     "Weight": _weight,
     "Half": lambda step, x: x.half().float(),
     "Lookup": _lookup,

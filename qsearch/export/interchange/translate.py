@@ -33,8 +33,9 @@ def translate(program: Program, rounding: Rounding = "float") -> QuantizedNetwor
             float: all in real numbers.
             fused: weight scales yield the program's multiplier, where a change of their last bits can.
             steps: values enter and leave a layer at a scale of one, and its weight scales are the program's multipliers: exact.
-            In both, layers that add a residual, which no such runtime fuses, take integers at a scale of one and multiply the
-            sum themselves: sums below 2**24 are exact in float32.
+            sums: all 8-bit layers take integers at a scale of one and multiply the sum themselves: exact in float32 as well, as
+            long as sums are below 2**24.
+            In fused and steps, layers that add a residual, which no such runtime fuses, do as in sums.
 
     Raises:
         UnsupportedModelError: It holds something that cannot be said so; layer and operation are named.
@@ -83,8 +84,8 @@ def _conv2d(writer: Writer, op: Op) -> None:
     # A linear layer is a convolution of one pixel here.
     linear = all(shape[1:3] == (1, 1) for shape in (shapes[0], shapes[-1])) and conv.kernel == (1, 1) and conv.groups == 1
     seen = [(shape[0], shape[3]) if linear else shape for shape in shapes]
-    fuses = _fuses(op)
-    in_steps = op.key.dtypes[0] == "uint8" and (writer.rounding == "steps" or (writer.rounding == "fused" and op.key.residual))
+    everywhere = writer.rounding in ("steps", "sums")
+    in_steps = op.key.dtypes[0] == "uint8" and (everywhere or (writer.rounding == "fused" and op.key.residual))
     x = writer.real(op.inputs[0], seen[0], 1.0 if in_steps else None)
     weight, bias = _layer_constants(writer, op, linear, in_steps)
     if linear:
@@ -93,7 +94,7 @@ def _conv2d(writer: Writer, op: Op) -> None:
         attributes: dict[str, Any] = {"kernel_shape": conv.kernel, "strides": conv.stride, "pads": conv.padding}
         attributes["dilations"] = conv.dilation
         real = writer.step("Conv", x, weight, bias, group=conv.groups, **attributes)
-    if in_steps and not fuses:
+    if in_steps and not _fuses(writer, op):
         real = writer.step("Mul", real, writer.constant("multiplier", _per_channel(op.constants["multiplier"], linear)))
     if op.key.residual:
         residual = _residual_steps(writer, op, seen[1]) if in_steps else writer.real(op.inputs[1], seen[1])
@@ -106,9 +107,9 @@ def _conv2d(writer: Writer, op: Op) -> None:
     writer.write(op, real, seen[-1], steps=in_steps)
 
 
-def _fuses(op: Op) -> bool:
+def _fuses(writer: Writer, op: Op) -> bool:
     """A runtime can make one integer kernel of the layer and the conversions around it."""
-    return not op.key.residual and (op.key.dtypes[0], op.output.dtype) == ("uint8", "uint8")
+    return writer.rounding != "sums" and not op.key.residual and (op.key.dtypes[0], op.output.dtype) == ("uint8", "uint8")
 
 
 def _residual_steps(writer: Writer, op: Op, shape: tuple[int, ...]) -> str:
@@ -130,7 +131,7 @@ def _layer_constants(writer: Writer, op: Op, linear: bool, in_steps: bool) -> tu
     affine, scale = writer.affine(op.inputs[0]), op.constants["weight_scale"]
     # The program has folded the input's zero point into the bias.
     whole = bias.astype(np.int64) + affine.zero_point * weight.reshape(len(weight), -1).sum(1, dtype=np.int64)
-    fused = _fuses(op)
+    fused = _fuses(writer, op)
     if in_steps:
         scale = op.constants["multiplier"] if fused else np.ones_like(scale)
     elif fused and writer.rounding == "fused":

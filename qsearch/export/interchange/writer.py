@@ -13,7 +13,7 @@ from qsearch.quantize.program import FLOATS, INTEGER_DTYPES, INTEGERS, Op, Progr
 
 __all__ = ["Rounding", "Tensor", "Writer", "scalar"]
 
-Rounding = Literal["float", "fused", "steps"]
+Rounding = Literal["float", "fused", "steps", "sums"]
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Writer:
             if whole not in self._seen:
                 name = held.name
                 if self.dtypes[value] in INTEGER_DTYPES:
-                    affine = self.affine(value)
-                    affine = affine if step is None else replace(affine, scale=np.float32(step))
-                    name = self.step("Dequantize", name, name=f"{name}.real", affine=affine)
+                    stored = self.affine(value)
+                    affine = stored if step is None else replace(stored, scale=np.float32(step))
+                    name = self.step("Dequantize", name, name=f"{name}.real", affine=affine, stored=stored)
                 self._seen[whole] = Tensor(name, held.shape, held.planar)
             self._seen[key] = self.reshape(self._seen[whole], shape)
         return self._seen[key].name
@@ -125,8 +125,9 @@ class Writer:
             if clips:
                 qmin, qmax = max(qmin, int(scalar(op, "qmin"))), min(qmax, int(scalar(op, "qmax")))
             made = self.reshape(Tensor(real, shape), output.shape)
-            affine = replace(affine, scale=np.float32(1)) if steps else affine
-            self.hold(op, self.step("Quantize", made.name, name=output.name, affine=affine, qmin=qmin, qmax=qmax))
+            given = replace(affine, scale=np.float32(1)) if steps else affine
+            bounds = {"qmin": qmin, "qmax": qmax}
+            self.hold(op, self.step("Quantize", made.name, name=output.name, affine=given, stored=affine, **bounds))
             return
         if clips and (op.key.clipped or output.dtype == "float16"):
             real = self.step("Clip", real, low=scalar(op, "low"), high=scalar(op, "high"))
