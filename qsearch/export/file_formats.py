@@ -166,5 +166,5 @@ def _require_agreement(found: Agreement, kind: FileFormat, force: bool) -> None:
         raise BundleError(
             f"{RUNTIMES[kind]} decides as the module on {100 * found.share:.2f} % of the search images, less than {100 * BAR} %: "
             "no file is written. Layers in fp32 round their last bits differently in every runtime, and 4-bit layers after them "
-            "make more of it: give such layers int8 or int16. A CPU without VNNI may saturate sums of int8 products. --force writes"
+            "make more of it: give such layers int8 or int16. A CPU without VNNI may saturate sums of int8 products. Or --force"
         )
