@@ -46,5 +46,7 @@ def run(
             typer.echo(f"{path}: boxes found: {len(shown)}; below {100 * LEAST_SHOWN:.0f} %, with --json: {weaker} more")
         return
     for path, row in zip(images, rows, strict=True):
-        best = ", ".join(f"{entry['name']} {100 * entry['probability']:.1f} %" for entry in row)
+        best = ", ".join(
+            entry["name"] + (f" {100 * entry['probability']:.1f} %" if "probability" in entry else "") for entry in row
+        )
         typer.echo(f"{path}: {best}")

@@ -93,6 +93,25 @@ class Preprocessing:
         normalised = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
+    def pixels_of(self, images: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """The pixels that images were before they were normalised.
+
+        Args:
+            images: float32 (N, C, H, W), of `apply`.
+
+        Returns:
+            uint8 (N, H, W, C).
+
+        Raises:
+            DataError: No pixels give exactly these images.
+        """
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        last = images.transpose(0, 2, 3, 1)
+        pixels = np.clip(np.rint((last * std + mean) * 255), 0, 255).astype(np.uint8)
+        if not np.array_equal((pixels.astype(np.float32) / np.float32(255) - mean) / std, last):
+            raise DataError("the images are not normalised pixels of 8 bits: they cannot be given as pixels")
+        return np.ascontiguousarray(pixels)
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of an image after resizing, pixels."""
         if self.resize is None:

@@ -25,32 +25,43 @@ from qsearch.build.object_cache import compiler_for
 from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
-from qsearch.export import runner
+from qsearch.export import predict, runner
 from qsearch.quantize.program import Program
 from qsearch.search.provenance import package_versions
 
 __all__ = ["BundleContent", "require_vacant", "write_bundle"]
 
+# Of modules for the CPU that take one image at a time: others have no runner of their own.
+CPP_RUNNER = Path(__file__).with_name("run.cpp")
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 
 README = """# A qsearch bundle
 
-`model.so` is a compiled, quantized model for {target}. It takes float32 images ({shape}), preprocessed as
-`preprocessing.json` says, and gives {output}. It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
+`model.so` is a compiled, quantized model for {target}.
+
+It takes {input}.
+It gives {output}.
+It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 
     python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
 {predict}
-
+{cpp}
 | file | what it is |
 |---|---|
 | model.so | kernels, weights and the Relax executable |
 | config.json | the quantization configuration |
 | preprocessing.json, classes.json | from picture to input, from logit to name |
 | metrics.json | what was measured of this very module |
-| recorded_inputs.npy, recorded_outputs.npy | images and the outputs that the module must give for them |
+| recorded_inputs.npy | pixels of pictures; replayed as they are, mirrored, upside down and inverted |
+| recorded_outputs.npy | the outputs that the module must give for them |
 | manifest.json | target, versions, SHA-256 of every file |
 """
-PREDICT = "    python run.py . predict X.npy    classify float32 images of shape {shape}"
+INPUT = "float32 images ({shape}), preprocessed as `preprocessing.json` says"
+PIXELS_INPUT = "pixels, uint8 ({shape}), resized and cropped as `preprocessing.json` says and no more: normalisation is inside"
+PREDICT = "    python predict.py PICTURE...     classify pictures (with Pillow), or images of shape {shape} in a .npy file"
+CPP = """
+`run.cpp` does the same without Python; its first lines say how to build it.
+"""
 DETECTOR_OUTPUT = "a box and logits at every position of a grid, read as `detection.json` says"
 DETECTOR_PREDICT = "    python run.py . outputs X.npy Y.npy    the outputs for float32 images of shape {shape}"
 
@@ -64,8 +75,10 @@ class BundleContent:
         preprocessing: Its JSON form.
         classes: Class names in output order; may be shorter than the output.
         metrics: What was measured, with `latency_ms` at the top level, and `remark` where there is something to say of it.
-        inputs: Recorded images, float32 (N, C, H, W).
-        outputs: What the measured module gave for them, float32 (N, ...).
+        inputs: Recorded pictures, uint8 (N, H, W, C), each of which `runner.varied` makes eight inputs of; or inputs, float32
+            (N, C, H, W).
+        outputs: What the measured module gave for the inputs, float32 (inputs, ...).
+        takes_pixels: Normalisation is inside the module, and the choice of the class; outputs are then int32 (inputs,).
         detection: JSON form of how a detector's output is read; None for a classifier.
     """
 
@@ -75,6 +88,7 @@ class BundleContent:
     metrics: dict[str, Any]
     inputs: np.ndarray
     outputs: np.ndarray
+    takes_pixels: bool = False
     detection: dict[str, Any] | None = None
 
 
@@ -155,13 +169,23 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     np.save(directory / "recorded_inputs.npy", np.ascontiguousarray(content.inputs), allow_pickle=False)
     np.save(directory / "recorded_outputs.npy", np.ascontiguousarray(content.outputs), allow_pickle=False)
     shutil.copyfile(runner.__file__, directory / "run.py")
+    if content.detection is None:
+        shutil.copyfile(predict.__file__, directory / "predict.py")
+    cpp = not linker.target.arch and program.input.shape[0] == 1
+    if cpp:
+        shutil.copyfile(CPP_RUNNER, directory / CPP_RUNNER.name)
     versions = package_versions(PACKAGES)
     shape = ", ".join(["N", *map(str, program.input.shape[1:])])
-    output, predict = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
-    words = {"output": output, "predict": predict.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
-    text = README.format(target=linker.target.description, shape=shape, **words)
+    output, how = ("logits", PREDICT) if content.detection is None else (DETECTOR_OUTPUT, DETECTOR_PREDICT)
+    output = "the index of the class, int32" if content.takes_pixels else output
+    given = (PIXELS_INPUT if content.takes_pixels else INPUT).format(shape=shape)
+    words = {"output": output, "predict": how.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
+    words["cpp"] = CPP if cpp else ""
+    text = README.format(target=linker.target.description, input=given, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
-    _write_manifest(directory, linker.target, versions, content.metrics)
+    layout = "NHWC" if content.takes_pixels else "NCHW"
+    of_input = {"dtype": program.input.dtype, "layout": layout, "shape": list(program.input.shape)}
+    _write_manifest(directory, linker.target, versions, {"input": of_input, "metrics": content.metrics})
 
 
 def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
@@ -170,7 +194,8 @@ def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
         raise ToolchainError("no C++ compiler found to link the bundle with: install g++ or clang++, or set CXX to one")
     compiler = compiler_for(target)
     try:
-        module.executable.export_library(str(path), addons=module.addons, cc=compiler)
+        # Without what debuggers read of kernels, which is a tenth of the file.
+        module.executable.export_library(str(path), addons=module.addons, cc=compiler, options=["-Wl,--strip-all"])
     except RuntimeError as error:
         if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -180,11 +205,13 @@ def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
         raise BundleError(f"linking {path.name} failed: {reason}; run the command again") from error
 
 
-def _write_manifest(directory: Path, target: Target, versions: dict[str, str], metrics: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, target: Target, versions: dict[str, str], told: dict[str, Any]) -> None:
+    metrics = told["metrics"]
     files = sorted(path for path in directory.iterdir() if path.is_file())
     manifest: dict[str, Any] = {
         "format": runner.FORMAT,
         "versions": versions,
+        "input": told["input"],
         "target": {
             "name": target.name,
             "architecture": target.architecture,

@@ -9,17 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.errors import BundleError, StudyMismatchError
+from qsearch.build.link import CompiledModule
+from qsearch.data import Preprocessing
+from qsearch.errors import BundleError, DataError, StudyMismatchError, UsageError
+from qsearch.export import runner
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
+from qsearch.quantize.whole_pictures import with_preprocessing
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 from qsearch.search.provenance import layer_facts
 
-__all__ = ["check_identity", "check_kernels", "export_point"]
+__all__ = ["check_classes", "check_identity", "check_kernels", "export_point", "recorded_inputs", "require_pictures"]
 
-RECORDED_IMAGES = 16
+# Pictures that a bundle records, and inputs where images are no pictures: each picture gives eight.
+RECORDED_PICTURES, RECORDED_INPUTS = 2, 16
+WITHOUT_ENDS = "latencies are those of the module without normalisation and the choice of the class, which are inside this one"
 NEVER_RUN = (
     "compiled for a device that was not there, and never run: its latency is the device's by the source that the figures name; "
     "the recorded outputs are those of a module for another CPU, of which float layers may differ in their last bits"
@@ -90,7 +96,9 @@ def _measured_again(evaluator: ModelEvaluator, point: FrontPoint) -> FrontPoint:
     return replace(point, measurement=measurement, heldout=heldout)
 
 
-def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measurement, directory: Path) -> dict[str, Any]:
+def export_point(
+    evaluator: ModelEvaluator, point: FrontPoint, baseline: Measurement, directory: Path, with_preprocess: bool = False
+) -> dict[str, Any]:
     """Write one trial's bundle.
 
     A trial whose kernels have changed is measured again, and float with it; metrics and manifest say so. Who wants
@@ -101,6 +109,7 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         point: The trial.
         baseline: The study's float module.
         directory: Where to write.
+        with_preprocess: The module takes pixels and gives the index of the class.
 
     Returns:
         trial (None for float), bundle, module_bytes: bytes of the module file, remeasured: whether the figures are new.
@@ -116,20 +125,74 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
     if evaluator.away is not None:
         remarks.append(NEVER_RUN)
     program = evaluator.lower(point.config)
-    logits = evaluator.logits(evaluator.build(program), "search")
+    module = evaluator.build(program)
+    logits = evaluator.logits(module, "search")
     _check_outputs(point, logits)
+    recorded, inputs = recorded_inputs(evaluator.images("search"), evaluator.dataset.preprocessing)
+    if with_preprocess:
+        program = with_preprocessing(program, evaluator.dataset.preprocessing)
+        module, inputs = evaluator.build(program), runner.varied(recorded)
+        check_classes(evaluator, module, logits)
+        remarks.append(WITHOUT_ENDS)
     content = BundleContent(
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
         metrics=_metrics(point, baseline) | _origin(evaluator) | ({"remark": "; ".join(remarks)} if remarks else {}),
-        inputs=evaluator.images("search")[:RECORDED_IMAGES],
-        outputs=logits[:RECORDED_IMAGES],
+        inputs=recorded,
+        outputs=evaluator.outputs(module, inputs),
+        takes_pixels=with_preprocess,
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
     module_bytes = (directory / "model.so").stat().st_size
     return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+
+
+def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """What a bundle stores for its replay, and what the module takes of it.
+
+    Pixels take a quarter of the bytes of normalised images, and mirrored and inverted ones none.
+
+    Args:
+        images: float32 (N, C, H, W), preprocessed.
+        preprocessing: Of the model.
+
+    Returns:
+        uint8 (pictures, H, W, C) and float32 (inputs, C, H, W); twice the same where images do not come from pixels.
+    """
+    try:
+        pictures = preprocessing.pixels_of(images[:RECORDED_PICTURES])
+    except DataError:
+        return images[:RECORDED_INPUTS], images[:RECORDED_INPUTS]
+    return pictures, runner.normalised(runner.varied(pictures), preprocessing.to_json())
+
+
+def require_pictures(evaluator: ModelEvaluator) -> None:
+    """Refuse to take pre-processing into a module that it does not fit.
+
+    Raises:
+        UsageError: The model is a detector, or is for a GPU.
+    """
+    if evaluator.head is not None:
+        raise UsageError("--with-preprocess is for classifiers: the module of a detector gives no class; leave it out")
+    if evaluator.target.arch:
+        raise UsageError(f"--with-preprocess is for CPUs, the target is {evaluator.target.description}: leave it out")
+
+
+def check_classes(evaluator: ModelEvaluator, module: CompiledModule, logits: np.ndarray) -> None:
+    """Refuse a module that takes pixels and chooses another class of any search image than the one that was scored.
+
+    Raises:
+        BundleError: It does.
+    """
+    pixels = evaluator.dataset.preprocessing.pixels_of(evaluator.images("search"))
+    wrong = int((evaluator.outputs(module, pixels) != logits.argmax(1)).sum())
+    if wrong:
+        raise BundleError(
+            f"with pre-processing inside, the module chooses another class on {wrong} of {len(logits)} search images: this is a "
+            "defect of qsearch; export without --with-preprocess"
+        )
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:

@@ -3,8 +3,11 @@
 This file is copied into every bundle as run.py and stands alone; `verify` runs it in a fresh process.
 
     python run.py BUNDLE                 check the files, replay the recorded outputs, time the module
-    python run.py BUNDLE predict X.npy   print the best classes for float32 images (N, C, H, W), preprocessed
+    python run.py BUNDLE predict X.npy   print the best classes for images
     python run.py BUNDLE outputs X.npy Y.npy   write what the module gives for them to a file
+
+Images are float32 (N, C, H, W), preprocessed; of a bundle whose manifest says that its input is uint8 they are pixels, (N, H, W,
+C), resized and cropped only, and the module gives the index of the class.
 
 A module for several threads wants an idle machine: its threads wait for work by yielding their processor, and beside
 another busy process it may be ten times slower than on one thread.
@@ -28,7 +31,8 @@ import numpy as np
 WRONG_MACHINE = 3
 # A detector's bundle has this file.
 DETECTION = "detection.json"
-FORMAT = 1
+# Of the manifest and of what the files it lists hold. 2: pictures are recorded as pixels.
+FORMAT = 2
 
 
 class BundleProblem(Exception):
@@ -128,22 +132,55 @@ def processor_count():
 
 
 def run_images(machine, manifest, tvm, images):
-    """Outputs, float32 (N, ...), of float32 images (N, C, H, W), one by one."""
+    """Outputs, float32 (N, ...) or class indices int32 (N,), of images as the module takes them, batch by batch."""
     function, device = machine["main"], device_of(manifest, tvm)
-    given = (tvm.runtime.tensor(np.ascontiguousarray(image[None]), device=device) for image in images)
-    return np.concatenate([function(image).numpy() for image in given])
+    batches = (one_batch(images[start:], manifest) for start in range(0, len(images), manifest["input"]["shape"][0]))
+    given = (tvm.runtime.tensor(np.ascontiguousarray(batch), device=device) for batch in batches)
+    return np.concatenate([function(batch).numpy() for batch in given])[: len(images)]
+
+
+def one_batch(images, manifest):
+    """As many of the first images as the module takes at a time; from the start again where there are fewer."""
+    return images[np.arange(manifest["input"]["shape"][0]) % len(images)]
+
+
+def varied(pictures):
+    """Eight inputs of each picture, uint8 (N, H, W, C): as it is, mirrored, upside down, both; then those of its negative."""
+    positions = [pictures, pictures[:, :, ::-1], pictures[:, ::-1], pictures[:, ::-1, ::-1]]
+    kinds = np.stack([*positions, *(255 - one for one in positions)], axis=1)
+    return kinds.reshape(-1, *pictures.shape[1:])
+
+
+def normalised(pictures, preprocessing):
+    """Pictures, uint8 (N, H, W, C), as the float32 (N, C, H, W) that a module takes; float32 operation by operation."""
+    mean, std = (np.asarray(preprocessing[name], np.float32) for name in ("mean", "std"))
+    return np.ascontiguousarray(((pictures.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
+def takes_pixels(manifest):
+    """Whether normalisation is inside the module, and the choice of the class."""
+    return manifest["input"]["dtype"] == "uint8"
+
+
+def recorded_inputs(bundle, manifest):
+    """The inputs whose outputs were recorded: made of pictures, or float32 as they are where the model's are no pictures."""
+    stored = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
+    if stored.dtype != np.uint8 or takes_pixels(manifest):
+        return stored if stored.dtype != np.uint8 else varied(stored)
+    preprocessing = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8"))
+    return normalised(varied(stored), preprocessing)
 
 
 def verify(bundle):
     """Replay every recorded input and count the bits that differ; time the module."""
     manifest = read_manifest(bundle)
     check_machine(manifest)
-    inputs = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
+    inputs = recorded_inputs(bundle, manifest)
     expected = np.load(bundle / "recorded_outputs.npy", allow_pickle=False)
     machine, tvm = open_module(bundle, manifest)
     outputs = run_images(machine, manifest, tvm, inputs)
     different = np.bitwise_xor(outputs.view(np.uint8), expected.view(np.uint8))
-    latency = time_module(machine, manifest, tvm, inputs[:1])
+    latency = time_module(machine, manifest, tvm, one_batch(inputs, manifest))
     return {
         "bundle": str(bundle),
         "files": len(manifest["sha256"]),
@@ -178,20 +215,27 @@ def time_module(machine, manifest, tvm, image):
 
 
 def outputs(bundle, images):
-    """What the module gives for images, float32 (N, ...)."""
+    """What the module gives for images, float32 (N, ...) or class indices int32 (N,)."""
     manifest = read_manifest(bundle)
     check_machine(manifest)
+    given, wanted = images.dtype.kind, manifest["input"]
+    if list(images.shape[1:]) != wanted["shape"][1:] or (given == "u") != takes_pixels(manifest):
+        what = f"{wanted['dtype']} images of shape (N, {', '.join(map(str, wanted['shape'][1:]))}), {wanted['layout']}"
+        raise BundleProblem(f"the module takes {what}; got {images.dtype} of shape {images.shape}")
     machine, tvm = open_module(bundle, manifest)
-    return run_images(machine, manifest, tvm, images.astype(np.float32, copy=False))
+    return run_images(machine, manifest, tvm, images.astype(wanted["dtype"], copy=False))
 
 
 def predict(bundle, images, best=5):
-    """The best classes of every image, with softmax probabilities."""
+    """The best classes of every image, with softmax probabilities; the class alone where that is all the module gives."""
     if (bundle / DETECTION).exists():
         raise BundleProblem(f"{bundle} holds a detector, which classifies nothing: give outputs X.npy Y.npy instead of predict")
     classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
     rows = []
-    for logits in outputs(bundle, images):
+    found = outputs(bundle, images)
+    if found.ndim == 1:
+        return [[{"class": int(one), "name": name_of(classes, int(one))}] for one in found]
+    for logits in found:
         weights = np.exp(logits.astype(np.float64) - logits.max())
         order = np.argsort(-logits, kind="stable")[:best]
         rows.append(

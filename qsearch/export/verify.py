@@ -54,11 +54,13 @@ def predict_images(directory: Path, images: np.ndarray) -> list[list[dict[str, A
         images: float32 (N, C, H, W).
 
     Returns:
-        Per image, best first: class, name, probability.
+        Per image, best first: class, name, probability; class and name alone of a module that gives nothing else.
 
     Raises:
         BundleError: As `verify_bundle`.
     """
+    if runner.takes_pixels(_manifest(directory)):
+        images = read_bundle_preprocessing(directory).pixels_of(images)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "images.npy"
         np.save(path, images, allow_pickle=False)
@@ -115,16 +117,20 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
     Raises:
         BundleError: The directory is not a bundle, or a file of it was changed.
     """
-    try:
-        runner.read_manifest(directory)
-    except runner.BundleProblem as problem:
-        raise BundleCorruptError(str(problem)) from None
+    _manifest(directory)
     try:
         return Preprocessing.from_json(json.loads((directory / "preprocessing.json").read_text(encoding="utf-8")))
     except OSError as error:
         raise BundleError(f"{directory} is not a bundle: preprocessing.json cannot be read ({error.strerror})") from error
     except (ValueError, DataError) as error:
         raise BundleCorruptError(f"{directory}/preprocessing.json is damaged: {error}") from error
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        return runner.read_manifest(directory)
+    except runner.BundleProblem as problem:
+        raise BundleCorruptError(str(problem)) from None
 
 
 def _run_fresh(directory: Path, *arguments: str) -> Any:

@@ -87,7 +87,8 @@ def lower(
     for node in model.graph.nodes:
         writer.write(node, context)
     output = writer.forms[model.graph.output, FLOAT]
-    return Program(writer.input, tuple(writer.ops), output)
+    by_value = {f"{name}:{form}": affine for (name, form), affine in affines.items()}
+    return Program(writer.input, tuple(writer.ops), output, by_value)
 
 
 def value_affines(

@@ -132,7 +132,8 @@ def _float8_layer(context: Context, node: Node, affine: Affine, unit: float) -> 
     prepared = context.weights.quantized(node.name, parameters.weight[node.name], settings, FP8.weight)
     multiplier = prepared.scale.astype(np.float64) * np.float64(affine.scale) / unit
     bias = parameters.bias[node.name].astype(np.float64) / unit
-    return {"weight": prepared.values, "bias": bias.astype(np.float32), "multiplier": multiplier.astype(np.float32)}
+    constants = {"weight": prepared.values, "bias": bias.astype(np.float32), "multiplier": multiplier.astype(np.float32)}
+    return constants | {"weight_scale": prepared.scale}
 
 
 def _integer_weight(context: Context, name: str, affine: Affine) -> QuantizedWeight:
@@ -159,7 +160,8 @@ def _integer_layer(context: Context, node: Node, prepared: QuantizedWeight, affi
             f"layer {name!r} can overflow its int32 accumulator (reach {int(reach.max())}): keep it in fp32 with --skip or `skip`"
         )
     multiplier = (scale / unit).astype(np.float32)
-    return {"weight": prepared.values, "bias": corrected.astype(np.int32), "multiplier": multiplier} | prepared.tables
+    constants = {"weight": prepared.values, "bias": corrected.astype(np.int32), "multiplier": multiplier}
+    return constants | {"weight_scale": prepared.scale} | prepared.tables
 
 
 def _prepared_weight(context: Context, name: str, affine: Affine, bias: np.ndarray) -> QuantizedWeight:

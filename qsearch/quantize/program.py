@@ -44,6 +44,8 @@ are uint8 or int16 unless it says otherwise):
                  float output once more) and are exact, the others are not bit exact between targets.
                  scale: v = f32(x * c); shift: v = f32(x + c); then f32(v * m) and as conv's output
     lookup       q = table[a]
+    pixels       q = table[a, c], a a pixel's uint8 and c its channel; q uint8, int16 or float32
+    argmax       i = the first position of the largest x in a row, x float32, i int32
     max_pool     q = max(a)
     activation   v = f32(f(x) * m), x float32 or f32(f32(a) * a_m) with a int16; then as conv's output. Not bit
                  exact between targets, f being transcendental; where f only clips, it is.
@@ -103,11 +105,13 @@ rint(v) saturates where |v| exceeds int32 only in kernels; lowering bounds multi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from qsearch.models.graph import Conv, ForeignOp, Matmul, Pool
+from qsearch.quantize.affine import Affine
 
 __all__ = ["FLOATS", "INTEGERS", "INTEGER_DTYPES", "Op", "OpKey", "Program", "Value"]
 
@@ -121,7 +125,7 @@ class Value:
     Attributes:
         name: Unique within the program.
         shape: Physical shape: (N, H, W, C) for images (the program's input excepted: (N, C, H, W)), else logical.
-        dtype: 'uint8', 'int16', 'float8_e4m3fn', 'float16' or 'float32'.
+        dtype: 'uint8', 'int16', 'float8_e4m3fn', 'float16' or 'float32'; 'int32' for a class index.
     """
 
     name: str
@@ -146,7 +150,7 @@ class OpKey:
     Attributes:
         kind: 'to_channels_last', 'to_channels_first', 'quantize', 'dequantize', 'requantize', 'conv2d', 'add', 'mul',
             'avg_pool2d', 'max_pool2d', 'concat', 'lookup', 'activation', 'foreign', 'matmul', 'gather', 'layer_norm',
-            'softmax', 'l2_normalize', 'scale' or 'shift'.
+            'softmax', 'l2_normalize', 'scale', 'shift', 'pixels' or 'argmax'.
         shapes: Physical shapes of the inputs, then of the output.
         dtypes: Dtypes of the inputs, then of the output.
         precision: Precision name of a conv2d or matmul, see `qsearch.qtype`.
@@ -197,13 +201,15 @@ class Op:
         output: The value it writes.
         constants: Arguments that differ between configurations, never part of the key. By kind:
             conv2d: weight int8, int16, float8_e4m3fn, float16 or float32 (O, kh, kw, I/groups), bias int32 or float32 (O,),
-            multiplier float32 (O,) (integer and fp8 layers only), clip_high float32 (O,) (where it clips per channel),
+            multiplier float32 (O,) (integer and fp8 layers only), weight_scale float32 (O,) (these too; the real step of an
+            integer weight, which no kernel reads), clip_high float32 (O,) (where it clips per channel),
             group_scale uint8 and group_offset int8 (O, kh, kw, groups) or (O, 1, 1, 1) (4-bit weights in groups;
             the weight is w, not q);
             and for all kinds, where they apply:
             integers int32 (5,): zero points and clip bounds, see `INTEGERS`;
             floats float32 (5,): scalar multipliers, see `FLOATS`;
-            table uint8 (256,) for lookup; multipliers float32 (n,) and zero_points int32 (n,) for concat;
+            table uint8 (256,) for lookup, of the output's dtype (256, C) for pixels;
+            multipliers float32 (n,) and zero_points int32 (n,) for concat;
             foreign: the parameters it names;
             gather: index int32 (runs,); layer_norm: weight and shift float32 (C,); scale and shift: constant float32;
             softmax: constant float32, added first, where it has one.
@@ -226,11 +232,14 @@ class Program:
     """Operations in order.
 
     Attributes:
-        input: The model's input, float32 (N, C, H, W).
+        input: The model's input, float32 (N, C, H, W); or pixels, uint8 (N, H, W, C), see `whole_pictures`.
         ops: In execution order.
-        output: The model's output, float32.
+        output: The model's output, float32; or class indices, int32 (N,).
+        affines: Value name -> scale and zero point, of those that are not float32. Kernels know ratios of scales only; formats
+            that other programs read hold the scales.
     """
 
     input: Value
     ops: tuple[Op, ...]
     output: Value
+    affines: Mapping[str, Affine] = field(default_factory=dict)

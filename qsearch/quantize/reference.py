@@ -193,6 +193,14 @@ def _lookup(op: Op, inputs: list[Array]) -> Array:
     return op.constants["table"][inputs[0]]
 
 
+def _pixels(op: Op, inputs: list[Array]) -> Array:
+    return op.constants["table"][inputs[0], np.arange(inputs[0].shape[-1])]
+
+
+def _argmax(op: Op, inputs: list[Array]) -> Array:
+    return inputs[0].argmax(-1).astype(np.int32)
+
+
 def _matmul(op: Op, inputs: list[Array]) -> Array:
     integer = op.key.precision == "int8"
     given = list(inputs)
@@ -257,6 +265,8 @@ _KINDS: dict[str, Callable[[Op, list[Array]], Array]] = {
     "max_pool2d": _max_pool2d,
     "concat": _concat,
     "lookup": _lookup,
+    "pixels": _pixels,
+    "argmax": _argmax,
     "activation": _activation,
     "matmul": _matmul,
     "gather": _gather,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from image_folders import write_classes
 from real_search import SMALL, fails, within
 
+from qsearch.export import runner
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import prepare_evaluator
 
@@ -52,15 +54,29 @@ def test_a_batch_computes_what_single_images_do(folder: Path, monkeypatch: pytes
 
 
 def test_a_search_is_for_one_size_of_batch(folder: Path) -> None:
-    options = (*SMALL, "--budget", "2", "--sampler", "random", "--batch", "4")
+    options = (*SMALL, "--budget", "2", "--sampler", "random", "--jobs", "1", "--batch", "4")
     result = within(folder, *options, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["trials"]["complete"] == 2
-    again = within(folder, *options, "--json", "--budget", "3")
-    assert json.loads(again.stdout)["trials"]["complete"] == 3, again.stderr
     fails(folder, 1, ("batch was '4'",), *options[:-2])
 
 
 @pytest.mark.parametrize("text", ["0", "1,,2", "two", "-1"])
 def test_what_is_no_batch_is_refused(folder: Path, text: str) -> None:
     fails(folder, 2, ("--batch", "1,8,32"), "evaluate", *MODEL, "--batch", text)
+
+
+def test_a_bundle_for_batches_replays_and_takes_any_number_of_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*MODEL, "--config", "int8", "--batch", "3")
+    result = within(folder, "export", *options, "--out", "bundle", "--json")
+    assert result.returncode == 0, result.stderr
+    verified = within(folder, "verify", "bundle", "--json")
+    assert verified.returncode == 0, verified.stderr
+    assert not (folder / "bundle" / "run.cpp").exists(), "it takes one image at a time"
+    single = within(folder, "export", *MODEL, "--config", "int8", "--out", "single", "--json")
+    assert single.returncode == 0, single.stderr
+    images = np.load(folder / "single" / "recorded_inputs.npy")
+    given = runner.normalised(images, json.loads((folder / "single" / "preprocessing.json").read_text()))[:2]
+    monkeypatch.chdir(folder)
+    assert runner.outputs(Path("bundle"), given).tobytes() == runner.outputs(Path("single"), given).tobytes()
+    fails(folder, 2, ("one image at a time", "3"), "export", *options, "--format", "onnx", "--out", "net.onnx")

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 from real_search import RealSearch, command, fails, refused, within
 
+from qsearch.data import Preprocessing, decode
 from qsearch.errors import BundleError
-from qsearch.export import runner
+from qsearch.export import predict, runner
 from qsearch.export.bundle import require_vacant
 from qsearch.models.demo import load_images
 
@@ -30,9 +31,11 @@ FILES = (
     "manifest.json",
     "metrics.json",
     "model.so",
+    "predict.py",
     "preprocessing.json",
     "recorded_inputs.npy",
     "recorded_outputs.npy",
+    "run.cpp",
     "run.py",
 )
 
@@ -57,8 +60,14 @@ sys.exit(code)
 
 def alone(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a bundle by itself."""
-    code = ALONE.replace("sys.argv[0], run_name", f"{str(bundle / 'run.py')!r}, run_name")
-    command = [sys.executable, "-c", code, str(bundle), *arguments]
+    return script_alone(bundle, "run.py", str(bundle), *arguments)
+
+
+def script_alone(bundle: Path, script: str, *arguments: str, without: str = "PIL") -> subprocess.CompletedProcess[str]:
+    """Run a script of a bundle."""
+    code = ALONE.replace("sys.argv[0], run_name", f"{str(bundle / script)!r}, run_name").replace('"PIL"', repr(without))
+    code = code.replace("import runpy, sys\n", f"import runpy, sys\nsys.path.insert(0, {str(bundle)!r})\n")
+    command = [sys.executable, "-c", code, *arguments]
     environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle.parent, env=environment)
 
@@ -131,6 +140,47 @@ def test_a_bundle_needs_only_numpy_and_the_runtime_of_tvm(bundles: list[Path]) -
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["mismatching_bits"] == 0
     assert result.stderr.strip() == "['libtvm_runtime.so']"
+
+
+def test_pictures_with_the_bundles_own_script(real: RealSearch, bundles: list[Path], pictures: list[Path]) -> None:
+    result = script_alone(bundles[0], "predict.py", *map(str, pictures), without="none")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [row["best"] for row in real.json("run", str(bundles[0]), *map(str, pictures))]
+    result = script_alone(bundles[0], "predict.py", "none.png", without="none")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("problem: none.png: ")
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [((60, 41), {"resize": 40}), ((41, 60), {"resize": 33, "interpolation": "bilinear"}), ((37, 33), {"resize": None})],
+)
+def test_its_pixels_are_those_of_qsearch(tmp_path: Path, size: tuple[int, int], settings: dict[str, Any]) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    preprocessing = Preprocessing(**{"crop": (32, 31), "mean": (0.4,) * 3, "std": (0.2,) * 3, **settings})
+    assert np.array_equal(
+        predict.pixels_of(path, preprocessing.to_json())[None], preprocessing.pixels_of(decode(path, preprocessing)[None])
+    )
+
+
+def test_another_schema_or_a_copy_elsewhere(copy: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(copy, tmp_path / "other" / "place"))
+    result = command(tmp_path, "verify", "other/place", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["mismatching_bits"] == 0
+    rewrite_manifest(elsewhere, lambda manifest: manifest.update(format=1))
+    refused(command(tmp_path, "verify", "other/place"), 1, "has format 1, this runner reads format 2", "own run.py")
+    rewrite_manifest(elsewhere, lambda manifest: manifest.update(format=99))
+    result = alone(elsewhere)
+    assert result.returncode == 1 and "has format 99" in json.loads(result.stdout)["problem"]
+
+
+def test_a_bundle_for_a_gpu_that_is_not_there(copy: Path) -> None:
+    rewrite_manifest(copy, lambda manifest: manifest["target"].update(arch="sm_90"))
+    result = command(copy.parent, "verify", str(copy))
+    if "this machine's GPU" not in result.stderr:
+        refused(result, 1, "sm_90", "has none that TVM can use")
 
 
 @pytest.mark.parametrize("name", FILES)

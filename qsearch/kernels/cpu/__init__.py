@@ -12,6 +12,7 @@ from qsearch.kernels.cpu.gather import gather
 from qsearch.kernels.cpu.isa import ISAS, Isa
 from qsearch.kernels.cpu.layout import to_channels_first, to_channels_last
 from qsearch.kernels.cpu.matmul import matmul
+from qsearch.kernels.cpu.pixels import argmax, pixels
 from qsearch.kernels.cpu.pool import pool2d
 from qsearch.kernels.cpu.rows import rows
 from qsearch.kernels.cpu.select import concat
@@ -36,6 +37,8 @@ RULES = (
     matmul,
     gather,
     rows,
+    pixels,
+    argmax,
 )
 
 

@@ -332,8 +332,12 @@ class ModelEvaluator:
 
     def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
+        return self.outputs(module, self.images(part))
+
+    def outputs(self, module: CompiledModule | Prepared, images: np.ndarray) -> np.ndarray:
+        """What a module computes of images, float32 (N, C, H, W)."""
         target = self.run_target
-        return run_images(module.open, self.images(part), self.batch, target.threads, target.device)
+        return run_images(module.open, images, self.batch, target.threads, target.device)
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Like `measure_again`, in a process of its own."""
