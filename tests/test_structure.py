@@ -23,6 +23,7 @@ ROOMS = [
     "search",
     "export",
     "report",
+    "qat",
     "commands",
 ]
 # report and export both stand on search and may not know each other; report's documents are the search's records.

@@ -16,6 +16,7 @@ from qsearch.commands.diagnose import diagnose
 from qsearch.commands.doctor import doctor
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
+from qsearch.commands.finetune import finetune
 from qsearch.commands.front import front
 from qsearch.commands.pack import measure_pack, pack
 from qsearch.commands.run import run
@@ -34,6 +35,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     front,
     evaluate,
     diagnose,
+    finetune,
     tables,
     tune,
     export,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from qsearch.errors import BundleError, StudyMismatchError
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
+from qsearch.quantize.program import Program
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 
-__all__ = ["check_identity", "check_kernels", "export_point"]
+__all__ = ["check_identity", "check_kernels", "export_point", "export_program"]
 
 RECORDED_IMAGES = 16
 NEVER_RUN = (
@@ -114,21 +115,50 @@ def export_point(evaluator: ModelEvaluator, point: FrontPoint, baseline: Measure
         point, baseline = _measured_again(evaluator, point), evaluator.baseline
     if evaluator.away is not None:
         remarks.append(NEVER_RUN)
-    program = evaluator.lower(point.config)
+    metrics = _metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {})
+    module_bytes = _write(evaluator, evaluator.lower(point.config), point, metrics, directory)
+    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+
+
+def export_program(
+    evaluator: ModelEvaluator, program: Program, point: FrontPoint, directory: Path, facts: Mapping[str, Any]
+) -> int:
+    """Write the bundle of a program that has other numbers than its configuration's own, a fine-tuned one for instance.
+
+    Args:
+        evaluator: The model, images and target.
+        program: What to export.
+        point: Its configuration and what was measured of it.
+        directory: Where to write.
+        facts: What its metrics say besides; `remark` where there is something to say of it.
+
+    Returns:
+        Bytes of the module file.
+
+    Raises:
+        BundleError: The module that is built now is not the one that was measured, or nothing can be written.
+    """
+    remarks = [facts["remark"]] if "remark" in facts else []
+    remarks += [NEVER_RUN] if evaluator.away is not None else []
+    metrics = _metrics(point, evaluator.baseline) | dict(facts) | ({"remark": "; ".join(remarks)} if remarks else {})
+    return _write(evaluator, program, point, metrics, directory)
+
+
+def _write(evaluator: ModelEvaluator, program: Program, point: FrontPoint, metrics: dict[str, Any], directory: Path) -> int:
+    """Write a bundle once the outputs are those that were measured; returns the bytes of its module."""
     logits = evaluator.logits(evaluator.build(program), "search")
     _check_outputs(point, logits)
     content = BundleContent(
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
-        metrics=_metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {}),
+        metrics=metrics,
         inputs=evaluator.images("search")[:RECORDED_IMAGES],
         outputs=logits[:RECORDED_IMAGES],
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
-    module_bytes = (directory / "model.so").stat().st_size
-    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+    return (directory / "model.so").stat().st_size
 
 
 def _check_outputs(point: FrontPoint, logits: np.ndarray) -> None:

@@ -25,7 +25,15 @@ from qsearch.search.front import (
 )
 from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
 
-__all__ = ["baseline_of", "record_bound", "record_run", "settings_of", "study_document"]
+__all__ = [
+    "baseline_document",
+    "baseline_of",
+    "point_document",
+    "record_bound",
+    "record_run",
+    "settings_of",
+    "study_document",
+]
 
 _RUN = "run"
 _BASELINE = "baseline"
@@ -104,12 +112,12 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
             "without_early_stopping": images * len(measured),
         },
         "constraints": run.get("limits", {}),
-        "baseline": None if baseline is None else _baseline(baseline),
-        "front": [_point(point) for point in kept_points(front)],
+        "baseline": None if baseline is None else baseline_document(baseline),
+        "front": [point_document(point) for point in kept_points(front)],
         # On the front as the search saw it, dominated by the second measurement.
-        "dropped": [_point(point) for point in front if point not in kept_points(front)],
+        "dropped": [point_document(point) for point in front if point not in kept_points(front)],
         "beats_float": None if baseline is None or not front else beats_float(kept_points(front), baseline),
-        "closest": [_point(point) for point in closest],
+        "closest": [point_document(point) for point in closest],
         "hypervolume": volume,
         "bound": _bound(study.user_attrs.get(_BOUND), volume),
         "seconds": {**run.get("seconds", {}), **_medians(measured)},
@@ -123,7 +131,8 @@ def _figures(baseline: Measurement | None, away: bool) -> dict[str, str]:
     return {"latency_ms": latency, "peak_bytes": "counted", "top1_loss_pp": "measured on this machine" if away else "measured"}
 
 
-def _baseline(baseline: Measurement) -> dict[str, Any]:
+def baseline_document(baseline: Measurement) -> dict[str, Any]:
+    """What was measured of the float module."""
     accuracy = baseline.accuracy
     return {
         "latency_ms": baseline.latency.median_ms,
@@ -149,7 +158,8 @@ def _bound(recorded: Mapping[str, Any] | None, volume: float | None) -> dict[str
     return {"hypervolume": predicted, "share": volume / predicted if predicted > 0 else None, "trials": recorded["trials"]}
 
 
-def _point(point: FrontPoint) -> dict[str, Any]:
+def point_document(point: FrontPoint) -> dict[str, Any]:
+    """A configuration and what was measured of it."""
     measured, heldout = point.measurement, point.heldout
     return {
         "trial": point.trial,

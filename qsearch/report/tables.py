@@ -16,7 +16,7 @@ from qsearch.report.pictures import byte_text
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
-__all__ = ["EvaluateRow", "evaluate_table", "front_table", "front_words", "study_table"]
+__all__ = ["EvaluateRow", "evaluate_table", "finetune_table", "front_table", "front_words", "study_table"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,33 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
             calibration_text(point.config),
             style=None if point in kept else "dim",
             end_section=bool(kept) and point is kept[-1],
+        )
+    return table
+
+
+def finetune_table(before: FrontPoint, after: FrontPoint, baseline: Measurement, title: str) -> Table:
+    """A configuration before and after fine-tuning, against float.
+
+    Args:
+        before: As it was measured after training in float.
+        after: As it was measured after fine-tuning.
+        baseline: The float module.
+        title: Of the table.
+    """
+    numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
+    table = _table(title, ("",), numbers)
+    memory, top1 = byte_text(baseline.memory.peak_bytes), f"({baseline.accuracy.top1:.2f} %)"
+    table.add_row("float", _latency(baseline.latency), "", "1.00x", memory, top1, "", style="dim", end_section=True)
+    for name, point in (("not trained", before), ("fine-tuned", after)):
+        measured = point.measurement
+        table.add_row(
+            name,
+            _latency(measured.latency),
+            "" if point.heldout is None else _latency(point.heldout.latency),
+            f"{baseline.latency.median_ms / measured.latency.median_ms:.2f}x",
+            byte_text(measured.memory.peak_bytes),
+            _loss(measured.accuracy),
+            _verdict(point),
         )
     return table
 
