@@ -59,8 +59,9 @@ class TunedModel:
 class FakeQuantizedNetwork:
     """A configuration of a model while it is trained.
 
-    Weights are held in units of their output channel's size, biases in that of its weights' norm, and steps as logarithms of
-    their change: one rate of Adam, whose strides do not follow the size of gradients, suits all of them.
+    Weights are held in units of their output channel's size or of their step, whichever is larger, biases in that of the
+    weights' norm, and steps as logarithms of their change: one rate of Adam, whose strides do not follow the size of
+    gradients, suits all of them.
 
     Args:
         plan: What is rounded.
@@ -74,12 +75,15 @@ class FakeQuantizedNetwork:
         self._norm: dict[str, Tensor] = {}
         for node in plan.model.graph.layers:
             weight, bias = torch.tensor(tables.weight[node.name]), torch.tensor(tables.bias[node.name])
-            norm = weight.flatten(1).norm(dim=1)
+            size = weight.flatten(1).square().mean(1).sqrt()
             # A channel without weights, pruned for instance, gets the unit of the others.
-            live = norm[norm > 0]
-            norm = torch.where(norm > 0, norm, live.mean() if len(live) else torch.tensor(1.0))
-            self._norm[node.name] = norm
-            self._size[node.name] = (norm / weight[0].numel() ** 0.5).reshape(-1, 1, 1, 1)
+            live = size[size > 0]
+            size = torch.where(size > 0, size, live.mean() if len(live) else torch.tensor(1.0))
+            if node.name in plan.weights:
+                # Strides much below a step change nothing: channels that one step for the layer has rounded away come back.
+                size = torch.maximum(size, torch.from_numpy(plan.weights[node.name].scale).reshape(-1))
+            norm = size * weight[0].numel() ** 0.5
+            self._size[node.name], self._norm[node.name] = size.reshape(-1, 1, 1, 1), norm
             self.trained[f"weight:{node.name}"] = weight / self._size[node.name]
             self.trained[f"bias:{node.name}"] = bias / norm
             if node.name in plan.weights and plan.weights[node.name].learned:

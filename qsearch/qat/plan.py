@@ -110,7 +110,7 @@ class QatPlan:
         for name in found:
             # Of two forms the coarser has the say: the other's step follows from the same range.
             one = next((self.values[name, form] for form in INTEGER_FORMS if (name, form) in self.values), None)
-            if one is None:
+            if one is None or one.root not in steps:
                 continue
             step = float(np.float32(steps[one.root] * np.float32(one.ratio)))
             low, high = one.low, one.high
@@ -150,7 +150,10 @@ def plan_finetuning(model: Model, config: QuantConfig, ranges: Ranges, weights: 
         if PRECISIONS[one.precision].activation.dtype == UINT8_FORM:
             read = values[model.graph.by_name[name].inputs[0], assignment.reads[name][0]]
             quantized[name] = _weight_quantizer(model.parameters.weight[name], one, read)
-    return QatPlan(model, config, ranges, values, steps, reads, quantized)
+    # A value that is held in no rounded form has nothing to learn.
+    used = {one.root for found in reads.values() for one in found} | {one.reads.root for one in quantized.values()}
+    learned = {root: step for root, step in steps.items() if root in used}
+    return QatPlan(model, config, ranges, values, learned, reads, quantized)
 
 
 def _require_trainable(layers: Mapping[str, LayerSettings]) -> None:

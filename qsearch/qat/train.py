@@ -126,11 +126,8 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * share
         loss = _loss(network, inputs, labels)
-        if not math.isfinite(value := float(loss)):
-            raise QuantizeError(
-                f"training went astray in epoch {number}: the loss is {value}. Give a smaller --rate than {settings.rate:g}; "
-                "what other rates have reached is kept"
-            )
+        value = loss.item()
+        _require_finite(value, number, settings)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -139,7 +136,17 @@ def _epoch(
         if time.monotonic() - said > PATIENCE_S:
             said = time.monotonic()
             progress(f"epoch {number} of {settings.epochs}, {100 * (step + 1) / steps:.0f} %: loss {total / (step + 1):.4f}")
+    # The last step of all has no loss after it.
+    _require_finite(sum(float(one.detach().abs().sum()) for one in network.trained.values()), number, settings)
     return total / steps
+
+
+def _require_finite(value: float, number: int, settings: TrainSettings) -> None:
+    if not math.isfinite(value):
+        raise QuantizeError(
+            f"training went astray in epoch {number}: numbers became {value}. Give a smaller --rate than {settings.rate:g}; the "
+            "epochs before are kept"
+        )
 
 
 def _loss(network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor) -> Tensor:
