@@ -83,6 +83,8 @@ def finetune(
         tuned = tune(evaluator, subject.config, chosen, settings, checkpoint, say)
         after = FrontPoint(before.trial, subject.config, tuned.measurement, tuned.heldout)
         facts = _facts(subject, tuned, before)
+        if tuned.epochs[-1].validation_top1 < tuned.epochs[0].validation_top1:
+            say("training has lowered validation top-1: give more images with --train, or a smaller --rate")
         say(f"the module decides as the trained network on {tuned.agreement.same} of {tuned.agreement.images} images")
         if out is not None:
             _write(evaluator, tuned, after, facts, out)
