@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -60,6 +61,16 @@ def search(
             show_default="2 where there are processors for it",
         ),
     ] = None,
+    then_finetune: Annotated[
+        int, typer.Option(min=0, help="At the end, fine-tune so many points of the front, those that lose most; see `finetune`.")
+    ] = 0,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="With --then-finetune: labelled images to train on.", show_default="what demo was trained on"),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=10, help="With --then-finetune: training images to use at most.", show_default="all")
+    ] = None,
     preprocessing: Preprocessing = None,
     task: Task = None,
     convert_channels: ConvertChannels = False,
@@ -99,9 +110,12 @@ def search(
     )
     settings = named_target(settings)
 
+    if not then_finetune and (train or images):
+        raise UsageError("--train and --images are what --then-finetune trains on: give it a number, or leave them out")
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 
+    from qsearch.commands.search_finetune import FinetuneWish
     from qsearch.commands.search_session import SearchRequest, run_session
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun
@@ -113,7 +127,10 @@ def search(
         elif tune:
             tune_model(settings, chosen.precisions.names, tune)
         document, table = run_session(
-            SearchRequest(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
+            SearchRequest(
+                *(settings, chosen, name, storage, sampler, budget, timeout, limits, early_stopping, jobs),
+                finetune=FinetuneWish(then_finetune, train, images),
+            )
         )
     if json:
         print_json(document)

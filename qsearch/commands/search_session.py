@@ -15,6 +15,7 @@ from typing import Any
 import typer
 from rich.table import Table
 
+from qsearch.commands.search_finetune import FinetuneWish, finetune_front, wished_images
 from qsearch.commands.terminal import INTERRUPTED, NOTHING_BEATS_FLOAT, say
 from qsearch.commands.trial_progress import TrialProgress
 from qsearch.config import named_config
@@ -63,6 +64,7 @@ class SearchRequest:
         limits: Objective -> largest value wanted.
         early_stopping: Whether trials end as soon as their outcome is certain.
         jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
+        finetune: What to fine-tune at the end.
     """
 
     settings: Settings
@@ -75,6 +77,7 @@ class SearchRequest:
     limits: Mapping[str, float] = field(default_factory=dict)
     early_stopping: bool = True
     jobs: int | None = None
+    finetune: FinetuneWish = FinetuneWish()
 
 
 def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
@@ -90,6 +93,8 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
     request = _for_task(request, evaluator.profile)
+    seed = request.settings.seed
+    images = wished_images(evaluator, request.finetune, seed, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
@@ -99,6 +104,8 @@ def run_session(request: SearchRequest) -> tuple[dict[str, Any], Table]:
         _run_trials(handle, request, bound, evaluator)
         _record_bound(handle, request)
         _verify(handle, evaluator)
+        if images is not None:
+            finetune_front(handle, evaluator, images, request.finetune.count, seed, say)
         record_run(handle, baseline, _facts(request, evaluator, start))
         document = study_document(handle)
         if document["beats_float"] is False:

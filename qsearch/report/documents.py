@@ -14,6 +14,7 @@ from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Measurement
 from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.finetuned import FinetunedTrial, load_finetuned
 from qsearch.search.front import (
     FrontPoint,
     beats_float,
@@ -91,6 +92,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         complete, measured, parts = finished(study), measured_trials(study), recorded_parts(study)
         volume = None if baseline is None else hypervolume(kept_points(front), baseline)
         images = 0 if baseline is None else baseline.accuracy.images
+        tuned = load_finetuned(study)
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
     return {
         "study": handle.name,
@@ -116,6 +118,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         "front": [point_document(point) for point in kept_points(front)],
         # On the front as the search saw it, dominated by the second measurement.
         "dropped": [point_document(point) for point in front if point not in kept_points(front)],
+        "finetuned": [_finetuned(tuned[point.trial], point) for point in front if point.trial in tuned],
         "beats_float": None if baseline is None or not front else beats_float(kept_points(front), baseline),
         "closest": [point_document(point) for point in closest],
         "hypervolume": volume,
@@ -183,6 +186,12 @@ def point_document(point: FrontPoint) -> dict[str, Any]:
         },
         "config": point.config.to_json(),
     }
+
+
+def _finetuned(found: FinetunedTrial, untrained: FrontPoint) -> dict[str, Any]:
+    """A point after fine-tuning; the point itself is in the front under the same number."""
+    same, images = found.agreement
+    return point_document(found.point(untrained)) | {"agreement": {"same": same, "images": images}, "training": found.training}
 
 
 def _medians(measured: Sequence[FrozenTrial]) -> dict[str, float | None]:

@@ -150,3 +150,48 @@ def test_the_demo_gains_most_of_its_loss_back(tmp_path: Path) -> None:
     assert before > 20
     assert after < 0.2 * before
     assert found["finetuning"]["agreement"]["same"] >= 0.999 * found["finetuning"]["agreement"]["images"]
+
+
+def test_a_search_fine_tunes_the_points_that_lose_most(folder: Path) -> None:
+    (folder / "space.yaml").write_text(
+        "version: 1\nname: four\nprecisions: {default: [fp32, w4a8]}\ngranularities: [layer_wise]\n"
+    )
+    options = ("search", "--model", "lossy_networks:Plain", "--data", "data", "--space", "space.yaml", "--study", "tuned")
+    wish = (
+        "--budget",
+        "4",
+        "--jobs",
+        "1",
+        "--sampler",
+        "random",
+        "--then-finetune",
+        "1",
+        "--train",
+        "train",
+        "--images",
+        "400",
+        "--json",
+    )
+    result = within(folder, *options, *wish)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    points = {point["trial"]: point for point in document["front"]}
+    (one,) = document["finetuned"]
+    lost = {trial: point["heldout"]["top1_loss_pp"] for trial, point in points.items()}
+    assert lost[one["trial"]] == max(lost.values()) > 0
+    assert one["config"] == points[one["trial"]]["config"] and one["peak_bytes"] == points[one["trial"]]["peak_bytes"]
+    assert one["heldout"]["top1_loss_pp"] < lost[one["trial"]]
+    assert one["agreement"]["same"] >= one["agreement"]["images"] - 1 and one["training"]["training_images"] == 360
+    again = within(folder, *options, *wish)
+    assert json.loads(again.stdout)["finetuned"] == document["finetuned"] and "fine-tuning on" not in again.stderr
+    shown = within(folder, "front", "--study", "tuned")
+    assert f"{one['trial']} tuned" in shown.stdout
+    chosen = ("--study", "tuned", "--trial", str(one["trial"]), "--train", "train", "--images", "400", "--out", "tuned-bundle")
+    exported = within(folder, "finetune", *chosen, "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert "going on after epoch 3 of 3" in exported.stderr
+    assert json.loads(exported.stdout)["finetuned"]["top1_loss_pp"] == one["top1_loss_pp"]
+
+
+def test_training_images_without_fine_tuning(folder: Path) -> None:
+    fails(folder, 2, ("--then-finetune",), "search", "--train", "train")
