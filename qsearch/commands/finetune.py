@@ -71,6 +71,7 @@ def finetune(
         from qsearch.export.from_study import check_identity
         from qsearch.qat.finetune import finetune as tune
         from qsearch.qat.finetune import open_images
+        from qsearch.qat.plan import require_trainable
         from qsearch.report.tables import finetune_table
         from qsearch.search.evaluation.objective import open_evaluator
         from qsearch.search.front import FrontPoint
@@ -78,6 +79,7 @@ def finetune(
         evaluator = open_evaluator(subject.settings, say, {subject.title: subject.config})
         if subject.study is not None:
             check_identity(subject.study, subject.parts, evaluator.identity)
+        require_trainable(subject.config, evaluator.graph)
         chosen = open_images(evaluator, train, images, subject.settings.seed, say)
         before = _measured(evaluator, subject)
         tuned = tune(evaluator, subject.config, chosen, settings, checkpoint, say)

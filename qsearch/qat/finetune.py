@@ -17,7 +17,7 @@ from qsearch.measure.measurement import Measurement
 from qsearch.qat.checkpoint import CheckpointFolder, Epoch
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.plan import QatPlan, plan_finetuning
-from qsearch.qat.train import TrainSettings, train
+from qsearch.qat.train import TrainSettings, threads_for, train
 from qsearch.qat.training_images import Judged, TrainingImages, builtin_images, directory_images
 from qsearch.quantize.program import Program
 from qsearch.search.evaluation.objective import ModelEvaluator
@@ -168,7 +168,8 @@ def finetune(
     measurement = evaluator.measurer.measure(prepared)
     (verdict,) = evaluator.measure_modules_again([prepared])
     parts = ("search", "heldout")
-    same = sum(_agreeing(network, evaluator.images(part), evaluator.logits(prepared, part)) for part in parts)
+    with threads_for(network, AGREEMENT_BATCH):
+        same = sum(_agreeing(network, evaluator.images(part), evaluator.logits(prepared, part)) for part in parts)
     agreement = Agreement(same, sum(len(evaluator.images(part)) for part in parts))
     return Finetuned(config, program, measurement, Heldout(*verdict), agreement, epochs, len(images.training))
 

@@ -23,7 +23,7 @@ from qsearch.quantize.perturbation import Edge, quantized_reads
 from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import weight_scales
 
-__all__ = ["QatPlan", "Ranges", "ValueQuantizer", "WeightQuantizer", "plan_finetuning"]
+__all__ = ["QatPlan", "Ranges", "ValueQuantizer", "WeightQuantizer", "plan_finetuning", "require_trainable"]
 
 Ranges = dict[str, tuple[float, float]]
 
@@ -135,7 +135,7 @@ def plan_finetuning(model: Model, config: QuantConfig, ranges: Ranges, weights: 
         QuantizeError: A tensor cannot be represented.
     """
     layers = config.resolve(model.graph.layer_types)
-    _require_trainable(layers)
+    require_trainable(config, model.graph)
     assignment = assign_forms(model.graph, {name: one.precision for name, one in layers.items()})
     affines = value_affines(model, assignment, ranges, weights, config.activations)
     roots = _roots(model.graph, affines)
@@ -156,8 +156,17 @@ def plan_finetuning(model: Model, config: QuantConfig, ranges: Ranges, weights: 
     return QatPlan(model, config, ranges, values, learned, reads, quantized)
 
 
-def _require_trainable(layers: Mapping[str, LayerSettings]) -> None:
-    """Refuse what fine-tuning cannot do."""
+def require_trainable(config: QuantConfig, graph: Graph) -> None:
+    """Refuse what fine-tuning cannot do.
+
+    Args:
+        config: The configuration.
+        graph: The model's layers.
+
+    Raises:
+        SpaceError: Nothing is quantized, or something is that has no gradients here; the layer is named.
+    """
+    layers = config.resolve(graph.layer_types)
     for name, one in layers.items():
         if one.precision not in KNOWN:
             raise SpaceError(

@@ -13,20 +13,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qsearch.errors import QuantizeError
-from qsearch.models.interpret import forward
+from qsearch.models.interpret import forward, one_thread
 from qsearch.qat.checkpoint import Checkpoint, CheckpointFolder, Epoch
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.training_images import TrainingImages
 
-__all__ = ["TrainSettings", "top1", "train"]
+__all__ = ["TrainSettings", "threads_for", "top1", "train"]
 
+# Below so many values of a batch's widest tensor, torch's threads wait for each other longer than they compute.
+LEAST_VALUES = 2**19
 # The least time between two words on an epoch under way, seconds.
 PATIENCE_S = 60.0
 VALIDATION_BATCH = 250
@@ -74,6 +78,17 @@ def train(
         DataError: An image cannot be used.
         StudyError: A checkpoint cannot be read or written, or is of another training.
     """
+    with threads_for(network, settings.batch):
+        return _train(network, images, settings, folder, progress)
+
+
+def _train(
+    network: FakeQuantizedNetwork,
+    images: TrainingImages,
+    settings: TrainSettings,
+    folder: CheckpointFolder,
+    progress: Callable[[str], None],
+) -> tuple[Epoch, ...]:
     optimizer = torch.optim.Adam(network.trained.values(), lr=settings.rate)
     kept = folder.load()
     if kept is None:
@@ -96,6 +111,12 @@ def train(
             f"{epochs[-1].processor_seconds:.0f} s of a processor"
         )
     return tuple(epochs)
+
+
+def threads_for(network: FakeQuantizedNetwork, batch: int) -> AbstractContextManager[None]:
+    """Let torch run on one thread where a batch is too small for several, see `one_thread`."""
+    widest = max(int(np.prod(node.shape[1:])) for node in network.plan.model.graph.nodes)
+    return one_thread() if batch * widest < LEAST_VALUES else nullcontext()
 
 
 @torch.no_grad()
