@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from networks import NETWORKS, images, network, ranges_of
 from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig
 from qsearch.errors import SpaceError
+from qsearch.models.graph import Model
 from qsearch.models.interpret import forward
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.plan import QatPlan, plan_finetuning
@@ -36,9 +39,16 @@ CONFIGS = {
 }
 
 
-def plan_of(name: str, config: QuantConfig) -> QatPlan:
+@cache
+def opened(name: str) -> tuple[Model, dict[str, tuple[float, float]]]:
+    """A network and the ranges of its values, the same for all configurations here."""
     model = network(name)[0]
-    return plan_finetuning(model, config, ranges_of(model, config), WeightStore())
+    return model, ranges_of(model, QuantConfig())
+
+
+def plan_of(name: str, config: QuantConfig) -> QatPlan:
+    model, ranges = opened(name)
+    return plan_finetuning(model, config, ranges, WeightStore())
 
 
 def moved(name: str, config: QuantConfig, seed: int = 0) -> FakeQuantizedNetwork:
@@ -77,7 +87,7 @@ def test_lowering_finds_the_learned_steps(name, config):
 def test_forward_is_the_reference_of_the_lowered_program(name, form):
     one = moved(name, QuantConfig.model_validate(CONFIGS[form]))
     program, plan = one.tuned().lower(), one.plan
-    given, found = images(6, 7), {}
+    given, found = images(4, 7), {}
     weights, biases = one._parameters()
     with torch.no_grad():
         logits = forward(
