@@ -93,16 +93,6 @@ class FakeQuantizedNetwork:
         for value in self.trained.values():
             value.requires_grad_()
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """The trained weights."""
-        return [value for name, value in self.trained.items() if name.startswith("weight:")]
-
-    @property
-    def others(self) -> list[Tensor]:
-        """All else that is trained: biases and steps."""
-        return [value for name, value in self.trained.items() if not name.startswith("weight:")]
-
     @torch.no_grad()
     def settle(self) -> None:
         """Keep steps within bounds; after every step of training."""

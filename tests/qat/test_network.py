@@ -17,6 +17,7 @@ from qsearch.models.interpret import forward
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.plan import QatPlan, plan_finetuning
 from qsearch.quantize.assign import INTEGER_FORMS, assign_forms
+from qsearch.quantize.equalization import equalize, likely_maximum
 from qsearch.quantize.lower import precisions, value_affines
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
@@ -120,6 +121,21 @@ def test_forward_is_the_reference_of_the_lowered_program(name, form):
     loose = name == "vit" or form in ("int16", "mixed")
     assert (steps > 0).mean() < (0.08 if loose else 0.01) and (steps > 1).mean() < (0.005 if loose else 0.0005)
     assert same == len(given)
+
+
+def test_clips_of_channels_are_trained_through_and_lowered():
+    model = network("residual")[0]
+    equalized = equalize(model, likely_maximum(model))
+    assert any(node.clip_high for node in equalized.graph.nodes)
+    config = QuantConfig(default_precision="w4a8", equalization=True)
+    one = FakeQuantizedNetwork(plan_finetuning(equalized, config, ranges_of(equalized, config), WeightStore()))
+    program, given = one.tuned().lower(), images(4, 7)
+    with torch.no_grad():
+        logits = one(torch.tensor(given)).numpy()
+    for i in range(len(given)):
+        np.testing.assert_allclose(
+            run_program(program, given[i : i + 1])[program.output.name][0], logits[i], atol=0.05 * logits.std()
+        )
 
 
 def test_integers_and_scales_are_those_that_are_multiplied():
