@@ -23,6 +23,7 @@ ROOMS = [
     "search",
     "export",
     "report",
+    "qat",
     "session",
     "commands",
 ]

@@ -17,6 +17,7 @@ from qsearch.commands.diagnose import diagnose
 from qsearch.commands.doctor import doctor
 from qsearch.commands.evaluate import evaluate
 from qsearch.commands.export import export
+from qsearch.commands.finetune import finetune
 from qsearch.commands.front import front
 from qsearch.commands.pack import measure_pack, pack
 from qsearch.commands.report import report
@@ -38,6 +39,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     compare,
     evaluate,
     diagnose,
+    finetune,
     tables,
     tune,
     export,

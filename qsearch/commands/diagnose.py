@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qsearch.commands.options import ConvertChannels, Data, Json, Model, Preprocessing, Seed, Storage, Target, Threads, Weights
+from qsearch.commands.subject import ModelOptions, Subject, chosen_subject
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 if TYPE_CHECKING:
-    from qsearch.config import QuantConfig
     from qsearch.search.diagnosis.diagnosis import Diagnosis
-    from qsearch.search.evaluation.evaluator import Settings
 
 __all__ = ["diagnose"]
 
@@ -44,25 +42,8 @@ def diagnose(
     json: Json = False,
 ) -> None:
     """Say why a configuration lost accuracy: layers, clipping, dead channels, calibration; and measure what would help."""
-    from qsearch.config import named_config
-    from qsearch.errors import UsageError
-    from qsearch.search.evaluation.evaluator import Settings
-
-    if (study is None) == (config is None):
-        raise UsageError("give either --study, with or without --trial, or --config with --model")
-    own = {"--model": model != "demo", "--weights": weights, "--data": data, "--target": target != "llvm", "--seed": seed}
-    own |= {"--threads": threads != 1, "--preprocessing": preprocessing, "--convert-channels": convert_channels}
-    if study is None:
-        if trial is not None or storage is not None:
-            raise UsageError("--trial and --storage are of a study: give --study too")
-        settings = Settings(model, weights, data, target, convert_channels, preprocessing, seed, threads=threads)
-        subject = _Subject(settings, named_config(config or ""), f"{config} of {model}")
-    elif given := [option for option, value in own.items() if value]:
-        raise UsageError(
-            f"{' and '.join(given)} contradict --study, which says what it searched: leave them out, or give --config"
-        )
-    else:
-        subject = _of_study(study, storage, trial)
+    options = ModelOptions(model, weights, data, target, threads, seed, preprocessing, convert_channels)
+    subject = chosen_subject(study, trial, storage, config, options)
     _check_files(plot, save)
     found, target_description = _find(subject, images, seconds, worst)
     _write(found, subject.title, plot, save)
@@ -75,28 +56,7 @@ def diagnose(
     _print(found, subject.title, seconds)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is to be diagnosed.
-
-    Attributes:
-        settings: Model, images and target.
-        config: The configuration.
-        title: What to call it.
-        study: The study it is of; None for a file.
-        trial: Its number there.
-        parts: Name of a part (model, data, target) -> fingerprint, as the study keeps them.
-    """
-
-    settings: Settings
-    config: QuantConfig
-    title: str
-    study: str | None = None
-    trial: int | None = None
-    parts: dict[str, str] = field(default_factory=dict)
-
-
-def _find(subject: _Subject, images: int, seconds: float, worst: int) -> tuple[Diagnosis, str]:
+def _find(subject: Subject, images: int, seconds: float, worst: int) -> tuple[Diagnosis, str]:
     """The diagnosis, and what it was compiled for."""
     with stdout_reserved():
         from qsearch.export.from_study import check_identity
@@ -120,42 +80,6 @@ def _check_files(plot: Path | None, save: Path | None) -> None:
         if file is not None and (file.suffix.lower() != suffix or file.is_dir() or not file.parent.is_dir()):
             kind = suffix[1:].upper()
             raise UsageError(f"{option}: expected a {kind} file in a directory that exists, such as {example}, got {file}")
-
-
-def _of_study(name: str, storage: str | None, trial: int | None) -> _Subject:
-    """A trial of a study, the front's knee by default."""
-    from qsearch.report.documents import settings_of
-    from qsearch.search.front import pick, study_front, study_point
-    from qsearch.search.study import load_study, recorded_parts
-
-    handle = load_study(name, storage)
-    with handle.guard():
-        if trial is not None:
-            _require_complete(handle.study, trial)
-            point = study_point(handle.study, trial)
-        else:
-            point = pick(study_front(handle.study), "knee")
-        title, parts = f"trial {point.trial} of study {name}", recorded_parts(handle.study)
-        return _Subject(settings_of(handle), point.config, title, name, point.trial, parts)
-
-
-def _require_complete(study: object, number: int) -> None:
-    """Say why a trial that did not complete has nothing to be compared with."""
-    import optuna
-
-    from qsearch.errors import StudyError
-
-    assert isinstance(study, optuna.Study)
-    found = next((one for one in study.get_trials(deepcopy=False) if one.number == number), None)
-    if found is None or found.state == optuna.trial.TrialState.COMPLETE:
-        return
-    way_out = "`front` lists the completed ones; or give a configuration of your own with --config"
-    if found.state == optuna.trial.TrialState.FAIL:
-        raise StudyError(f"trial {number} failed: {found.user_attrs.get('error', 'no reason was kept')}; {way_out}")
-    if "stopped_early" in found.user_attrs:
-        reason = found.user_attrs["stopped_early"]
-        raise StudyError(f"trial {number} was stopped early ({reason}), so that its loss is not known; {way_out}")
-    raise StudyError(f"trial {number} is {found.state.name.lower()}, not complete; {way_out}")
 
 
 def _write(found: Diagnosis, title: str, plot: Path | None, save: Path | None) -> None:

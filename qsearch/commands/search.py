@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -61,6 +62,16 @@ def search(
             show_default="2 where there are processors for it",
         ),
     ] = None,
+    then_finetune: Annotated[
+        int, typer.Option(min=0, help="At the end, fine-tune so many points of the front, those that lose most; see `finetune`.")
+    ] = 0,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="With --then-finetune: labelled images to train on.", show_default="what demo was trained on"),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=10, help="With --then-finetune: training images to use at most.", show_default="all")
+    ] = None,
     preprocessing: Preprocessing = None,
     task: Task = None,
     convert_channels: ConvertChannels = False,
@@ -78,7 +89,7 @@ def search(
     from qsearch.search.constraints import checked_limits
     from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.space import load_space
-    from qsearch.session.search_request import SearchRequest, checked_request, default_study
+    from qsearch.session.search_request import FinetuneWish, SearchRequest, checked_request, default_study
 
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
@@ -89,10 +100,12 @@ def search(
         rpc=rpc,
         rpc_key=rpc_key,
     )
+    if not then_finetune and (train or images):
+        raise UsageError("--train and --images are what --then-finetune trains on: give it a number, or leave them out")
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     name = study or default_study(model)
     asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
-    request = checked_request(SearchRequest(*asked))
+    request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images)))
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 

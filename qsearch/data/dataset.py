@@ -24,7 +24,7 @@ from qsearch.data.preprocessing import Preprocessing
 from qsearch.data.split import Split, divide, divide_by_count
 from qsearch.errors import DataError
 
-__all__ = ["Dataset", "Part", "Progress", "load_dataset"]
+__all__ = ["Dataset", "Part", "Progress", "decode_input", "list_directory", "load_dataset"]
 
 Part = Literal["calibration", "search", "heldout", "search_half"]
 """`search_half` is everything the user labelled `search`: the part `search`, then the images carved from it for calibration."""
@@ -157,12 +157,30 @@ class Dataset:
                         progress(done, len(indices))
 
     def _row(self, index: int) -> NDArray[np.float32]:
-        name = self.listing.names[index]
-        image = convert_channels(self.listing.open(index), self.preprocessing.channels, name, self.convert)
-        try:
-            return self.preprocessing.apply(image)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+        return decode_input(self.listing, index, self.preprocessing, self.convert)
+
+
+def decode_input(listing: Listing, index: int, preprocessing: Preprocessing, convert: bool) -> NDArray[np.float32]:
+    """Turn one image of a listing into a model's input.
+
+    Args:
+        listing: the images.
+        index: which one.
+        preprocessing: of the model.
+        convert: convert grey and colour images to the model's channels instead of refusing them.
+
+    Returns:
+        float32 (C, H, W).
+
+    Raises:
+        DataError: the image cannot be used; it is named.
+    """
+    name = listing.names[index]
+    image = convert_channels(listing.open(index), preprocessing.channels, name, convert)
+    try:
+        return preprocessing.apply(image)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def load_dataset(
@@ -196,16 +214,28 @@ def load_dataset(
         calibrating = min(calibration_images or DEMO_CALIBRATION_IMAGES, len(listing.names) // 4)
         split = divide_by_count(listing, (calibrating, DEMO_SEARCH_IMAGES), seed)
         return Dataset(listing, split, preprocessing, convert_channels)
-    folder = Path(source)
+    listing = list_directory(Path(source), classes)
+    return Dataset(listing, divide(listing, calibration_images, seed), preprocessing, convert_channels)
+
+
+def list_directory(folder: Path, classes: Classes) -> Listing:
+    """List the labelled images of a directory: those that `labels.csv` names, or a folder per class.
+
+    Args:
+        folder: the directory.
+        classes: the model's class names, or how many classes it has, or None.
+
+    Raises:
+        DataError: it is missing or malformed, or a label is none of the model's.
+    """
     if not folder.is_dir():
         state = "is not a directory" if folder.exists() else "does not exist"
         raise DataError(f"data source {folder} {state}; expected a directory with labels.csv or class folders, or 'demo'")
     table = folder / "labels.csv"
     try:
-        listing = list_csv(table, classes) if table.exists() else list_folders(folder, classes)
+        return list_csv(table, classes) if table.exists() else list_folders(folder, classes)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder} ({error.strerror}); check its permissions") from error
-    return Dataset(listing, divide(listing, calibration_images, seed), preprocessing, convert_channels)
 
 
 def _list_demo(classes: Classes) -> Listing:

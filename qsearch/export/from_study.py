@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,21 @@ from qsearch.export import runner
 from qsearch.export.bundle import BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
+from qsearch.quantize.program import Program
 from qsearch.quantize.whole_pictures import with_preprocessing
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 from qsearch.search.provenance import layer_facts
 
-__all__ = ["check_classes", "check_identity", "check_kernels", "export_point", "recorded_inputs", "require_pictures"]
+__all__ = [
+    "check_classes",
+    "check_identity",
+    "check_kernels",
+    "export_point",
+    "export_program",
+    "recorded_inputs",
+    "require_pictures",
+]
 
 # Pictures that a bundle records, and inputs where images are no pictures: each picture gives eight.
 RECORDED_PICTURES, RECORDED_INPUTS = 2, 16
@@ -124,7 +133,46 @@ def export_point(
         point, baseline = _measured_again(evaluator, point), evaluator.baseline
     if evaluator.away is not None:
         remarks.append(NEVER_RUN)
-    program = evaluator.lower(point.config)
+    if with_preprocess:
+        remarks.append(WITHOUT_ENDS)
+    metrics = _metrics(point, baseline) | ({"remark": "; ".join(remarks)} if remarks else {})
+    module_bytes = _write(evaluator, evaluator.lower(point.config), point, metrics, directory, with_preprocess)
+    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+
+
+def export_program(
+    evaluator: ModelEvaluator, program: Program, point: FrontPoint, directory: Path, facts: Mapping[str, Any]
+) -> int:
+    """Write the bundle of a program that has other numbers than its configuration's own, a fine-tuned one for instance.
+
+    Args:
+        evaluator: The model, images and target.
+        program: What to export.
+        point: Its configuration and what was measured of it.
+        directory: Where to write.
+        facts: What its metrics say besides; `remark` where there is something to say of it.
+
+    Returns:
+        Bytes of the module file.
+
+    Raises:
+        BundleError: The module that is built now is not the one that was measured, or nothing can be written.
+    """
+    remarks = [facts["remark"]] if "remark" in facts else []
+    remarks += [NEVER_RUN] if evaluator.away is not None else []
+    metrics = _metrics(point, evaluator.baseline) | dict(facts) | ({"remark": "; ".join(remarks)} if remarks else {})
+    return _write(evaluator, program, point, metrics, directory)
+
+
+def _write(
+    evaluator: ModelEvaluator,
+    program: Program,
+    point: FrontPoint,
+    metrics: dict[str, Any],
+    directory: Path,
+    with_preprocess: bool = False,
+) -> int:
+    """Write a bundle once the outputs are those that were measured; returns the bytes of its module."""
     module = evaluator.build(program)
     logits = evaluator.logits(module, "search")
     _check_outputs(point, logits)
@@ -133,20 +181,18 @@ def export_point(
         program = with_preprocessing(program, evaluator.dataset.preprocessing)
         module, inputs = evaluator.build(program), runner.varied(recorded)
         check_classes(evaluator, module, logits)
-        remarks.append(WITHOUT_ENDS)
     content = BundleContent(
         config=point.config,
         preprocessing=evaluator.dataset.preprocessing.to_json(),
         classes=evaluator.dataset.classes,
-        metrics=_metrics(point, baseline) | _origin(evaluator) | ({"remark": "; ".join(remarks)} if remarks else {}),
+        metrics=metrics | _origin(evaluator),
         inputs=recorded,
         outputs=evaluator.outputs(module, inputs),
         takes_pixels=with_preprocess,
         detection=None if evaluator.head is None else evaluator.head.to_json(),
     )
     write_bundle(directory, evaluator.linker, program, content)
-    module_bytes = (directory / "model.so").stat().st_size
-    return {"trial": point.number, "bundle": str(directory), "module_bytes": module_bytes, "remeasured": remeasured}
+    return (directory / "model.so").stat().st_size
 
 
 def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ residual that takes its neighbour's bytes, or a lookup table between two layers,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
 from qsearch.quantize.weight_store import WeightStore
 
-__all__ = ["Edge", "Ranges", "Roundings", "assigned", "rounded", "rounded_reads", "weight_change"]
+__all__ = ["Edge", "Ranges", "Roundings", "assigned", "quantized_reads", "rounded", "rounded_reads", "weight_change"]
 
 # (Reader's name, position among its inputs).
 Edge = tuple[str, int]
 # The quantizers that a value passes through, one after the other, on its way to a reader.
 Roundings = tuple[Affine, ...]
 Ranges = dict[str, tuple[float, float]]
+Quantizer = TypeVar("Quantizer", bound=Hashable)
 
 _PICKS = (*SHARED, "concat")
 
@@ -52,11 +54,22 @@ def rounded_reads(
     Returns:
         Edge -> what rounds it; edges that read float32 as it was computed are left out.
     """
-    graph = model.graph
-    affines = value_affines(model, assignment, ranges, weights, symmetry)
-    found: dict[Edge, Roundings] = {}
+    return quantized_reads(model.graph, assignment, value_affines(model, assignment, ranges, weights, symmetry))
+
+
+def quantized_reads(
+    graph: Graph, assignment: Assignment, quantizers: Mapping[tuple[str, str], Quantizer]
+) -> dict[Edge, tuple[Quantizer, ...]]:
+    """Like `rounded_reads`, whatever stands for the quantizer of a value.
+
+    Args:
+        graph: The layer graph.
+        assignment: The forms.
+        quantizers: (Node name, form) -> what rounds that form; equal ones round alike.
+    """
+    found: dict[Edge, tuple[Quantizer, ...]] = {}
     # Values that an operation only picks from rounded ones: rounding them again with the same scale changes nothing.
-    settled: dict[str, Affine | None] = {}
+    settled: dict[str, Quantizer | None] = {}
     for node in graph.nodes:
         # What is only moved is rounded where it is read in the end.
         if node.op in MOVES:
@@ -64,7 +77,7 @@ def rounded_reads(
         for i, name in enumerate(node.inputs):
             root = _moved_from(graph, name)
             forms = dict.fromkeys((assignment.produced[root], assignment.reads[node.name][i]))
-            roundings = tuple(affines[root, form] for form in forms if form in ROUNDED_FORMS)
+            roundings = tuple(quantizers[root, form] for form in forms if form in ROUNDED_FORMS)
             if roundings and roundings != (settled.get(root),):
                 found[node.name, i] = roundings
         if node.op in _PICKS:

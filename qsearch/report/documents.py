@@ -14,6 +14,7 @@ from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Measurement
 from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluation.evaluator import Settings
+from qsearch.search.finetuned import FinetunedTrial, load_finetuned
 from qsearch.search.front import (
     FrontPoint,
     beats_float,
@@ -25,7 +26,16 @@ from qsearch.search.front import (
 )
 from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
 
-__all__ = ["baseline_of", "record_bound", "record_run", "run_of", "settings_of", "study_document"]
+__all__ = [
+    "baseline_document",
+    "baseline_of",
+    "point_document",
+    "record_bound",
+    "record_run",
+    "run_of",
+    "settings_of",
+    "study_document",
+]
 
 _RUN = "run"
 _BASELINE = "baseline"
@@ -89,6 +99,7 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
         complete, measured, parts = finished(study), measured_trials(study), recorded_parts(study)
         volume = None if baseline is None else hypervolume(kept_points(front), baseline)
         images = 0 if baseline is None else baseline.accuracy.images
+        tuned = load_finetuned(study)
         counts = {state.name.lower(): len(finished(study, state)) for state in (TrialState.PRUNED, TrialState.FAIL)}
     return {
         "study": handle.name,
@@ -110,12 +121,13 @@ def study_document(handle: StudyHandle) -> dict[str, Any]:
             "without_early_stopping": images * len(measured),
         },
         "constraints": run.get("limits", {}),
-        "baseline": None if baseline is None else _baseline(baseline),
-        "front": [_point(point) for point in kept_points(front)],
+        "baseline": None if baseline is None else baseline_document(baseline),
+        "front": [point_document(point) for point in kept_points(front)],
         # On the front as the search saw it, dominated by the second measurement.
-        "dropped": [_point(point) for point in front if point not in kept_points(front)],
+        "dropped": [point_document(point) for point in front if point not in kept_points(front)],
+        "finetuned": [_finetuned(tuned[point.trial], point) for point in front if point.trial in tuned],
         "beats_float": None if baseline is None or not front else beats_float(kept_points(front), baseline),
-        "closest": [_point(point) for point in closest],
+        "closest": [point_document(point) for point in closest],
         "hypervolume": volume,
         "bound": _bound(study.user_attrs.get(_BOUND), volume),
         "seconds": {**run.get("seconds", {}), **_medians(measured)},
@@ -129,7 +141,8 @@ def _figures(baseline: Measurement | None, away: bool) -> dict[str, str]:
     return {"latency_ms": latency, "peak_bytes": "counted", "top1_loss_pp": "measured on this machine" if away else "measured"}
 
 
-def _baseline(baseline: Measurement) -> dict[str, Any]:
+def baseline_document(baseline: Measurement) -> dict[str, Any]:
+    """What was measured of the float module."""
     accuracy = baseline.accuracy
     return {
         "latency_ms": baseline.latency.median_ms,
@@ -155,7 +168,8 @@ def _bound(recorded: Mapping[str, Any] | None, volume: float | None) -> dict[str
     return {"hypervolume": predicted, "share": volume / predicted if predicted > 0 else None, "trials": recorded["trials"]}
 
 
-def _point(point: FrontPoint) -> dict[str, Any]:
+def point_document(point: FrontPoint) -> dict[str, Any]:
+    """A configuration and what was measured of it."""
     measured, heldout = point.measurement, point.heldout
     return {
         "trial": point.trial,
@@ -179,6 +193,12 @@ def _point(point: FrontPoint) -> dict[str, Any]:
         },
         "config": point.config.to_json(),
     }
+
+
+def _finetuned(found: FinetunedTrial, untrained: FrontPoint) -> dict[str, Any]:
+    """A point after fine-tuning; the point itself is in the front under the same number."""
+    same, images = found.agreement
+    return point_document(found.point(untrained)) | {"agreement": {"same": same, "images": images}, "training": found.training}
 
 
 def _medians(measured: Sequence[FrozenTrial]) -> dict[str, float | None]:

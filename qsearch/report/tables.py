@@ -13,6 +13,7 @@ from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement
 from qsearch.report.notes import calibration_text
 from qsearch.report.pictures import byte_text
+from qsearch.search.finetuned import load_finetuned
 from qsearch.search.front import FrontPoint, closest_points, kept_points, study_front
 from qsearch.search.study import StudyHandle, recorded_parts
 
@@ -20,6 +21,7 @@ __all__ = [
     "NOTHING_BEATS_FLOAT",
     "EvaluateRow",
     "evaluate_table",
+    "finetune_table",
     "front_table",
     "front_words",
     "hidden_speedups",
@@ -117,7 +119,7 @@ def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
     """The front of a study; where no trial is within its constraints, those that come closest, under a title that says so."""
     with handle.guard():
         front, closest = study_front(handle.study), closest_points(handle.study)
-        parts = recorded_parts(handle.study)
+        parts, tuned = recorded_parts(handle.study), load_finetuned(handle.study)
     where = ""
     if "device" in parts:
         verb = "modelled" if baseline.latency.source == "modelled" else "measured"
@@ -125,7 +127,8 @@ def study_table(handle: StudyHandle, baseline: Measurement) -> Table:
     if closest:
         limits = parts.get("constraints")
         return front_table(closest, baseline, f"study {handle.name}: no configuration is within {limits}; the closest are{where}")
-    return front_table(front, baseline, f"front of study {handle.name}{where}")
+    trained = [tuned[point.trial].point(point) for point in front if point.trial in tuned]
+    return front_table(front, baseline, f"front of study {handle.name}{where}", trained)
 
 
 def front_words(document: Mapping[str, Any]) -> str:
@@ -148,11 +151,11 @@ def front_words(document: Mapping[str, Any]) -> str:
     )
 
 
-def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) -> Table:
+def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str, trained: Sequence[FrontPoint] = ()) -> Table:
     """The front of a study against float, fastest first.
 
     The columns of the second measurement are empty until there was one. Points that another one dominates by it are
-    dropped: they come last, marked with the other's number.
+    dropped: they come last, marked with the other's number. What fine-tuning made of a point stands below it.
     """
     numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
     table = plain_table(title, ("trial",), numbers, ("layers", "calibration"))
@@ -171,20 +174,50 @@ def front_table(front: Sequence[FrontPoint], baseline: Measurement, title: str) 
     )
     kept = kept_points(front)
     for point in [*kept, *(point for point in front if point not in kept)]:
-        measured = point.measurement
-        table.add_row(
-            str(point.trial),
-            _latency(measured.latency),
-            "" if point.heldout is None else _latency(point.heldout.latency),
-            f"{baseline.latency.median_ms / measured.latency.median_ms:.2f}x",
-            byte_text(measured.memory.peak_bytes),
-            _loss(measured.accuracy),
-            _verdict(point),
-            _layers(point.config),
-            calibration_text(point.config),
-            style=None if point in kept else "dim",
-            end_section=bool(kept) and point is kept[-1],
-        )
+        # Below a point stands what was made of it.
+        tuned = [(f"{point.trial} tuned", one) for one in trained if one.trial == point.trial]
+        rows = [(str(point.trial), point), *tuned]
+        for name, row in rows:
+            last = bool(kept) and point is kept[-1] and row is rows[-1][1]
+            table.add_row(
+                name,
+                *_figures(row, baseline),
+                _layers(point.config),
+                calibration_text(point.config),
+                style=None if point in kept else "dim",
+                end_section=last,
+            )
+    return table
+
+
+def _figures(point: FrontPoint, baseline: Measurement) -> list[str]:
+    """Latency, latency again, speed-up, memory, loss and held-out loss of a point."""
+    measured = point.measurement
+    return [
+        _latency(measured.latency),
+        "" if point.heldout is None else _latency(point.heldout.latency),
+        f"{baseline.latency.median_ms / measured.latency.median_ms:.2f}x",
+        byte_text(measured.memory.peak_bytes),
+        _loss(measured.accuracy),
+        _verdict(point),
+    ]
+
+
+def finetune_table(before: FrontPoint, after: FrontPoint, baseline: Measurement, title: str) -> Table:
+    """A configuration before and after fine-tuning, against float.
+
+    Args:
+        before: As it was measured after training in float.
+        after: As it was measured after fine-tuning.
+        baseline: The float module.
+        title: Of the table.
+    """
+    numbers = ("latency ms", "again", "speed-up", "memory", f"{baseline.accuracy.metric} loss pp", "held-out pp")
+    table = plain_table(title, ("",), numbers)
+    memory, top1 = byte_text(baseline.memory.peak_bytes), f"({baseline.accuracy.top1:.2f} %)"
+    table.add_row("float", _latency(baseline.latency), "", "1.00x", memory, top1, "", style="dim", end_section=True)
+    for name, point in (("not trained", before), ("fine-tuned", after)):
+        table.add_row(name, *_figures(point, baseline))
     return table
 
 

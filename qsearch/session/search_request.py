@@ -15,7 +15,22 @@ from qsearch.search.samplers import PLANNER, check_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.storage import checked_name, database_file, storage_url
 
-__all__ = ["SearchRequest", "checked_request", "default_study"]
+__all__ = ["FinetuneWish", "SearchRequest", "checked_request", "default_study"]
+
+
+@dataclass(frozen=True)
+class FinetuneWish:
+    """What a search shall fine-tune at its end.
+
+    Attributes:
+        count: How many points of the front at most.
+        train: Directory of labelled images; None for what the built-in model was trained on.
+        images: Training images to use at most; None for all.
+    """
+
+    count: int = 0
+    train: Path | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class SearchRequest:
         limits: Objective -> largest value wanted.
         early_stopping: Whether trials end as soon as their outcome is certain.
         jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
+        finetune: What to fine-tune at the end.
     """
 
     settings: Settings
@@ -45,6 +61,7 @@ class SearchRequest:
     limits: Mapping[str, float] = field(default_factory=dict)
     early_stopping: bool = True
     jobs: int | None = None
+    finetune: FinetuneWish = FinetuneWish()
 
 
 def checked_request(request: SearchRequest) -> SearchRequest:

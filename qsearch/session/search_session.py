@@ -36,6 +36,7 @@ from qsearch.search.provenance import layer_facts, machine_facts, package_versio
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
 from qsearch.session.trial_progress import TrialProgress
 
@@ -70,6 +71,8 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
     request = _for_task(request, evaluator.profile, say)
+    seed = request.settings.seed
+    images = wished_images(evaluator, request.finetune, seed, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
     with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
@@ -79,6 +82,8 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         _run_trials(handle, request, bound, evaluator, (say, console))
         _record_bound(handle, request)
         _verify(handle, evaluator, say)
+        if images is not None:
+            finetune_front(handle, evaluator, images, request.finetune.count, seed, say)
         record_run(handle, baseline, _facts(request, evaluator, start))
         document = study_document(handle)
         if document["beats_float"] is False:

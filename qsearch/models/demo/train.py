@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from qsearch.models.demo.images import read_images_and_labels
 from qsearch.models.demo.network import DemoNet
 
-__all__ = ["Recipe", "main", "train"]
+__all__ = ["Recipe", "augment", "divide", "main", "train"]
 
 DATA = Path(__file__).parent / "data"
 MEAN, STD = 0.2860, 0.3530
@@ -130,6 +130,21 @@ def accuracy(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     return 100.0 * right / len(images)
 
 
+def divide(count: int, recipe: Recipe, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hold images out.
+
+    Args:
+        count: training images.
+        recipe: says how many.
+        generator: source of randomness; a new one with the recipe's seed gives the division that the weights came from.
+
+    Returns:
+        Indices of the validation images and of those trained on, int64.
+    """
+    order = torch.randperm(count, generator=generator)
+    return order[: recipe.validation_images], order[recipe.validation_images :]
+
+
 def _optimiser(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """Give matrices and filters weight decay, vectors none."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
@@ -156,8 +171,7 @@ def train(images: np.ndarray, labels: np.ndarray, recipe: Recipe, out: Path) -> 
     """
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    order = torch.randperm(len(images), generator=generator)
-    held, used = order[: recipe.validation_images], order[recipe.validation_images :]
+    held, used = divide(len(images), recipe, generator)
     everything, truth = normalise(images), torch.from_numpy(labels)
     full = everything[used]
     small = F.interpolate(full, size=(recipe.small_side,) * 2, mode="bilinear", antialias=True)

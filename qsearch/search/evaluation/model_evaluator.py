@@ -196,6 +196,10 @@ class ModelEvaluator:
         """Link a program, see `ModuleBuilder.build`."""
         return self._builder.build(program)
 
+    def prepare_program(self, program: Program) -> Prepared:
+        """Link a program to be measured, see `ModuleBuilder.prepare_program`."""
+        return self._builder.prepare_program(program)
+
     def _require_float(self) -> None:
         """Refuse a device elsewhere that knows nothing of float."""
         if self.away is not None:
@@ -345,7 +349,10 @@ class ModelEvaluator:
 
     def measure_again(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure configurations again: latency interleaved with float, accuracy on the held-out images."""
-        modules = [self._builder.prepare(config) for config in configs]
+        return self.measure_modules_again([self._builder.prepare(config) for config in configs])
+
+    def measure_modules_again(self, modules: Sequence[Prepared]) -> list[tuple[Latency, Accuracy]]:
+        """Like `measure_again`, of modules that are there."""
         image, reference_ms = self.timed_images("search"), self.baseline.latency.median_ms
         latencies = self.device.paired(self._reference, [self.device.handle(one) for one in modules], image, reference_ms)
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]

@@ -96,7 +96,18 @@ class ModuleBuilder:
         clock = Clock()
         program = self.lower(config)
         clock.lap("lower")
-        module = self.build(self._runnable(config, program))
+        return self._linked(self._runnable(config, program), program, clock)
+
+    def prepare_program(self, program: Program) -> Prepared:
+        """Link a program that is no configuration's, or a configuration's with other numbers, to be run in this process.
+
+        Raises:
+            TrialError: It cannot be built.
+        """
+        return self._linked(program, program, Clock())
+
+    def _linked(self, runnable: Program, program: Program, clock: Clock) -> Prepared:
+        module = self.build(runnable)
         clock.lap("build")
         return self._prepared(module.open, module, program, clock)
 

@@ -1,0 +1,1 @@
+"""Quantization-aware fine-tuning: train through the rounding, then lower and measure as any other configuration."""
