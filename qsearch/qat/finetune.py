@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from qsearch.qat.plan import QatPlan, plan_finetuning
 from qsearch.qat.train import TrainSettings, threads_for, train
 from qsearch.qat.training_images import Judged, TrainingImages, builtin_images, directory_images
 from qsearch.quantize.program import Program
-from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import Heldout
+
+if TYPE_CHECKING:
+    from qsearch.search.evaluation.objective import ModelEvaluator
 
 __all__ = ["CHECKPOINTS", "LEAST_AGREEMENT", "Agreement", "Finetuned", "checkpoint_folder", "finetune", "open_images"]
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from qsearch.errors import BundleError, SpaceError, TrialError
 from qsearch.qat.finetune import finetune, open_images
 from qsearch.qat.train import TrainSettings
 from qsearch.qat.training_images import TrainingImages
-from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.finetuned import FinetunedTrial, load_finetuned, record_finetuned, worth_finetuning
 from qsearch.search.front import study_front
 from qsearch.search.study import StudyHandle
 from qsearch.session.search_request import FinetuneWish
+
+if TYPE_CHECKING:
+    from qsearch.search.evaluation.objective import ModelEvaluator
 
 __all__ = ["finetune_front", "wished_images"]
 
