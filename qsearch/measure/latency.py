@@ -11,7 +11,7 @@ import numpy as np
 
 from qsearch.measure.measurement import Latency
 
-__all__ = ["MOST_SPREAD", "TimingSettings", "first_images", "measure_interleaved", "measure_latency", "measure_paired"]
+__all__ = ["MOST_SPREAD", "TimingSettings", "first_images", "measure_latency", "measure_paired"]
 
 # Half the interquartile range of the paired ratios, as a share of their median, above which they are noise. At 21
 # repeats the standard error of the median is then 4 %: 1.25 sigma / sqrt(n), with sigma 1.48 times the half range.
@@ -56,26 +56,8 @@ def measure_latency(machine: Any, image: np.ndarray, settings: TimingSettings = 
         settings: How long to time.
         threads: Threads the module was compiled for.
     """
-    return measure_interleaved([machine], image, settings, threads)[0]
-
-
-def measure_interleaved(
-    machines: Sequence[Any], image: np.ndarray, settings: TimingSettings = TimingSettings(), threads: int = 1
-) -> list[Latency]:
-    """Time several modules in turns, one repeat of each per round, so that drift meets all of them alike.
-
-    Args:
-        machines: Relax virtual machines.
-        image: float32 (N, C, H, W).
-        settings: How long to time.
-        threads: Threads the modules were compiled for.
-
-    Returns:
-        A latency per machine.
-    """
-    timers = _time(machines, image, settings, threads)
-    used = _threads_used(threads)
-    return [timer.result(used) for timer in timers]
+    (timer,) = _time([machine], image, settings, threads)
+    return timer.result(_threads_used(threads))
 
 
 def measure_paired(
@@ -91,7 +73,9 @@ def measure_paired(
     The clock of a shared machine moves by a tenth to a third within minutes, so that milliseconds of two trials some
     minutes apart cannot be compared. What moves the module moves the reference beside it alike: the ratio of the two,
     taken within each round, stays. Its median times `reference_ms`, which is the same for all, is the latency.
-    If the ratios of a module spread further than MOST_SPREAD, all are timed once more, for longer.
+    Every module has its rounds with the reference alone: among many, each would find its weights further away in the
+    caches, the reference no less, and the ratio would depend on how many there are.
+    If the ratios of a module spread further than MOST_SPREAD, it is timed once more, for longer.
 
     Args:
         reference: Relax virtual machine of the reference module.
@@ -104,22 +88,22 @@ def measure_paired(
     Returns:
         A latency per machine; `noisy` where the longer try spread too far as well.
     """
-    found = _pair(reference, machines, image, settings, threads)
-    if any(latency.noisy for latency in found):
-        found = _pair(reference, machines, image, replace(settings, repeats=LONGER * settings.repeats), threads)
-    return [replace(one, median_ms=one.median_ms * reference_ms, spread_ms=one.spread_ms * reference_ms) for one in found]
-
-
-def _pair(reference: Any, machines: Sequence[Any], image: np.ndarray, settings: TimingSettings, threads: int) -> list[Latency]:
-    """Latencies in units of the reference's."""
-    first, *timers = _time([reference, *machines], image, settings, threads, PAUSE_S)
-    used, found = _threads_used(threads), []
-    for timer in timers:
-        low, ratio, high = (float(value) for value in np.percentile(np.divide(timer.samples, first.samples), [25, 50, 75]))
-        spread, raw = (high - low) / 2, timer.result(used)
-        paired = replace(raw, median_ms=ratio, spread_ms=spread, ratio=ratio, raw_ms=raw.median_ms)
-        found.append(replace(paired, noisy=spread > MOST_SPREAD * ratio))
+    found = []
+    for machine in machines:
+        one = _pair(reference, machine, image, settings, threads)
+        if one.noisy:
+            one = _pair(reference, machine, image, replace(settings, repeats=LONGER * settings.repeats), threads)
+        found.append(replace(one, median_ms=one.median_ms * reference_ms, spread_ms=one.spread_ms * reference_ms))
     return found
+
+
+def _pair(reference: Any, machine: Any, image: np.ndarray, settings: TimingSettings, threads: int) -> Latency:
+    """A latency in units of the reference's."""
+    first, timer = _time([reference, machine], image, settings, threads, PAUSE_S)
+    low, ratio, high = (float(value) for value in np.percentile(np.divide(timer.samples, first.samples), [25, 50, 75]))
+    spread, raw = (high - low) / 2, timer.result(_threads_used(threads))
+    paired = replace(raw, median_ms=ratio, spread_ms=spread, ratio=ratio, raw_ms=raw.median_ms)
+    return replace(paired, noisy=spread > MOST_SPREAD * ratio)
 
 
 def _time(

@@ -74,6 +74,37 @@ def test_the_reference_is_one_for_all() -> None:
     assert [one.raw_ms for one in found] == pytest.approx([1.0, 6.0])
 
 
+def test_a_ratio_does_not_depend_on_what_else_is_timed() -> None:
+    """What ran since a module's last turn has pushed its weights out of the caches; the larger has more to fetch."""
+    turns: list[str] = []
+
+    def cost(name: str, warm_ms: float, cold_ms: float) -> Any:
+        clock = Clock(lambda timing: 1.0)
+        warm, cold = clock.machine(warm_ms), clock.machine(warm_ms + cold_ms)
+
+        def evaluator(*arguments: Any, **settings: Any) -> Callable[[Any], Any]:
+            fast, slow = (machine.time_evaluator(*arguments, **settings) for machine in (warm, cold))
+
+            def timed(image: Any) -> Any:
+                since = set(turns[len(turns) - turns[::-1].index(name) :]) if name in turns else set()
+                turns.append(name)
+                return (slow if len(since) > 1 else fast)(image)
+
+            return timed
+
+        latency.time = clock_time  # type: ignore[attr-defined]
+        clocks.append(clock)
+        return SimpleNamespace(time_evaluator=evaluator, tensor=lambda image: image, place=None, on_cpu=True)
+
+    clocks: list[Clock] = []
+    clock_time = SimpleNamespace(thread_time=lambda: sum(one.now for one in clocks), sleep=lambda seconds: None)
+    reference, modules = cost("float", 4.0, 4.0), [cost(name, 1.0, 0.2) for name in ("a", "b", "c")]
+    (alone,) = measure_paired(reference, modules[:1], IMAGE, 4.0, SETTINGS)
+    among_others = measure_paired(reference, modules, IMAGE, 4.0, SETTINGS)
+    assert alone.ratio == pytest.approx(0.25)
+    assert [one.ratio for one in among_others] == pytest.approx([0.25] * 3)
+
+
 def test_noise_is_tried_again_for_longer_and_then_marked() -> None:
     rng = np.random.default_rng(0)
     always = Clock(lambda timing: float(np.exp(rng.normal(0.0, 0.5))))

@@ -12,7 +12,7 @@ import pytest
 import tvm
 
 from qsearch.measure.accuracy import run_images
-from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency
+from qsearch.measure.latency import TimingSettings, measure_latency, measure_paired
 
 
 class Machine(dict[str, Any]):
@@ -59,4 +59,5 @@ def test_the_record_says_how_many_threads_ran(
     monkeypatch.setattr(tvm, "get_global_func", lambda name: (lambda: pool) if name == "runtime.NumThreads" else find(name))
     image, settings = np.zeros((1, 1, 4, 4), np.float32), TimingSettings(0.01, 0.01, 3)
     assert measure_latency(Machine(), image, settings, compiled_for).threads == recorded
-    assert [one.threads for one in measure_interleaved([Machine(), Machine()], image, settings, compiled_for)] == [recorded] * 2
+    (paired,) = measure_paired(Machine(), [Machine()], image, 1.0, settings, compiled_for)
+    assert paired.threads == recorded

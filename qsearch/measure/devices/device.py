@@ -51,10 +51,6 @@ class Device(Protocol):
         """Time one module."""
         ...
 
-    def in_turns(self, handles: Sequence[Any], image: np.ndarray) -> list[Latency]:
-        """Time several in turns."""
-        ...
-
     def paired(self, reference: Any, handles: Sequence[Any], image: np.ndarray, reference_ms: float) -> list[Latency]:
         """Time modules in turns with a reference, on whose clock their latencies are told."""
         ...

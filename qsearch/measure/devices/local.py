@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qsearch.measure.devices.device import Prepared
-from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_latency, measure_paired
+from qsearch.measure.latency import TimingSettings, measure_latency, measure_paired
 from qsearch.measure.measurement import Latency
 
 __all__ = ["LocalDevice"]
@@ -32,10 +32,6 @@ class LocalDevice:
     def alone(self, handle: Any, image: np.ndarray, settings: TimingSettings) -> Latency:
         """See `measure_latency`."""
         return measure_latency(handle, image, settings, self.threads)
-
-    def in_turns(self, handles: Sequence[Any], image: np.ndarray) -> list[Latency]:
-        """See `measure_interleaved`."""
-        return measure_interleaved(handles, image, threads=self.threads)
 
     def paired(self, reference: Any, handles: Sequence[Any], image: np.ndarray, reference_ms: float) -> list[Latency]:
         """See `measure_paired`."""

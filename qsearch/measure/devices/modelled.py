@@ -38,10 +38,6 @@ class ModelledDevice:
         """The latency."""
         return handle
 
-    def in_turns(self, handles: Sequence[Latency], image: np.ndarray) -> list[Latency]:
-        """The latencies."""
-        return list(handles)
-
     def paired(self, reference: Latency, handles: Sequence[Latency], image: np.ndarray, reference_ms: float) -> list[Latency]:
         """The latencies; there is no clock that drifts."""
         return list(handles)

@@ -16,7 +16,7 @@ import numpy as np
 
 from qsearch.errors import MeasureError, UsageError
 from qsearch.measure.devices.device import Prepared
-from qsearch.measure.latency import TimingSettings, measure_interleaved, measure_paired
+from qsearch.measure.latency import TimingSettings, measure_latency, measure_paired
 from qsearch.measure.measurement import Latency
 
 __all__ = ["RemoteMachine", "RpcAddress", "RpcDevice", "parse_address"]
@@ -118,11 +118,7 @@ class RpcDevice:
 
     def alone(self, handle: Any, image: np.ndarray, settings: TimingSettings) -> Latency:
         """Time one module."""
-        return self._timed([handle], lambda machines: measure_interleaved(machines, image, settings, self.threads))[0]
-
-    def in_turns(self, handles: Sequence[Any], image: np.ndarray) -> list[Latency]:
-        """Time several in turns."""
-        return self._timed(handles, lambda machines: measure_interleaved(machines, image, threads=self.threads))
+        return self._timed([handle], lambda machines: [measure_latency(machines[0], image, settings, self.threads)])[0]
 
     def paired(self, reference: Any, handles: Sequence[Any], image: np.ndarray, reference_ms: float) -> list[Latency]:
         """Time modules in turns with a reference, by the device's clock."""

@@ -52,6 +52,8 @@ from qsearch.search.tables.measure_tables import measure_tables
 __all__ = ["FLOAT", "ModelEvaluator"]
 
 FLOAT = QuantConfig(default_precision="fp32")
+# How long the module is timed that all others are counted against.
+_LONGER = TimingSettings(repeats=4 * TimingSettings.repeats)
 
 
 class ModelEvaluator:
@@ -152,7 +154,7 @@ class ModelEvaluator:
         return self._baseline
 
     def measure_baseline(self) -> None:
-        """Measure the float module; everything is counted against it, so it is timed for longer.
+        """Measure the float module, that everything is counted against.
 
         Raises:
             UnsupportedModelError: It cannot be built or measured.
@@ -160,8 +162,7 @@ class ModelEvaluator:
         self._require_float()
         with self._of_float():
             prepared = self._builder.prepare(FLOAT)
-            longer = TimingSettings(repeats=4 * TimingSettings.repeats)
-            latency = self.device.alone(self.device.handle(prepared), self.timed_images("search"), longer)
+            latency = self.device.alone(self.device.handle(prepared), self.timed_images("search"), _LONGER)
             logits = self.float_logits("search")
         accuracy = self.scorer("search").compare(logits, logits)
         self.refer_to(Measurement(latency, prepared.memory, accuracy, prepared.seconds, prepared.kernels_sha256))
@@ -298,7 +299,7 @@ class ModelEvaluator:
         return measure_tables(self, space, self.progress)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
-        """Measure configurations side by side, their timings interleaved with float's.
+        """Measure configurations side by side, each timed as a trial is: in turns with float.
 
         Args:
             configs: Name -> configuration.
@@ -312,10 +313,11 @@ class ModelEvaluator:
             reference = self._reference
             self.float_logits(part)
         modules = {name: self._builder.prepare(config) for name, config in configs.items()}
-        handles = [reference, *(self.device.handle(module) for module in modules.values())]
-        float_latency, *latencies = self.device.in_turns(handles, self.timed_images(part))
+        image = self.timed_images(part)
+        float_ms = self.device.alone(reference, image, _LONGER).median_ms
+        latencies = self.device.paired(reference, [self.device.handle(one) for one in modules.values()], image, float_ms)
         return {
-            name: (latency, module.memory, self.accuracy(module, part), float_latency.median_ms / latency.median_ms)
+            name: (latency, module.memory, self.accuracy(module, part), float_ms / latency.median_ms)
             for (name, module), latency in zip(modules.items(), latencies, strict=True)
         }
 
