@@ -48,7 +48,8 @@ class Tally:
 
     def add(self, block: np.ndarray, right: np.ndarray, nats: np.ndarray) -> None:
         """Count the images at some positions, int64 (B,)."""
-        self.seen[block], self.right[block], self.nats[block] = True, right, nats
+        # Never negative but for rounding, which would turn the sum over a module that is almost float upside down.
+        self.seen[block], self.right[block], self.nats[block] = True, right, np.maximum(nats, 0.0)
 
 
 class ImageHistory:
@@ -80,8 +81,8 @@ class ImageHistory:
         Returns:
             Positions of images, int64, ascending within each block; together all of them.
         """
-        share = self.lost / np.maximum(self.runs, 1)
-        order = np.lexsort((self.margin, -share, self.float_right))
+        lost_by = self.lost / np.maximum(self.runs, 1)
+        order = np.lexsort((self.margin, -lost_by, self.float_right))
         wrong = int((~self.float_right).sum())
         ends = [wrong, *(wrong + round(share * (len(order) - wrong)) for share in LOOKS)]
         return [np.sort(block) for block in np.split(order, [-(-end // batch) * batch for end in ends]) if len(block)]
