@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +25,12 @@ from qsearch.commands.options import (
     checked_task,
 )
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
+
+if TYPE_CHECKING:
+    from qsearch.config import QuantConfig
+    from qsearch.report.tables import EvaluateRow
+    from qsearch.search.evaluation.model_evaluator import ModelEvaluator
+    from qsearch.search.space import SearchSpace
 
 __all__ = ["evaluate"]
 
@@ -80,30 +87,16 @@ def evaluate(
     with stdout_reserved():
         from dataclasses import asdict, replace
 
-        from qsearch.report.tables import EvaluateRow, evaluate_table, hidden_speedups
-        from qsearch.search.bound_space import bind_space
+        from qsearch.report.tables import evaluate_table, hidden_speedups
         from qsearch.search.evaluation.objective import prepare_evaluator
 
         rows: list[EvaluateRow] = []
-        for one in batches:
-            evaluator = prepare_evaluator(replace(settings, batch=one), say, {**configs, **spaces})
-            asked = dict(configs)
-            for name, space in spaces.items():
-                bound = bind_space(evaluator.profile.space(space), evaluator.graph)
-                asked[name] = bound.config(bound.start_values())
+        for images in batches:
+            evaluator = prepare_evaluator(replace(settings, batch=images), say, {**configs, **spaces})
             shared = evaluator.dataset.search_half_calibrating
             if split == "search" and shared and not rows:
                 say(f"{shared} of the search images also calibrate: labels.csv marks none for calibration")
-            part = "search_half" if split == "search" else split
-            if evaluator.profile.precise:
-                # A file says itself what each layer is.
-                asked = {
-                    name: config if name.endswith(".json") else evaluator.profile.config(config) for name, config in asked.items()
-                }
-            for name, (latency, memory, accuracy, speedup) in evaluator.compare(asked, part).items():
-                shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
-                scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric, latency.source)
-                rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores, batch=one))
+            rows += _rows(evaluator, _asked(evaluator, configs, spaces), "search_half" if split == "search" else split)
     hidden = hidden_speedups(rows)
     if json:
         facts = {"model": model, "target": evaluator.target.description, "split": split, "task": evaluator.profile.task}
@@ -117,6 +110,34 @@ def evaluate(
     print_table(evaluate_table(rows, title))
     for sentence in hidden:
         say(sentence)
+
+
+def _asked(
+    evaluator: ModelEvaluator, configs: Mapping[str, QuantConfig], spaces: Mapping[str, SearchSpace]
+) -> dict[str, QuantConfig]:
+    """Name -> configuration of all that is compared, with the defaults of what the model is for."""
+    from qsearch.search.bound_space import bind_space
+
+    found = dict(configs)
+    for name, space in spaces.items():
+        bound = bind_space(evaluator.profile.space(space), evaluator.graph)
+        found[name] = bound.config(bound.start_values())
+    if not evaluator.profile.precise:
+        return found
+    # A file says itself what each layer is.
+    return {name: one if name.endswith(".json") else evaluator.profile.config(one) for name, one in found.items()}
+
+
+def _rows(evaluator: ModelEvaluator, configs: Mapping[str, QuantConfig], part: str) -> list[EvaluateRow]:
+    """What was measured of each."""
+    from qsearch.report.tables import EvaluateRow
+
+    rows = []
+    for name, (latency, memory, accuracy, speedup) in evaluator.compare(configs, part).items():
+        shown = Path(name).stem if name.endswith((".json", ".yaml", ".yml")) else name
+        scores = (accuracy.top1, accuracy.top5, accuracy.images, accuracy.metric, accuracy.second_metric, latency.source)
+        rows.append(EvaluateRow(shown, latency.median_ms, memory.peak_bytes, speedup, *scores, batch=evaluator.batch))
+    return rows
 
 
 def _batches(text: str) -> list[int]:

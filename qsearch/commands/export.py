@@ -20,6 +20,7 @@ from qsearch.commands.options import (
     Threads,
     Weights,
 )
+from qsearch.commands.subject import ModelOptions
 from qsearch.commands.terminal import print_json, say, stdout_reserved
 
 __all__ = ["export"]
@@ -70,22 +71,15 @@ def export(
 ) -> None:
     """Export a trial: the compiled module with everything needed to run and check it; or an ONNX or torch.export file."""
     from qsearch.errors import UsageError
-    from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.study import load_study
     from qsearch.session.export_session import BUNDLE, ExportRequest, export_configuration, run_export
 
     if (study is None) == (config is None):
         raise UsageError("give either --study, or --config with --model")
-    own = {"--model": model != "demo", "--weights": weights, "--data": data, "--target": target != "llvm", "--seed": seed}
-    own |= {
-        "--threads": threads != 1,
-        "--batch": batch != 1,
-        "--preprocessing": preprocessing,
-        "--convert-channels": convert_channels,
-    }
+    options = ModelOptions(model, weights, data, target, threads, seed, preprocessing, convert_channels, batch)
     of_study = {"--trial": trial is not None, "--pick": pick, "--max-loss-pp": max_loss_pp is not None, "--all": all_points}
     of_study |= {"--storage": storage, "--remeasure": remeasure}
-    if stray := [option for option, value in (own if study else of_study).items() if value]:
+    if stray := options.given() if study else [option for option, value in of_study.items() if value]:
         raise UsageError(f"{' and '.join(stray)} and {'--study' if study else '--config'} contradict each other: leave one out")
     as_file = kind != BUNDLE
     if (force and not as_file) or (as_file and (all_points or remeasure or with_preprocess)):
@@ -97,9 +91,8 @@ def export(
         raise UsageError(f"{' and '.join(given)} contradict each other: give one of --trial, --all, or --pick with --max-loss-pp")
     request = ExportRequest(out, trial, pick or "knee", max_loss_pp, all_points, remeasure, with_preprocess, kind, force)
     if config is not None:
-        settings = Settings(*(model, weights, data, target, convert_channels, preprocessing, seed), threads=threads, batch=batch)
         with stdout_reserved():
-            rows = export_configuration(settings, config, request, say)
+            rows = export_configuration(options.settings(), config, request, say)
     else:
         handle = load_study(study or "", storage)
         with stdout_reserved():

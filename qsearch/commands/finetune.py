@@ -39,7 +39,7 @@ def finetune(
     ] = None,
     images: Annotated[int | None, typer.Option(min=10, help="Training images to use at most.", show_default="all")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    train_batch: Annotated[int, typer.Option(min=1, help="Images of one training step.")] = 64,
     rate: Annotated[float, typer.Option(min=0.0, help="Learning rate at the start; it falls to zero along a cosine.")] = 2e-3,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoints.", show_default="one under studies/finetune/")
@@ -66,7 +66,7 @@ def finetune(
     if out is not None:
         # Said before hours of training.
         require_vacant(out)
-    settings = TrainSettings(epochs, batch, rate, subject.settings.seed)
+    settings = TrainSettings(epochs, train_batch, rate, subject.settings.seed)
     with stdout_reserved():
         from qsearch.export.from_study import check_identity
         from qsearch.qat.finetune import finetune as tune

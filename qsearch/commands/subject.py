@@ -25,6 +25,13 @@ class ModelOptions:
     seed: int = 0
     preprocessing: Path | None = None
     convert_channels: bool = False
+    batch: int = 1
+
+    def settings(self) -> Settings:
+        """They as an evaluator takes them."""
+        from qsearch.search.evaluation.evaluator import Settings
+
+        return Settings(**vars(self))
 
     def given(self) -> list[str]:
         """Names of the options that are not at their defaults."""
@@ -72,19 +79,13 @@ def chosen_subject(
     """
     from qsearch.config import named_config
     from qsearch.errors import UsageError
-    from qsearch.search.evaluation.evaluator import Settings
 
     if (study is None) == (config is None):
         raise UsageError("give either --study, with or without --trial, or --config with --model")
     if study is None:
         if trial is not None or storage is not None:
             raise UsageError("--trial and --storage are of a study: give --study too")
-        settings = Settings(
-            *(options.model, options.weights, options.data, options.target, options.convert_channels, options.preprocessing),
-            seed=options.seed,
-            threads=options.threads,
-        )
-        return Subject(settings, named_config(config or ""), f"{config} of {options.model}")
+        return Subject(options.settings(), named_config(config or ""), f"{config} of {options.model}")
     if given := options.given():
         raise UsageError(
             f"{' and '.join(given)} contradict --study, which says what it searched: leave them out, or give --config"

@@ -37,7 +37,7 @@ def tuned(folder: Path, *options: str) -> dict[str, Any]:
 
 
 def test_what_was_lost_comes_back_and_can_be_deployed(folder: Path) -> None:
-    found = tuned(folder, "--out", "bundle", "--epochs", "5", "--batch", "16", "--rate", "1e-2")
+    found = tuned(folder, "--out", "bundle", "--epochs", "5", "--train-batch", "16", "--rate", "1e-2")
     before, after = found["untrained"], found["finetuned"]
     lost = [one["top1_loss_pp"] + one["heldout"]["top1_loss_pp"] for one in (before, after)]
     assert before["top1_loss_pp"] > 15 and lost[1] < 0.85 * lost[0]
@@ -122,7 +122,7 @@ def test_other_classes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on(folder: Path) -> None:
-    options = ("--epochs", "8", "--batch", "16")
+    options = ("--epochs", "8", "--train-batch", "16")
     process = start(folder, *MODEL, *options, "--checkpoint", "killed")
     table = folder / "killed" / "checkpoint.json"
     while process.poll() is None and not table.exists():
