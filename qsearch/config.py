@@ -44,7 +44,7 @@ BiasCorrection = Literal["none", "analytic", "measured"]
 LayerType = Literal["conv", "depthwise", "dense"]
 Position = Literal["first", "last"] | tuple[int, ...]
 # In the order of `qsearch.qtype.PRECISIONS`: from the most precise to the smallest.
-PrecisionName = Literal["fp32", "fp16", "int16", "int8", "fp8", "w4a8"]
+PrecisionName = Literal["fp32", "tf32", "fp16", "int16", "int8", "fp8", "w4a8"]
 # Fields that came after the first studies. At their defaults they are left out of the stable form, so that what was
 # written without them keeps its hash.
 _LATER = (

@@ -20,6 +20,7 @@ __all__ = [
     "INT8",
     "INT16",
     "PRECISIONS",
+    "TF32",
     "UINT8",
     "UNSCALED",
     "W4A8",
@@ -74,6 +75,8 @@ FLOAT8 = IntRange("float8_e4m3fn", -448, 448)
 UINT8 = IntRange("uint8", 0, 255)
 
 FP32 = Precision("fp32", FLOAT32, FLOAT32)
+# Held as float32; of the numbers that a GPU's matrix units multiply they read the upper 19 bits. Sums are float32.
+TF32 = Precision("tf32", FLOAT32, FLOAT32)
 # Sums are float32.
 FP16 = Precision("fp16", FLOAT16, FLOAT16)
 # Weights stay within +-127 so that every scale is symmetric and -128 never occurs.
@@ -86,6 +89,6 @@ INT16 = Precision("int16", IntRange("int16", -32767, 32767), IntRange("int16", -
 W4A8 = Precision("w4a8", UINT8, IntRange("int8", -8, 7))
 
 # From the most precise to the smallest.
-PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, FP16, INT16, INT8, FP8, W4A8)}
+PRECISIONS: dict[str, Precision] = {p.name: p for p in (FP32, TF32, FP16, INT16, INT8, FP8, W4A8)}
 # Those whose numbers need no scales: neither calibration nor how weights are scaled means anything to them.
-UNSCALED = ("fp32", "fp16")
+UNSCALED = ("fp32", "tf32", "fp16")

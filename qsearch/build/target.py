@@ -86,8 +86,11 @@ class Target:
         if not self.arch:
             return ("fp32", "int16", "int8", "w4a8")
         # Conversions of float8 are instructions since compute capability 8.9.
-        short = ("fp8",) if int(self.arch.removeprefix("sm_")) >= 89 else ()
-        return ("fp32", "fp16", "int16", "int8", *short, "w4a8")
+        capability = int(self.arch.removeprefix("sm_"))
+        short = ("fp8",) if capability >= 89 else ()
+        # Matrix units read float32 since 8.0.
+        wide = ("tf32",) if capability >= 80 else ()
+        return ("fp32", *wide, "fp16", "int16", "int8", *short, "w4a8")
 
     @property
     def description(self) -> str:

@@ -45,7 +45,8 @@ def evaluate(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: fp32, fp16, int16, int8, fp8, w4a8, or JSON files.", show_default="fp32,int8 without --preset"
+            help="Comma-separated: fp32, tf32, fp16, int16, int8, fp8, w4a8, or JSON files.",
+            show_default="fp32,int8 without --preset",
         ),
     ] = None,
     preset: Annotated[

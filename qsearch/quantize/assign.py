@@ -33,6 +33,7 @@ __all__ = [
     "UINT8_FORM",
     "Assignment",
     "assign_forms",
+    "kernel_precision",
 ]
 
 # The forms of a value: uint8, int16, float8, float16 or float32 channels last, float32 channels first (foreign
@@ -98,6 +99,14 @@ def assign_forms(graph: Graph, precision: dict[str, str]) -> Assignment:
     produced = {node.name: _produced(node, computes[node.name], wanted[node.name]) for node in graph.nodes}
     forms = {name: frozenset(found) for name, found in wanted.items()}
     return Assignment(computes, {name: tuple(found) for name, found in reads.items()}, produced, forms)
+
+
+def kernel_precision(precision: str, layer_type: str) -> str:
+    """The precision that a layer's kernel computes in: depthwise layers do in fp32 what tf32 is asked of.
+
+    Sums over one channel are no work for matrix units.
+    """
+    return "fp32" if precision == "tf32" and layer_type == "depthwise" else precision
 
 
 def _moved_from(graph: Graph, name: str) -> str:

@@ -12,7 +12,7 @@ from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
 from qsearch.qtype import FP8, PRECISIONS, UNSCALED
 from qsearch.quantize.affine import Affine, dequantize, quantize
-from qsearch.quantize.assign import Assignment
+from qsearch.quantize.assign import Assignment, kernel_precision
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
 from qsearch.quantize.program import INTEGER_DTYPES, Op, OpKey, Value
@@ -86,7 +86,7 @@ def _layer(context: Context, node: Node, inputs: list[Value], output: Value) -> 
     shapes = [value.shape for value in (*inputs, output)]
     if node.op == "linear":
         shapes = [(int(np.prod(shape[:-1])), 1, 1, shape[-1]) for shape in shapes]
-    precision = context.layers[node.name].precision
+    precision = kernel_precision(context.layers[node.name].precision, context.model.graph.layer_types[node.name])
     dtypes = tuple(value.dtype for value in (*inputs, output))
     key = OpKey("conv2d", tuple(shapes), dtypes, precision, node.conv, residual=node.residual, clipped=_clipped(node, output))
     values = _output_scalars(context, node, output)

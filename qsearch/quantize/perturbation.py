@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qsearch.config import Symmetry, WeightSettings
 from qsearch.models.graph import MOVES, Graph, Model
-from qsearch.qtype import PRECISIONS
+from qsearch.qtype import PRECISIONS, UNSCALED
 from qsearch.quantize.affine import Affine
-from qsearch.quantize.assign import ROUNDED_FORMS, SHARED, Assignment, assign_forms
+from qsearch.quantize.assign import ROUNDED_FORMS, SHARED, Assignment, assign_forms, kernel_precision
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.lower import value_affines
 from qsearch.quantize.weight_store import WeightStore
@@ -126,8 +126,9 @@ def weight_change(
     """
     name, precision = pair
     weight = model.parameters.weight[name]
-    if precision == "fp16":
-        real = weights.floats(name, weight, precision).astype(np.float32).transpose(0, 3, 1, 2)
+    if precision in UNSCALED:
+        computing = kernel_precision(precision, model.graph.layer_types[name])
+        real = weights.floats(name, weight, computing).astype(np.float32).transpose(0, 3, 1, 2)
         return np.ascontiguousarray(real) - weight, np.zeros(len(weight), np.float32)
     if precision == "int16":
         prepared = weights.bounded(name, weight, settings, weights.activation_limit(name, weight))

@@ -23,6 +23,8 @@ are uint8 or int16 unless it says otherwise):
                  q   = e4m3(clip(clip(v, low, high), -448, 448))                   float8 output
     conv, fp32   v   = sum + bias + residual; integer or float8 output: v = f32(v * multiplier); then from the clip
                  per channel on as above. Not bit exact between targets: only integer layers are.
+    conv, tf32   as fp32, with w rounded to tf32's 10 bits after the first and a cut off to them where the target multiplies
+                 so (GPUs from compute capability 8.0 on); depthwise layers are fp32
     conv, fp16   as fp32, with a and w float16 and the sum of the exact products a * w in float32, in any order; the
                  bias is float32
     conv, fp8    v   = f32(f32(sum * multiplier[o]) + bias[o]), a and w float8, the sum of the exact products in

@@ -20,6 +20,7 @@ from qsearch.quantize.weights import (
     fit_weight,
     half_weight,
     quantize_weight,
+    rounded_to_tf32,
     weight_scales,
 )
 
@@ -95,13 +96,16 @@ class WeightStore:
         return self._limits[name]
 
     def floats(self, name: str, weight: np.ndarray, precision: str = "fp32") -> np.ndarray:
-        """float32 or float16 weights of a layer as (O, kh, kw, I/groups).
+        """float32, tf32 or float16 weights of a layer as (O, kh, kw, I/groups).
 
         Raises:
             QuantizeError: One of them is beyond float16.
         """
         if (name, precision) not in self._floats:
-            kept = weight if precision == "fp32" else half_weight(name, weight)
+            if precision == "fp16":
+                kept = half_weight(name, weight)
+            else:
+                kept = rounded_to_tf32(weight) if precision == "tf32" else weight
             self._floats[name, precision] = np.ascontiguousarray(kept.transpose(0, 2, 3, 1))
         return self._floats[name, precision]
 

@@ -23,6 +23,7 @@ __all__ = [
     "fit_weight",
     "half_weight",
     "quantize_weight",
+    "rounded_to_tf32",
     "weight_scales",
 ]
 
@@ -145,6 +146,16 @@ def half_weight(name: str, weight: np.ndarray) -> np.ndarray:
             f"layer {name!r} has weights up to {largest:.3g} and float16 ends at {FLOAT16.qmax}: keep it in fp32 with `skip`"
         )
     return weight.astype(np.float16)
+
+
+def rounded_to_tf32(weight: np.ndarray) -> np.ndarray:
+    """The nearest float32 that end with thirteen zero bits, half to even; matrix units would cut these bits off.
+
+    Args:
+        weight: float32, any shape.
+    """
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def activation_limit(weight: np.ndarray) -> int:

@@ -24,8 +24,16 @@ __all__ = ["LayerBar", "byte_text", "draw_precisions", "layer_bars"]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Okabe and Ito's palette: told apart with every kind of colour vision. Narrow types are warm, wide ones cold.
-COLOURS = {"fp32": "#0072B2", "fp16": "#009E73", "int16": "#56B4E9", "int8": "#E69F00", "fp8": "#F0E442", "w4a8": "#D55E00"}
-OTHER_COLOUR = "#CC79A7"
+COLOURS = {
+    "fp32": "#0072B2",
+    "tf32": "#CC79A7",
+    "fp16": "#009E73",
+    "int16": "#56B4E9",
+    "int8": "#E69F00",
+    "fp8": "#F0E442",
+    "w4a8": "#D55E00",
+}
+OTHER_COLOUR = "#999999"
 INK, FAINT, PAPER = "#222222", "#DDDDDD", "#FFFFFF"
 
 COLUMN = 20

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 
 from qsearch.models.graph import Graph, Node
+from qsearch.qtype import UNSCALED
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, BoundSpace, LogRange
 
 __all__ = ["Anchor", "enqueue_anchors", "make_anchors", "weight_count"]
@@ -81,7 +82,7 @@ def _candidates(space: BoundSpace) -> Iterator[tuple[str, dict[str, Any]]]:
     mode = min(modes, key=PREFERRED_MODES.index)
     for precision in sorted({value for layer in space.layers for value in layer.values} - {"fp32", "int8"}):
         # What is clipped to spare an 8-bit value its rounding error is lost to a 16-bit one for nothing.
-        widest = "max" if precision in ("fp16", "int16") and "max" in modes else mode
+        widest = "max" if precision in (*UNSCALED, "int16") and "max" in modes else mode
         chosen = {CALIBRATION: widest, GRANULARITY: first}
         yield f"all {precision}, {widest}, {first}", _values_of(space, set(names), chosen, precision)
     for label, lowered in _mixtures(space):

@@ -34,7 +34,7 @@ def program(name, **config):
 
 def test_a_mixture_is_linked_and_its_kernels_are_captured_in_a_graph(linker, tmp_path):
     names = [node.name for node in networks.network("residual")[0].graph.layers]
-    mixed = dict(zip(names, ["int8", "fp16", "fp32", "w4a8", "int16"] * len(names), strict=False))
+    mixed = dict(zip(names, ["int8", "fp16", "tf32", "w4a8", "int16", "fp32"] * len(names), strict=False))
     built = program("residual", default_precision="int8", precision=mixed)
     module = linker.build(built)
     assert module.device == "cuda"

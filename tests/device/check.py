@@ -51,9 +51,10 @@ from qsearch.quantize.reference import run_op
 from qsearch.quantize.weight_store import WeightStore
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3}
+TF32_TOLERANCE = 2e-3
 SMALL = ("residual", "bottlenecks", "excite", "shuffle", "vit", "swin", "convnext")
 REAL = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
-PRECISIONS = ("int8", "fp16", "fp32", "int16", "w4a8")
+PRECISIONS = ("int8", "fp16", "tf32", "fp32", "int16", "w4a8")
 BATCHES = (1, 8, 128)
 
 
@@ -134,7 +135,8 @@ class Checker:
         if expected.dtype.kind == "f":
             scale = float(np.abs(expected.astype(np.float64)).max()) or 1.0
             error = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()) / scale
-            row |= {"error": error, "right": bool(error <= TOLERANCE[expected.dtype.name])}
+            tolerance = TF32_TOLERANCE if op.key.precision == "tf32" else TOLERANCE[expected.dtype.name]
+            row |= {"error": error, "right": bool(error <= tolerance)}
         else:
             wrong = int((found != expected).sum())
             row |= {"wrong": wrong, "right": wrong == 0}
@@ -196,7 +198,7 @@ def latencies(linker: Linker, plain: Linker) -> Iterator[list[dict[str, Any]]]:
         for name in REAL:
             network = Network(name, batch)
             image = network.images[:batch]
-            for precision in ("fp16", "int8", "fp32"):
+            for precision in ("fp16", "int8", "tf32", "fp32"):
                 program = network.lower(at(precision))
                 for graphs, builder in (("on", linker), ("off", plain)):
                     latency = measure_latency(builder.build(program).open(), image)

@@ -39,6 +39,8 @@ def test_outputs_move_as_those_of_the_compiled_module(name):
     ranges, x, layers = ranges_of(model, QuantConfig()), images(1, 5), model.graph.layers
     plain = interpret(model, torch.from_numpy(x)).numpy()
     configs = [{layer.name: precision} for layer in layers for precision in ("int8", "w4a8", "fp16", "fp8")]
+    # Depthwise layers do in fp32 what tf32 is asked of.
+    configs += [{layer.name: "tf32"} for layer in layers if model.graph.layer_types[layer.name] != "depthwise"]
     configs.append({layer.name: "int8" for layer in layers})
     configs.append({layer.name: "w4a8" for layer in layers[::2]} | {layer.name: "int8" for layer in layers[1::4]})
     off = []
@@ -69,10 +71,10 @@ def test_sixteen_bits_are_hardly_felt():
     model, _ = network("residual")
     ranges, x = ranges_of(model, QuantConfig()), torch.from_numpy(images(1, 5))
     plain = interpret(model, x).numpy()
-    precisions = ("int16", "fp16", "int8", "w4a8")
+    precisions = ("int16", "tf32", "fp16", "int8", "w4a8")
     moved = {p: np.abs(simulated(model, {"expand.0": p}, ranges, x) - plain).max() for p in precisions}
     assert 0 < moved["int16"] < 0.02 * moved["int8"] < 0.02 * moved["w4a8"]
-    assert 0 < moved["fp16"] < 0.1 * moved["int8"]
+    assert 0 < moved["tf32"] < moved["fp16"] < 0.1 * moved["int8"]
 
 
 def test_what_only_moves_rounded_values_does_not_round_them_again():

@@ -207,14 +207,15 @@ rules:
         assert settings[name].calibration.mode == ("percentile" if kind == "dense" else "max")
 
 
-def test_float16_layers_need_no_calibration(tmp_path: Path) -> None:
-    space = bind_space(load_space(write(tmp_path, "precisions:\n  default: [fp32, fp16]\n")), GRAPH)
+@pytest.mark.parametrize("short", ["fp16", "tf32"])
+def test_layers_of_unscaled_floats_need_no_calibration(tmp_path: Path, short: str) -> None:
+    space = bind_space(load_space(write(tmp_path, f"precisions:\n  default: [fp32, {short}]\n")), GRAPH)
     assert {one.name for one in space.parameters} == {layer.name for layer in GRAPH.layers}
-    wider = bind_space(load_space(write(tmp_path, "precisions:\n  default: [int8, fp16, fp32]\n")), GRAPH)
-    assert wider.layers[0].values == ("fp32", "fp16", "int8")
-    fp16 = dict.fromkeys((layer.name for layer in GRAPH.layers), "fp16")
-    assert wider.config({**fp16, "calibration": "mse"}) == wider.config({**fp16, "calibration": "max"})
-    mixed = {**fp16, GRAPH.layers[0].name: "int8"}
+    wider = bind_space(load_space(write(tmp_path, f"precisions:\n  default: [int8, {short}, fp32]\n")), GRAPH)
+    assert wider.layers[0].values == ("fp32", short, "int8")
+    floats = dict.fromkeys((layer.name for layer in GRAPH.layers), short)
+    assert wider.config({**floats, "calibration": "mse"}) == wider.config({**floats, "calibration": "max"})
+    mixed = {**floats, GRAPH.layers[0].name: "int8"}
     assert wider.config({**mixed, "calibration": "mse"}) != wider.config({**mixed, "calibration": "max"})
 
 

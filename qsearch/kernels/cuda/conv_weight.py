@@ -30,8 +30,6 @@ def pack_weight(plan: ConvPlan, constants: dict[str, np.ndarray]) -> np.ndarray:
         Flat array, zero where there is no weight.
     """
     weight, tables = constants["weight"], []
-    if plan.key.precision == "tf32" and plan.matrix:
-        weight = _rounded_to_tf32(weight)
     if plan.grouped:
         scale, offset = constants.get("group_scale"), constants.get("group_offset")
         weight = group_integers(weight, scale, offset, plan.key.weight_group)
@@ -51,12 +49,6 @@ def pack_weight(plan: ConvPlan, constants: dict[str, np.ndarray]) -> np.ndarray:
     order = np.stack([np.arange(units) ^ swizzle(column, units) for column in range(tile.columns)])
     split = tiles.reshape(*tiles.shape[:4], units, -1)
     return np.ascontiguousarray(split[..., columns[:, None], order, :]).ravel()
-
-
-def _rounded_to_tf32(weight: np.ndarray) -> np.ndarray:
-    """The nearest float32 that end with thirteen zero bits, half to even; the matrix units would cut these bits off."""
-    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _pack_tables(plan: ConvPlan, scale: np.ndarray | None, offset: np.ndarray | None) -> list[np.ndarray]:

@@ -91,7 +91,7 @@ function pointsTable() {
   });
 }
 
-const SHORT = { fp32: "32", fp16: "f16", int16: "16", int8: "8", fp8: "f8", w4a8: "4" };
+const SHORT = { fp32: "32", tf32: "t32", fp16: "f16", int16: "16", int8: "8", fp8: "f8", w4a8: "4" };
 
 function colourOf(precision) {
   return data.colours[precision] || data.other_colour;
