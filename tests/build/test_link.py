@@ -126,6 +126,15 @@ def test_the_exported_library_computes_the_same(linker, tmp_path):
     np.testing.assert_array_equal(machine["main"](tvm.runtime.tensor(image)).numpy(), expected(program, image))
 
 
+def test_a_module_refuses_what_is_no_image_of_its_own(linker):
+    machine = linker.build(lowered("residual")).open()
+    image = images(1)
+    machine["main"](machine.tensor(image))
+    for wrong in (image[:, :, :-1], image.astype(np.float64), image[0]):
+        with pytest.raises((RuntimeError, ValueError, TypeError), match="match|Mismatch|mismatch|expect|dtype"):
+            machine["main"](machine.tensor(np.ascontiguousarray(wrong)))
+
+
 def test_memory_counts_weights_activations_and_workspace(linker):
     whole, integer = (measure_memory(linker.build(lowered("residual", default_precision=p))) for p in ("fp32", "int8"))
     weights = sum(array.nbytes for array in MODELS["residual"].parameters.weight.values())
