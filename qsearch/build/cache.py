@@ -1,5 +1,7 @@
 """The kernel cache: every kernel is compiled once and kept on disk by content.
 
+Beside every file lies its SHA-256. A file that no longer has it, after a power cut or on a dying disk, counts as missing.
+
 A kernel's symbol is a digest of everything that determines its code: the operation, the variant, the target,
 the generator's own source and the TVM version. Its object file is what search loads and what export links, so
 that the code that was measured is the code that is shipped. Scales and zero points are arguments, never part
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qsearch.build.cuda_toolkit import compiler_digest, last_cubin
+from qsearch.build.digests import is_whole, objects_are_whole, record_digests, recorded_digests
 from qsearch.build.target import Target
 from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
@@ -44,11 +47,13 @@ class CompiledKernel:
         symbol: Its name in the object file and in the Relax module.
         object_path: Relocatable object file, for linking.
         library: The loaded runtime module that holds it.
+        library_path: The file of that.
     """
 
     symbol: str
     object_path: Path
     library: Any
+    library_path: Path | None = None
 
     @property
     def gpu_module(self) -> Any:
@@ -121,21 +126,22 @@ class KernelCache:
         """Load a kernel from disk; a batch library carries the kernels that were compiled together."""
         import tvm
 
-        pointer = self.directory / f"{symbol}.lib"
-        try:
-            library_path = self.directory / pointer.read_text(encoding="ascii").strip()
-        except OSError:
+        pointed = recorded_digests(self.directory / f"{symbol}.lib")
+        if len(pointed) != 1 or not objects_are_whole(self.directory, symbol):
             return False
-        if not library_path.exists() or not (self.directory / f"{symbol}.o").exists():
-            return False
-        if library_path.name not in self._libraries:
-            try:
-                self._libraries[library_path.name] = tvm.runtime.load_module(str(library_path))
-            except (RuntimeError, OSError):
-                # A damaged library is compiled anew under the same name.
+        ((name, digest),) = pointed.items()
+        if name not in self._libraries:
+            path = self.directory / name
+            # Checked before it is loaded: the process may die of reading a damaged one.
+            if not is_whole(path, digest):
                 return False
-        library = self._libraries[library_path.name]
-        self._loaded[symbol] = CompiledKernel(symbol, self.directory / f"{symbol}.o", library)
+            try:
+                self._libraries[name] = tvm.runtime.load_module(str(path))
+            except (RuntimeError, OSError):
+                # A library that cannot be used here is compiled anew under the same name.
+                return False
+        library = self._libraries[name]
+        self._loaded[symbol] = CompiledKernel(symbol, self.directory / f"{symbol}.o", library, self.directory / name)
         return True
 
     def _compile(self, kernels: dict[str, Kernel]) -> None:
@@ -166,11 +172,12 @@ class KernelCache:
             static_modules(launchers, on_gpu).export_library(str(scratch / name))
         else:
             link_shared(scratch / name, [scratch / f"{symbol}.o" for symbol in symbols])
+        kinds = ("o", "cubin") if on_gpu else ("o",)
         for symbol in symbols:
-            (scratch / f"{symbol}.lib").write_text(name, encoding="ascii")
+            record_digests(scratch / f"{symbol}.sha256", [scratch / f"{symbol}.{kind}" for kind in kinds])
+            record_digests(scratch / f"{symbol}.lib", [scratch / name])
         # Pointers go last: whoever finds one finds everything it points to.
-        kinds = ("o", "cubin", "lib") if on_gpu else ("o", "lib")
-        for file in (name, *(f"{symbol}.{kind}" for kind in kinds for symbol in symbols)):
+        for file in (name, *(f"{symbol}.{kind}" for kind in (*kinds, "sha256", "lib") for symbol in symbols)):
             os.replace(scratch / file, self.directory / file)
 
 

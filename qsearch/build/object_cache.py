@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qsearch.build.cache import CompiledKernel, KernelCache, compile_kernel, static_modules
+from qsearch.build.digests import objects_are_whole, record_digests
 from qsearch.build.target import Target, host_architecture
 from qsearch.errors import BuildError, ToolchainError
 from qsearch.kernels.description import Kernel
@@ -24,10 +25,9 @@ class ObjectCache(KernelCache):
     """
 
     def _load(self, symbol: str) -> bool:
-        file = self.directory / f"{symbol}.o"
-        if not file.exists():
+        if not objects_are_whole(self.directory, symbol):
             return False
-        self._loaded[symbol] = CompiledKernel(symbol, file, None)
+        self._loaded[symbol] = CompiledKernel(symbol, self.directory / f"{symbol}.o", None)
         return True
 
     def _compile(self, kernels: dict[str, Kernel]) -> None:
@@ -42,7 +42,9 @@ class ObjectCache(KernelCache):
             with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
                 list(pool.map(compile_one, kernels))
             for symbol in kernels:
-                os.replace(scratch / f"{symbol}.o", self.directory / f"{symbol}.o")
+                record_digests(scratch / f"{symbol}.sha256", [scratch / f"{symbol}.o"])
+                for kind in ("o", "sha256"):
+                    os.replace(scratch / f"{symbol}.{kind}", self.directory / f"{symbol}.{kind}")
                 self._load(symbol)
 
 

@@ -70,8 +70,7 @@ def pack_module(module: CompiledModule, file: Path, kept: bool = False) -> Packe
         kept: Whether the file stays when it has been loaded.
     """
     module.executable.mod.write_to_file(str(file), "")
-    pointers = (kernel.object_path.with_suffix(".lib") for kernel in module.kernels)
-    libraries = dict.fromkeys(pointer.parent / pointer.read_text(encoding="ascii").strip() for pointer in pointers)
+    libraries = dict.fromkeys(kernel.library_path for kernel in module.kernels if kernel.library_path is not None)
     return PackedModule(file, tuple(libraries), kept, module.device)
 
 

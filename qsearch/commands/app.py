@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from qsearch.commands.cache import cache
 from qsearch.commands.compare import compare
 from qsearch.commands.dashboard import dashboard
 from qsearch.commands.diagnose import diagnose
@@ -48,6 +49,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     pack,
     measure_pack,
     doctor,
+    cache,
     dashboard,
 )
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from qsearch.data.boxes import ImageBoxes, boxes_in_input
 from qsearch.data.decode import convert_channels
+from qsearch.data.image_file import mapped_images, write_images
 from qsearch.data.labels import Classes, Labels
 from qsearch.data.listing import Listing, list_csv, list_folders
 from qsearch.data.preprocessing import Preprocessing
@@ -134,9 +135,9 @@ class Dataset:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(final.with_suffix(".lock")):
-                kept = _mapped(final, shape)
+                kept = mapped_images(final, shape)
                 if kept is None:
-                    _write(final, shape, self._rows(indices, progress))
+                    write_images(final, shape, self._rows(indices, progress))
                     kept = np.load(final, mmap_mode="r")
             return kept
         except OSError as error:
@@ -256,33 +257,6 @@ def _list_demo(classes: Classes) -> Listing:
         versions=((images[0].size, 0),) * len(images),
         open=lambda index: Image.fromarray(images[index]),
     )
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """Map an .npy file; None where there is none, or one that is truncated or not of this shape."""
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
-        return None
-    return found if isinstance(found, np.memmap) and found.shape == shape and found.dtype == np.float32 else None
-
-
-def _write(final: Path, shape: tuple[int, ...], rows: Iterable[NDArray[np.float32]]) -> None:
-    """Write an .npy file row by row under another name, then rename it.
-
-    Plain writes instead of a writable memory map: on a full disk a write raises OSError, a map kills the process.
-    """
-    partial = final.with_suffix(".partial")
-    try:
-        with partial.open("wb") as stream:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for row in rows:
-                stream.write(row.astype("<f4", copy=False).tobytes())
-        partial.replace(final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _sha256(value: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 from image_folders import GREY, RGB, divided_rows, write_image, write_table
 from PIL import Image
 
-from qsearch.data import decode, load_dataset
+from qsearch.data import decode, image_file, load_dataset
 from qsearch.errors import DataError
 
 
@@ -48,6 +48,26 @@ def test_edited_image_is_decoded_again(folders: Path, tmp_path: Path) -> None:
     after = load_dataset(folders, RGB).images("heldout", tmp_path / "cache")
     assert not np.array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1:], after[1:])
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "no checksum", "another checksum"])
+def test_damaged_images_are_decoded_again(folders: Path, tmp_path: Path, damage: str) -> None:
+    before = np.array(load_dataset(folders, RGB).images("heldout", tmp_path / "cache"))
+    (kept,) = (tmp_path / "cache").glob("*.npy")
+    content, checksum = bytearray(kept.read_bytes()), kept.with_suffix(".crc32")
+    content[len(content) // 2] ^= 1
+    if damage == "no checksum":
+        checksum.unlink()
+    elif damage == "another checksum":
+        checksum.write_text("00000000\n")
+    else:
+        kept.write_bytes(content if damage == "flipped" else content[:-4])
+    # As another process would find it.
+    image_file._whole.clear()
+    calls: list[tuple[int, int]] = []
+    after = load_dataset(folders, RGB).images("heldout", tmp_path / "cache", lambda *counts: calls.append(counts))
+    assert calls
+    np.testing.assert_array_equal(before, after)
 
 
 def test_interrupted_decoding_leaves_nothing(folders: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import struct
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from qsearch.errors import StudyError
+from qsearch.errors import StudyError, UsageError
+from qsearch.search.evaluation.cache_entries import cache_entries, evict
 
-__all__ = ["CacheFolder", "is_whole_elf"]
+__all__ = ["CacheFolder", "cache_to_itself", "most_bytes"]
+
+MOST_BYTES = 20 * 1024**3
 
 # Scratch names of the kernel cache, kernel times, statistics, sensitivities, roundings, decoded images and modules.
 STRAYS = (
@@ -25,22 +28,35 @@ STRAYS = (
 )
 
 
-def is_whole_elf(path: Path) -> bool:
-    """Whether a file is an ELF file that is not truncated: its last part, the section headers, must lie within it."""
+def most_bytes() -> int:
+    """What a cache may take before the entries that were used longest ago are dropped.
+
+    Raises:
+        UsageError: QSEARCH_CACHE_BYTES is no number of bytes.
+    """
+    text = os.environ.get("QSEARCH_CACHE_BYTES", str(MOST_BYTES))
+    if not text.isdecimal():
+        raise UsageError(f"QSEARCH_CACHE_BYTES is what the cache may take, a whole number of bytes, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def cache_to_itself(path: Path) -> Iterator[None]:
+    """Hold a cache folder that nobody else may use meanwhile.
+
+    Raises:
+        StudyError: Another process uses it.
+    """
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        with path.open("rb") as stream:
-            header, size = stream.read(64), os.fstat(stream.fileno()).st_size
-    except FileNotFoundError:
-        return False
-    # Not for platforms whose object files are of another kind.
-    if not sys.platform.startswith("linux"):
-        return True
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return False
-    order = "<" if header[5] == 1 else ">"
-    (offset,) = struct.unpack_from(f"{order}Q", header, 40)
-    entry_bytes, entries = struct.unpack_from(f"{order}HH", header, 58)
-    return bool(offset + entry_bytes * entries <= size)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StudyError(
+            f"the cache {path} is in use by another process: wait until it has ended, nothing was removed"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 class CacheFolder:
@@ -74,20 +90,8 @@ class CacheFolder:
             pass
         else:
             self._clean()
+            evict(cache_entries(path), most_bytes())
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-        self._remove_damaged_kernels()
-
-    def _remove_damaged_kernels(self) -> None:
-        """Make the kernel cache compile again what a power cut or a full disk has truncated.
-
-        Loading such a library fails at best; at worst the process dies of reading beyond the end of the file.
-        """
-        for file in self.path.glob("kernels/*"):
-            damaged = (
-                file.stat().st_size == 0 if file.suffix == ".lib" else file.suffix in (".o", ".so") and not is_whole_elf(file)
-            )
-            if damaged:
-                file.unlink(missing_ok=True)
 
     def _clean(self) -> None:
         for pattern in STRAYS:

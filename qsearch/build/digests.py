@@ -1,0 +1,42 @@
+"""SHA-256 digests beside the files of the kernel cache, in the form that `sha256sum --check` reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["is_whole", "objects_are_whole", "record_digests", "recorded_digests"]
+
+
+def record_digests(path: Path, files: Iterable[Path]) -> None:
+    """Write the digests of files that lie beside one another."""
+    path.write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files), encoding="ascii")
+
+
+def recorded_digests(path: Path) -> dict[str, str]:
+    """File name -> digest; empty where there is no record, or one that cannot be read."""
+    try:
+        lines = [line.split("  ") for line in path.read_text(encoding="ascii").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {name: digest for digest, name in lines} if all(len(line) == 2 for line in lines) else {}
+
+
+def is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there and has a digest."""
+    try:
+        return _sha256(path) == digest
+    except OSError:
+        return False
+
+
+def objects_are_whole(directory: Path, symbol: str) -> bool:
+    """Whether a kernel's object file is there, and machine code for a GPU where it has some, as they were written."""
+    recorded = recorded_digests(directory / f"{symbol}.sha256")
+    return f"{symbol}.o" in recorded and all(is_whole(directory / name, digest) for name, digest in recorded.items())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
