@@ -24,6 +24,7 @@ from qsearch.commands.pack import measure_pack, pack
 from qsearch.commands.report import report
 from qsearch.commands.run import run
 from qsearch.commands.search import search
+from qsearch.commands.status import status
 from qsearch.commands.tables import tables
 from qsearch.commands.terminal import INTERRUPTED, say
 from qsearch.commands.tune import tune
@@ -35,6 +36,7 @@ __all__ = ["app", "main"]
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
 VERBS: tuple[Callable[..., None], ...] = (
     search,
+    status,
     front,
     report,
     compare,

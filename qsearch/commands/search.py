@@ -78,6 +78,7 @@ def search(
     cost_table: CostTable = None,
     rpc: Rpc = None,
     rpc_key: RpcKey = None,
+    log_json: Annotated[Path | None, typer.Option(help="Append one JSON document a line to this file, for every trial.")] = None,
     json: Json = False,
 ) -> None:
     """Search per-layer precisions; the same command again continues its study.
@@ -105,7 +106,7 @@ def search(
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     name = study or default_study(model)
     asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
-    request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images)))
+    request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images), log=log_json))
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 

@@ -27,6 +27,7 @@ __all__ = [
     "checked_name",
     "database_file",
     "driver_lock",
+    "driving_process",
     "open_storage",
     "shown_url",
     "storage_errors",
@@ -164,8 +165,7 @@ def driver_lock(study: str, url: str) -> Iterator[None]:
     Raises:
         StudyError: Another process drives the study.
     """
-    file = database_file(url)
-    path = file.with_name(f"{file.name}.{study}.lock") if file else STUDIES / f"{study}.lock"
+    path = _lock_file(study, url)
     with storage_errors(url):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Opened without truncation: the text in it names the process that holds the lock.
@@ -183,6 +183,25 @@ def driver_lock(study: str, url: str) -> Iterator[None]:
             handle.write(f"{os.getpid()}\n")
             handle.flush()
         yield
+
+
+def driving_process(study: str, url: str) -> int | None:
+    """The process on this machine that drives a study; None where there is none."""
+    try:
+        with _lock_file(study, url).open() as handle:
+            number = int(handle.read())
+            os.kill(number, 0)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return number
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _lock_file(study: str, url: str) -> Path:
+    file = database_file(url)
+    return file.with_name(f"{file.name}.{study}.lock") if file else STUDIES / f"{study}.lock"
 
 
 def _parse(url: str) -> URL:

@@ -49,6 +49,7 @@ class SearchRequest:
         early_stopping: Whether trials end as soon as their outcome is certain.
         jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
         finetune: What to fine-tune at the end.
+        log: File to append a line of JSON to for every trial.
     """
 
     settings: Settings
@@ -62,6 +63,7 @@ class SearchRequest:
     early_stopping: bool = True
     jobs: int | None = None
     finetune: FinetuneWish = FinetuneWish()
+    log: Path | None = None
 
 
 def checked_request(request: SearchRequest) -> SearchRequest:

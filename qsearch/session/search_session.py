@@ -38,6 +38,7 @@ from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measu
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
+from qsearch.session.trial_log import TrialLog
 from qsearch.session.trial_progress import TrialProgress
 
 __all__ = ["SearchInterrupted", "run_session"]
@@ -74,18 +75,22 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
     seed = request.settings.seed
     images = wished_images(evaluator, request.finetune, seed, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
-    with study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
+    with TrialLog(request.log) as log, study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
+        log.tell("begin", study=handle.name, storage=handle.shown_url, model=request.settings.model, budget=request.budget)
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        _run_trials(handle, request, bound, evaluator, (say, console))
+        _run_trials(handle, request, bound, evaluator, (say, console, log))
         _record_bound(handle, request)
         _verify(handle, evaluator, say)
         if images is not None:
             finetune_front(handle, evaluator, images, request.finetune.count, seed, say)
         record_run(handle, baseline, _facts(request, evaluator, start))
         document = study_document(handle)
+        log.tell(
+            "end", trials=document["trials"], front=[point["trial"] for point in document["front"]], seconds=document["seconds"]
+        )
         if document["beats_float"] is False:
             say(NOTHING_BEATS_FLOAT)
         if document["front"]:
@@ -133,16 +138,21 @@ def _kernels(evaluator: Evaluator, precisions: Sequence[str]) -> str:
 def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[str, Any]:
     seconds = {**evaluator.seconds, "total": time.monotonic() - start}
     settings = request.settings
-    facts = {"model": settings.model, "target": settings.target, "settings": settings.to_json(), "seconds": seconds}
-    facts |= {"limits": dict(request.limits), "sampler": request.sampler}
+    facts: dict[str, Any] = {
+        "model": settings.model,
+        "target": settings.target,
+        "settings": settings.to_json(),
+        "seconds": seconds,
+    }
+    facts |= {"limits": dict(request.limits), "sampler": request.sampler, "budget": request.budget}
     # What a report says of where the figures are from, when the model is no longer at hand.
     return facts | {"layers": layer_facts(evaluator.graph), "machine": machine_facts(), "versions": package_versions()}
 
 
 def _run_trials(
-    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console]
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console, TrialLog]
 ) -> None:
-    say, console = told
+    say, console, log = told
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
     if trials:
@@ -160,7 +170,8 @@ def _run_trials(
         _pipeline(request, evaluator, done) as pipeline,
         TrialProgress((done, request.budget), baseline, say, console) as progress,
     ):
-        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, progress.on_trial)
+        listeners = (progress.on_trial, log.on_trial)
+        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, lambda one: [tell(one) for tell in listeners])
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")

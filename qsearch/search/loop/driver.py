@@ -30,7 +30,7 @@ from qsearch.search.study import StudyHandle, finished, measured_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
-OnTrial = Callable[[FrozenTrial], None]
+OnTrial = Callable[[FrozenTrial], object]
 
 MOST_DUPLICATES_IN_A_ROW = 3
 MOST_FAILURES_IN_A_ROW = 20
