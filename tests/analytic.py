@@ -161,13 +161,19 @@ class AnalyticEvaluator:
 
 
 class TroublesomeEvaluator(AnalyticEvaluator):
-    """Does what environment variables say: TROUBLE=kill|interrupt|fail|defect|slow|noise at the measurement TROUBLE_AT."""
+    """Does what environment variables say: TROUBLE at the measurement TROUBLE_AT.
+
+    TROUBLE=kill|interrupt|hang|memory|fail|defect|slow|noise, or fatal, which dies of every sixth configuration at any time.
+    """
 
     def evaluate(self, config: QuantConfig, rule: StoppingRule | None = None) -> Measurement:
         """Measure, or make trouble."""
         trouble, at = os.environ.get("TROUBLE", ""), int(os.environ.get("TROUBLE_AT", "1"))
         if trouble == "slow":
             time.sleep(0.5)
+        if trouble == "fatal" and int(config.content_hash(), 16) % 6 == 0:
+            os.kill(self.process, signal.SIGSEGV)
+            time.sleep(5)
         if len(self.measured) + 1 == at:
             self._make_trouble(trouble)
         measurement = super().evaluate(config, rule)
@@ -182,6 +188,12 @@ class TroublesomeEvaluator(AnalyticEvaluator):
         elif trouble == "interrupt":
             os.kill(self.process, signal.SIGINT)
             time.sleep(5)
+        elif trouble == "hang":
+            time.sleep(1000)
+        elif trouble == "memory":
+            taken = np.ones(1_500_000_000 // 8)
+            time.sleep(1000)
+            del taken
         elif trouble == "fail":
             self.measured.append("failed")
             raise MeasureError("layer 'classifier': no time could be taken")

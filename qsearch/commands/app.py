@@ -26,7 +26,7 @@ from qsearch.commands.run import run
 from qsearch.commands.search import search
 from qsearch.commands.status import status
 from qsearch.commands.tables import tables
-from qsearch.commands.terminal import INTERRUPTED, say
+from qsearch.commands.terminal import INTERRUPTED, OWN_PROCESS, say
 from qsearch.commands.tune import tune
 from qsearch.commands.verify import verify
 from qsearch.errors import QSearchError
@@ -115,4 +115,4 @@ def main() -> None:
     if not sys.warnoptions:
         # What libraries deprecate among each other is nothing a user can act on.
         warnings.simplefilter("ignore")
-    sys.exit(app())
+    sys.exit(app(obj=OWN_PROCESS))

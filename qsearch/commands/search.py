@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,22 @@ from qsearch.commands.options import (
     Weights,
     checked_task,
 )
-from qsearch.commands.terminal import INFEASIBLE, INTERRUPTED, print_json, print_table, say, stderr_console, stdout_reserved
+from qsearch.commands.terminal import (
+    INFEASIBLE,
+    INTERRUPTED,
+    is_own_process,
+    print_json,
+    print_table,
+    say,
+    stderr_console,
+    stdout_reserved,
+)
 
 __all__ = ["search"]
 
 
 def search(
+    context: typer.Context,
     model: Model = "demo",
     weights: Weights = None,
     data: Data = None,
@@ -78,6 +89,16 @@ def search(
     cost_table: CostTable = None,
     rpc: Rpc = None,
     rpc_key: RpcKey = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="How often in a row the search goes on by itself after its process died; 0 to watch nothing."),
+    ] = 3,
+    trial_timeout: Annotated[
+        float | None, typer.Option(min=1.0, help="Seconds within which a trial must end; one that does not is tried once more.")
+    ] = None,
+    max_memory_gb: Annotated[
+        float | None, typer.Option(min=0.5, help="Memory that the search may take before the trial under way is given up.")
+    ] = None,
     log_json: Annotated[Path | None, typer.Option(help="Append one JSON document a line to this file, for every trial.")] = None,
     json: Json = False,
 ) -> None:
@@ -91,6 +112,7 @@ def search(
     from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.space import load_space
     from qsearch.session.search_request import FinetuneWish, SearchRequest, checked_request, default_study
+    from qsearch.session.supervisor import Limits, supervised
 
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
@@ -107,8 +129,16 @@ def search(
     name = study or default_study(model)
     asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
     request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images), log=log_json))
+    if not restarts and (trial_timeout or max_memory_gb):
+        raise UsageError(
+            "--trial-timeout and --max-memory-gb end a process that another one replaces: they need --restarts 1 or more"
+        )
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
+
+    if restarts and is_own_process(context):
+        memory = None if max_memory_gb is None else int(1e9 * max_memory_gb)
+        request = replace(request, watch=supervised(Limits(restarts, trial_timeout, memory), say))
 
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun

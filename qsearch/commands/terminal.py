@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 __all__ = [
     "INFEASIBLE",
     "INTERRUPTED",
+    "OWN_PROCESS",
+    "is_own_process",
     "print_json",
     "print_table",
     "say",
@@ -26,6 +29,13 @@ __all__ = [
 INTERRUPTED = 130
 # A search that ended without a configuration within its constraints.
 INFEASIBLE = 3
+# What the command line gives its commands, where it is all that the process does.
+OWN_PROCESS = "own process"
+
+
+def is_own_process(context: typer.Context) -> bool:
+    """Whether this process was started for the command alone, and may be forked."""
+    return bool(context.obj == OWN_PROCESS)
 
 
 def stderr_console() -> Console:

@@ -24,6 +24,7 @@ __all__ = [
     "Identity",
     "StudyHandle",
     "finished",
+    "known_configurations",
     "load_study",
     "measured_trials",
     "objective_names",
@@ -40,7 +41,10 @@ OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
 LOSS_BOUND_PP = 10.0
 # Raised whenever the same module would be given other numbers than before.
 OBJECTIVE_VERSION = "3"
-MOST_ATTEMPTS = 3
+# Once more than the first time.
+MOST_ATTEMPTS = 2
+# Attribute of a trial whose configuration is not tried again.
+GIVEN_UP = "given_up"
 _IDENTITY = "identity"
 _DIGEST = re.compile(r"\w{32,}")
 
@@ -110,13 +114,16 @@ class StudyHandle:
 
 
 @contextmanager
-def study_to_search(name: str, identity: Identity, storage: str | None = None) -> Iterator[StudyHandle]:
+def study_to_search(
+    name: str, identity: Identity, storage: str | None = None, reason: str | None = None
+) -> Iterator[StudyHandle]:
     """Create a study or continue it, as its only driver.
 
     Args:
         name: The study's name.
         identity: Of the search that wants it.
         storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
+        reason: Why the process that drove it before has ended, if that is known.
 
     Yields:
         The study, without running trials.
@@ -131,7 +138,7 @@ def study_to_search(name: str, identity: Identity, storage: str | None = None) -
         with storage_errors(url):
             study = _create_or_load(name, opened)
             _check_identity(study, identity)
-            reap_trials(study)
+            reap_trials(study, reason or "the process was killed")
         try:
             yield StudyHandle(study, url)
         finally:
@@ -211,16 +218,28 @@ def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.state == TrialState.COMPLETE or "bound" in trial.user_attrs]
 
 
-def requeue(study: optuna.Study, trial: FrozenTrial) -> bool:
+def known_configurations(study: optuna.Study) -> dict[str, int]:
+    """Content hash -> number of the trial, for what was measured and for what was given up."""
+    given_up = [trial for trial in finished(study, TrialState.FAIL) if trial.user_attrs.get(GIVEN_UP)]
+    trials = (*measured_trials(study), *given_up)
+    return {trial.user_attrs["config_hash"]: trial.number for trial in trials if "config_hash" in trial.user_attrs}
+
+
+def requeue(study: optuna.Study, trial: FrozenTrial, blamed: bool = False) -> bool:
     """Enqueue the parameters of a trial that did not end by its own doing.
 
-    A configuration that takes the process down each time would keep a study from ever going on, so it is given
-    up after a few attempts.
+    A configuration that takes the process down each time would keep a study from ever going on, so it is tried once more and
+    then given up.
+
+    Args:
+        study: Driven by nobody else.
+        trial: The trial.
+        blamed: Whether it may be what ended the process; an interrupt or a full disk is nobody's attempt.
 
     Returns:
         Whether it was enqueued.
     """
-    attempt = int(trial.user_attrs.get("attempt", 1)) + 1
+    attempt = int(trial.user_attrs.get("attempt", 1)) + blamed
     # A trial killed while it was being proposed has only its first parameters; a planned one knows the others.
     values: dict[str, Any] = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     if attempt > MOST_ATTEMPTS or not values:
@@ -230,8 +249,12 @@ def requeue(study: optuna.Study, trial: FrozenTrial) -> bool:
     return True
 
 
-def reap_trials(study: optuna.Study) -> int:
+def reap_trials(study: optuna.Study, reason: str = "the process was killed") -> int:
     """Fail the trials that a killed process left running, and enqueue their configurations again.
+
+    Args:
+        study: Driven by nobody else.
+        reason: What happened to the process.
 
     Returns:
         Number of such trials.
@@ -239,10 +262,12 @@ def reap_trials(study: optuna.Study) -> int:
     left = finished(study, TrialState.RUNNING)
     for trial in left:
         # Enqueued before it is failed: a second kill in between gives a duplicate, which is recognised, not a loss.
-        again = requeue(study, trial)
+        again = requeue(study, trial, blamed=True)
         storage, trial_id = study._storage, trial._trial_id
-        reason = "the process was killed" + ("" if again else f"; given up after {trial.user_attrs.get('attempt', 1)} attempts")
-        storage.set_trial_user_attr(trial_id, "error", reason)
+        given_up = "" if again else f"; given up after {trial.user_attrs.get('attempt', 1)} attempts"
+        if given_up:
+            storage.set_trial_user_attr(trial_id, GIVEN_UP, True)
+        storage.set_trial_user_attr(trial_id, "error", reason + given_up)
         study.tell(trial.number, state=TrialState.FAIL)
     return len(left)
 

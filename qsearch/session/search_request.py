@@ -14,6 +14,7 @@ from qsearch.search.loop.processors import check_jobs
 from qsearch.search.samplers import PLANNER, check_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.storage import checked_name, database_file, storage_url
+from qsearch.session.supervisor import Watch
 
 __all__ = ["FinetuneWish", "SearchRequest", "checked_request", "default_study"]
 
@@ -50,6 +51,7 @@ class SearchRequest:
         jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
         finetune: What to fine-tune at the end.
         log: File to append a line of JSON to for every trial.
+        watch: The process that watches this one.
     """
 
     settings: Settings
@@ -64,6 +66,7 @@ class SearchRequest:
     jobs: int | None = None
     finetune: FinetuneWish = FinetuneWish()
     log: Path | None = None
+    watch: Watch = field(default_factory=Watch)
 
 
 def checked_request(request: SearchRequest) -> SearchRequest:

@@ -75,7 +75,7 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
     seed = request.settings.seed
     images = wished_images(evaluator, request.finetune, seed, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
-    with TrialLog(request.log) as log, study_to_search(request.study, _identity(request, evaluator), request.storage) as handle:
+    with TrialLog(request.log) as log, _study(request, evaluator) as handle:
         log.tell("begin", study=handle.name, storage=handle.shown_url, model=request.settings.model, budget=request.budget)
         record_run(handle, evaluator.baseline, _facts(request, evaluator, start))
         # A study has one float module to compare with, that of its first run.
@@ -96,6 +96,10 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         if document["front"]:
             say(front_words(document))
         return document, study_table(handle, baseline)
+
+
+def _study(request: SearchRequest, evaluator: Evaluator) -> AbstractContextManager[StudyHandle]:
+    return study_to_search(request.study, _identity(request, evaluator), request.storage, request.watch.reason)
 
 
 def _for_task(request: SearchRequest, profile: Profile, say: Progress) -> SearchRequest:
@@ -171,7 +175,13 @@ def _run_trials(
         TrialProgress((done, request.budget), baseline, say, console) as progress,
     ):
         listeners = (progress.on_trial, log.on_trial)
-        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, lambda one: [tell(one) for tell in listeners])
+        outcome = run_search(
+            handle,
+            replace(problem, pipeline=pipeline, beat=request.watch.beat),
+            limits,
+            lambda one: [tell(one) for tell in listeners],
+        )
+    request.watch.rest()
     done += outcome.completed + outcome.stopped_early
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")

@@ -20,7 +20,7 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
-from qsearch.search.study import Identity, StudyHandle, finished, reap_trials, study_to_search
+from qsearch.search.study import Identity, StudyHandle, finished, known_configurations, reap_trials, study_to_search
 
 IDENTITY = Identity({"model": "a"})
 # Three layers of two precisions and one calibration: eight configurations.
@@ -171,11 +171,14 @@ def test_a_full_disk_is_one_message_and_loses_nothing(handle: StudyHandle, monke
 
 def test_a_configuration_that_kills_every_time_is_given_up(handle: StudyHandle) -> None:
     bound = full(AnalyticEvaluator()).space
-    for _ in range(3):
-        handle.study.ask(bound.distributions())
-        assert reap_trials(handle.study) == 1
+    for _ in range(2):
+        trial = handle.study.ask(bound.distributions())
+        trial.set_user_attr("config_hash", "c" * 64)
+        assert reap_trials(handle.study, "it died") == 1
     assert finished(handle.study, TrialState.WAITING) == []
-    assert "given up after 3 attempts" in finished(handle.study, TrialState.FAIL)[-1].user_attrs["error"]
+    last = finished(handle.study, TrialState.FAIL)[-1]
+    assert last.user_attrs["error"] == "it died; given up after 2 attempts"
+    assert known_configurations(handle.study) == {"c" * 64: last.number}
 
 
 def test_a_trial_killed_while_it_was_proposed_keeps_its_plan(handle: StudyHandle) -> None:

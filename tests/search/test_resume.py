@@ -16,7 +16,16 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-COMMAND = [sys.executable, str(Path(__file__).parents[1] / "analytic.py"), "search", "--budget", "22", "--json"]
+COMMAND = [
+    sys.executable,
+    str(Path(__file__).parents[1] / "analytic.py"),
+    "search",
+    "--budget",
+    "22",
+    "--restarts",
+    "0",
+    "--json",
+]
 
 
 def run(folder: Path, **trouble: str) -> subprocess.CompletedProcess[str]:

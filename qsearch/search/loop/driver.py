@@ -26,7 +26,7 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Limits, Outcome, SearchProblem, Stop
 from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import StudyHandle, finished, measured_trials, requeue
+from qsearch.search.study import StudyHandle, finished, known_configurations, measured_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
@@ -78,6 +78,11 @@ class _Begun:
     packed: Any = None
     measured: Future[Measurement] = field(default_factory=Future)
 
+    @property
+    def retried(self) -> bool:
+        """Whether a process died while it tried this configuration before."""
+        return int(self.trial.user_attrs.get("attempt", 1)) > 1
+
 
 @dataclass
 class _Loop:
@@ -113,7 +118,7 @@ class _Loop:
             self.complete = {trial.number: trial.values for trial in finished(study)}
             trials = len(study.get_trials(deepcopy=False))
         self.before = len(measured)
-        self.known = {trial.user_attrs["config_hash"]: trial.number for trial in measured if "config_hash" in trial.user_attrs}
+        self.known = known_configurations(study)
         self.rng = np.random.default_rng([self.limits.seed, trials])
         try:
             if pipeline is None:
@@ -139,7 +144,13 @@ class _Loop:
         """One trial is measured while the one before is written down and the next one asked for and built."""
         under_way: _Begun | None = None
         while True:
-            ahead, reason = self._built(pipeline)
+            ahead, reason = self._asked()
+            if ahead is not None and ahead.retried and under_way is not None:
+                # It may take the process down, and what is measured meanwhile would seem to be the cause as well.
+                self._conclude(under_way, self._ended(under_way, partial(pipeline.result, under_way.measured)))
+                under_way = None
+            if ahead is not None and not self._built(ahead, pipeline):
+                continue
             done, under_way = under_way, ahead
             ended = None if done is None else self._ended(done, partial(pipeline.result, done.measured))
             if under_way is not None:
@@ -148,20 +159,26 @@ class _Loop:
                 self._conclude(done, ended)
             elif reason is not None:
                 return reason
+            if under_way is not None and under_way.retried:
+                self._conclude(under_way, self._ended(under_way, partial(pipeline.result, under_way.measured)))
+                under_way = None
 
-    def _built(self, pipeline: Pipeline) -> tuple[_Begun | None, Stop | None]:
-        """The next trial, linked; or why there is none for now."""
+    def _asked(self) -> tuple[_Begun | None, Stop | None]:
+        """The next trial; or why there is none for now."""
         while (reason := self._reason_to_stop()) is None:
             begun = self._begin()
-            if begun is None:
-                continue
-            try:
-                begun.packed = pipeline.pack(begun.config)
-            except TrialError as error:
-                self._fail(begun.trial, error)
-            else:
+            if begun is not None:
                 return begun, None
         return None, reason
+
+    def _built(self, begun: _Begun, pipeline: Pipeline) -> bool:
+        """Link a trial; one that cannot be linked has failed."""
+        try:
+            begun.packed = pipeline.pack(begun.config)
+        except TrialError as error:
+            self._fail(begun.trial, error)
+            return False
+        return True
 
     def _reason_to_stop(self) -> Stop | None:
         if self.before + self.completed + self.stopped_early + len(self.in_flight) >= self.limits.budget:
@@ -188,6 +205,7 @@ class _Loop:
         """Ask for a trial; None if its configuration is known, which ends it."""
         study = self.handle.study
         with self.handle.guard():
+            self.problem.beat()
             trial = study.ask(self.problem.space.distributions())
             # Within the guard, whose end an interrupt may fall on.
             self.in_flight.append(trial)
@@ -266,6 +284,7 @@ class _Loop:
 
     def _finish(self, trial: optuna.Trial) -> None:
         self.in_flight.remove(trial)
+        self.problem.beat()
         if self.on_trial is not None:
             self.on_trial(self._frozen(trial.number))
 

@@ -33,6 +33,7 @@ class SearchProblem:
         early_stopping: Whether trials end as soon as their outcome is certain.
         anchored: Whether plain starting points come first; a sampler that knows the space does without.
         pipeline: Measures a trial while the next one is built, in place of `evaluate`; None for one by one.
+        beat: Called when a trial begins, and when one has ended: whoever watches the process knows that it goes on.
     """
 
     space: BoundSpace
@@ -42,6 +43,7 @@ class SearchProblem:
     early_stopping: bool = False
     anchored: bool = True
     pipeline: Pipeline | None = None
+    beat: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
