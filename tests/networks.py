@@ -125,8 +125,8 @@ NETWORKS = {
 }
 
 
-def network(name: str) -> tuple[Model, nn.Module]:
-    """An imported network and the torch module it came from, with settled batch norm."""
+def network(name: str, batch: int = 1) -> tuple[Model, nn.Module]:
+    """A network, imported for so many images an inference, and the torch module it came from, with settled batch norm."""
     torch.manual_seed(0)
     module = NETWORKS[name]()
     module.train()
@@ -134,7 +134,7 @@ def network(name: str) -> tuple[Model, nn.Module]:
         for _ in range(3):
             module(torch.randn(16, *SHAPE[1:]))
     module.eval()
-    return import_model(name, module, SHAPE), module
+    return import_model(name, module, (batch, *SHAPE[1:])), module
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
