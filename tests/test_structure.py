@@ -79,7 +79,7 @@ def test_the_check_sees_a_wrong_import(tmp_path):
 # What reads a study or a bundle, and what a command line that is refused has loaded by then.
 WITHOUT_TORCH = (
     *("qsearch.commands.app", "qsearch.export.verify", "qsearch.measure.devices.run_pack", "qsearch.report.figures"),
-    *("qsearch.report.page_document", "qsearch.session.comparison"),
+    *("qsearch.report.page_document", "qsearch.session.comparison", "qsearch.session.search_request"),
 )
 
 
