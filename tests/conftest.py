@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from examples import THOROUGH
 from real_search import RealSearch, search_small, search_with_a_kill, within
 
 # What takes longest for one process, first: the other has the rest to itself meanwhile.
@@ -14,9 +15,11 @@ LONGEST = ("real", "tests/commands", "tests/export", "tests/search", "tests/meas
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep torch to one thread where each of several processes tests on a processor of its own."""
+    """Keep torch to one thread where each of several processes tests on a processor of its own; say if the run is thorough."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "not slow" not in config.option.markexpr:
+        os.environ[THOROUGH] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

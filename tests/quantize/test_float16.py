@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -26,7 +27,7 @@ from qsearch.search.space import SearchSpace
 
 MODELS = {name: network(name)[0] for name in NETWORKS}
 RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WIDE = arrays.arrays(np.float32, (1, 3, 2, 4), elements=st.floats(-1e6, 1e6, width=32))
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, images, network, ranges_of
@@ -28,7 +29,7 @@ RANGES = {
     name: {node: (1.5 * low, 1.5 * high) for node, (low, high) in ranges_of(model, QuantConfig()).items()}
     for name, model in MODELS.items()
 }
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def lowered(name, **options):
