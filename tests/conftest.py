@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from examples import THOROUGH
 from real_search import RealSearch, search_small, search_with_a_kill, within
 
+# Files that look at the real search: one process has them all, as it takes minutes to make.
+REAL = (
+    *("tests/commands/test_compare.py", "tests/commands/test_real_search.py"),
+    *("tests/export/test_bundle.py", "tests/export/test_cpp_runner.py"),
+)
 # What takes longest for one process, first: the other has the rest to itself meanwhile.
-LONGEST = ("real", "tests/commands", "tests/export", "tests/search", "tests/measure")
+LONGEST = (*REAL, "tests/commands/", "tests/search/", "tests/export/", "tests/measure/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,19 +28,29 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[THOROUGH] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, as fixtures are made per file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "real" if file in REAL else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one process, as fixtures are made per file, and all that looks at the real search to one."""
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: min((places[name] for name in LONGEST if groups[item].startswith(name)), default=len(LONGEST)))
+    """What takes longest comes first."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()) and _file(item) not in REAL:
+            raise pytest.UsageError(f"{_file(item)} looks at the real search: name it in REAL, in tests/conftest.py")
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if _file(item).startswith(name)), len(LONGEST)))
 
 
-def _group(item: pytest.Item) -> str:
-    shared = "real" in getattr(item, "fixturenames", ())
-    return "real" if shared else item.path.relative_to(item.config.rootpath).as_posix()
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(item.config.rootpath).as_posix()
 
 
 @pytest.fixture(scope="session")
