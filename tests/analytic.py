@@ -26,7 +26,7 @@ from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.profile import Profile
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, nothing
 from qsearch.search.tables.settings import Setting, table_settings

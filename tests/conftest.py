@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from real_search import RealSearch, search_small, search_with_a_kill
+from examples import THOROUGH
+from real_search import RealSearch, search_small, search_with_a_kill, within
+
+# Files that look at the real search: one process has them all, as it takes minutes to make.
+REAL = (
+    *("tests/commands/test_compare.py", "tests/commands/test_real_search.py"),
+    *("tests/export/test_bundle.py", "tests/export/test_cpp_runner.py"),
+)
+# What takes longest for one process, first: the other has the rest to itself meanwhile.
+LONGEST = (*REAL, "tests/commands/", "tests/search/", "tests/export/", "tests/measure/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep torch to one thread where each of several processes tests on a processor of its own; say if the run is thorough."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "not slow" not in config.option.markexpr:
+        os.environ[THOROUGH] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, as fixtures are made per file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "real" if file in REAL else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()) and _file(item) not in REAL:
+            raise pytest.UsageError(f"{_file(item)} looks at the real search: name it in REAL, in tests/conftest.py")
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if _file(item).startswith(name)), len(LONGEST)))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(item.config.rootpath).as_posix()
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +62,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> RealSearch:
 @pytest.fixture(scope="session")
 def bundles(real: RealSearch) -> list[Path]:
     """Every point of its front as a bundle."""
-    document = real.json("export", "--study", "real", "--all", "--out", "bundles")
-    return [real.folder / row["bundle"] for row in document["bundles"]]
+    result = within(real.folder, "export", "--study", "real", "--all", "--out", "bundles", "--json")
+    assert result.returncode == 0, result.stderr
+    return [real.folder / row["bundle"] for row in json.loads(result.stdout)["bundles"]]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -125,16 +129,33 @@ NETWORKS = {
 }
 
 
-def network(name: str) -> tuple[Model, nn.Module]:
-    """An imported network and the torch module it came from, with settled batch norm."""
+def network(name: str, batch: int = 1) -> tuple[Model, nn.Module]:
+    """A network, imported for so many images an inference, and the torch module it came from, with settled batch norm."""
+    # Whatever a test draws next does not depend on whether another one has asked for the network before.
     torch.manual_seed(0)
+    return _network(name, batch)
+
+
+@cache
+def _network(name: str, batch: int) -> tuple[Model, nn.Module]:
     module = NETWORKS[name]()
     module.train()
     with torch.no_grad():
         for _ in range(3):
             module(torch.randn(16, *SHAPE[1:]))
     module.eval()
-    return import_model(name, module, SHAPE), module
+    return import_model(name, module, (batch, *SHAPE[1:])), module
+
+
+class Named(dict[str, Any]):
+    """Something of every network, made when it is first asked for: all of it takes as long as dozens of tests."""
+
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._make(name)
+        return self[name]
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
@@ -145,3 +166,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 def ranges_of(model: Model, config: QuantConfig) -> dict[str, tuple[float, float]]:
     """Activation ranges from 32 random images."""
     return activation_ranges(observe(model, images(32), 16), model, config.calibration, (-6.0, 6.0))
+
+
+MODELS = Named(lambda name: network(name)[0])
+RANGES = Named(lambda name: ranges_of(MODELS[name], QuantConfig()))

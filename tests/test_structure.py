@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,18 @@ def test_the_check_sees_a_wrong_import(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from qsearch.commands.app import main\nimport qsearch.search.study\n")
     assert imported_rooms(wrong) == {"commands", "search"}
+
+
+# What reads a study or a bundle, and what a command line that is refused has loaded by then.
+WITHOUT_TORCH = (
+    *("qsearch.commands.app", "qsearch.export.verify", "qsearch.measure.devices.run_pack", "qsearch.report.figures"),
+    *("qsearch.report.page_document", "qsearch.session.comparison", "qsearch.session.search_request"),
+)
+
+
+def test_reading_a_study_or_a_bundle_loads_neither_torch_nor_tvm():
+    """The two take seconds to start; a process of its own, as this one has loaded them."""
+    code = f"import importlib, sys\nfor name in {WITHOUT_TORCH}: importlib.import_module(name)\n"
+    code += "print(sorted({'torch', 'tvm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

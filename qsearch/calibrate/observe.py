@@ -13,6 +13,7 @@ from qsearch.calibrate.record import StatisticsRecord
 from qsearch.errors import CalibrationError, DataError
 from qsearch.models.graph import Model, Node
 from qsearch.models.interpret import interpret, one_thread
+from qsearch.models.interpret_memory import images_run
 
 __all__ = ["observe"]
 
@@ -57,12 +58,14 @@ def observe(
         for layer in readers[node.name]:
             if layer.inputs[0] == node.name:
                 # Of values that hold windows of images along axis 0, too.
-                share = len(value) / node.shape[0] * model.graph.input.shape[0] / len(images)
+                share = len(value) / node.shape[0] * model.graph.input.shape[0] / count
                 reads[layer.name] = reads.get(layer.name, 0.0) + share * tap_means(layer, value)
 
     half = (len(images) + 1) // 2
     # A batch ends at the half, so that what is known by then does not depend on the batch size either.
-    for start, stop in _batches(half, len(images), batch_size):
+    batches = _batches(half, len(images), batch_size)
+    count = sum(images_run(model.graph, stop - start) for start, stop in batches)
+    for start, stop in batches:
         batch = np.ascontiguousarray(images[start:stop], np.float32)
         interpret(model, torch.tensor(batch), record)
         if stop == half:

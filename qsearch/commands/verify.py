@@ -17,15 +17,16 @@ def verify(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that export wrote.")],
     json: Json = False,
 ) -> None:
-    """Check a bundle's files, replay its recorded outputs bit for bit, time it again."""
+    """Check a bundle's files, replay its recorded outputs bit for bit, time it alone."""
     from qsearch.export.verify import verify_bundle
 
     result = verify_bundle(bundle)
     if json:
         print_json(result)
         return
+    compares = "" if result["timing"] == result["recorded_timing"] else ": the two do not compare"
     say(
         f"{bundle}: {result['files']} files unchanged, {result['outputs']} recorded outputs replayed with "
-        f"{result['mismatching_bits']} mismatching bits, {result['latency_ms']:.3f} ± {result['latency_spread_ms']:.3f} ms "
-        f"(recorded {result['recorded_latency_ms']:.3f} ms)"
+        f"{result['mismatching_bits']} mismatching bits; {result['latency_ms']:.3f} ± {result['latency_spread_ms']:.3f} ms "
+        f"{result['timing']} (recorded {result['recorded_latency_ms']:.3f} ms, {result['recorded_timing']}{compares})"
     )

@@ -31,7 +31,7 @@ from qsearch.search.provenance import package_versions
 
 __all__ = ["BundleContent", "require_vacant", "write_bundle"]
 
-# Of modules for the CPU that take one image at a time: others have no runner of their own.
+# Of modules for the CPU: others have no runner of their own.
 CPP_RUNNER = Path(__file__).with_name("run.cpp")
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 
@@ -171,7 +171,7 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     shutil.copyfile(runner.__file__, directory / "run.py")
     if content.detection is None:
         shutil.copyfile(predict.__file__, directory / "predict.py")
-    cpp = not linker.target.arch and program.input.shape[0] == 1
+    cpp = not linker.target.arch
     if cpp:
         shutil.copyfile(CPP_RUNNER, directory / CPP_RUNNER.name)
     versions = package_versions(PACKAGES)

@@ -64,4 +64,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    # TVM's bindings load torch where that is installed: it takes seconds, and nothing here needs it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,8 @@
 //
 //   DIR/run             replay the recorded pictures, compare bit for bit, time the module; prints one JSON document
 //
+// latency_ms is that of as many images as the module takes at a time, `batch`.
+//
 // Build it where Python has apache-tvm (its wheels bring headers and libraries; nothing of Python is needed to run it):
 //
 //   F=$(python -c 'import importlib.util as u; print(u.find_spec("tvm_ffi").submodule_search_locations[0])')
@@ -130,13 +132,16 @@ struct Aligned {
   void FreeData(DLTensor* tensor) { std::free(tensor->data); }
 };
 
-ffi::Tensor tensor_of(const Array& array, int64_t n) {
+// As many images from the n-th on as the module takes at a time; from the n-th again where there are fewer, as run.py has it.
+ffi::Tensor batch_of(const Array& array, int64_t n, int64_t batch) {
   DLDataType dtype{static_cast<uint8_t>(array.dtype[1] == 'f' ? kDLFloat : kDLUInt), 8, 1};
   dtype.bits = static_cast<uint8_t>(8 * (array.dtype[2] - '0'));
   std::vector<int64_t> shape = array.shape;
-  shape[0] = 1;
+  int64_t left = shape[0] - n, size = array.row_bytes();
+  shape[0] = batch;
   ffi::Tensor made = ffi::Tensor::FromNDAlloc(Aligned(), ffi::ShapeView(shape.data(), shape.size()), dtype, DLDevice{kDLCPU, 0});
-  std::memcpy(made.data_ptr(), array.bytes.data() + n * array.row_bytes(), array.row_bytes());
+  for (int64_t i = 0; i < batch; ++i)
+    std::memcpy(static_cast<char*>(made.data_ptr()) + i * size, array.bytes.data() + (n + i % left) * size, size);
   return made;
 }
 
@@ -177,35 +182,36 @@ int run(const std::string& bundle) {
   bool takes_pixels = after_key(manifest, "dtype").find("uint8") < 3;
   if (inputs.dtype == "|u1" && !takes_pixels) inputs = normalised(inputs, preprocessing);
   if (inputs.shape[0] != expected.shape[0]) throw std::runtime_error("recorded inputs and outputs differ in number");
+  int64_t batch = static_cast<int64_t>(floats(manifest, "shape").at(0));
 
-  int64_t different = 0, count = inputs.shape[0];
+  int64_t different = 0, count = inputs.shape[0], size = expected.row_bytes();
   double start = seconds(CLOCK_MONOTONIC);
-  for (int64_t n = 0; n < count; ++n) {
-    ffi::Tensor output = main(tensor_of(inputs, n)).cast<ffi::Tensor>();
-    if (static_cast<int64_t>(ffi::GetDataSize(output)) != expected.row_bytes())
+  for (int64_t n = 0; n < count; n += batch) {
+    ffi::Tensor output = main(batch_of(inputs, n, batch)).cast<ffi::Tensor>();
+    if (static_cast<int64_t>(ffi::GetDataSize(output)) != batch * size)
       throw std::runtime_error("the module gives another number of outputs than were recorded");
     const char* given = static_cast<const char*>(output.data_ptr());
-    for (int64_t i = 0; i < expected.row_bytes(); ++i)
-      different += __builtin_popcount(static_cast<unsigned char>(given[i] ^ expected.bytes[n * expected.row_bytes() + i]));
+    for (int64_t i = 0; i < std::min(batch, count - n) * size; ++i)
+      different += __builtin_popcount(static_cast<unsigned char>(given[i] ^ expected.bytes[n * size + i]));
   }
   double loop_s = seconds(CLOCK_MONOTONIC) - start;
 
-  // One image: 21 repeats of about 5 ms. A module for one thread by that thread's own clock, as run.py does it.
+  // One batch: 21 repeats of about 5 ms. A module for one thread by that thread's own clock, as run.py does it.
   clockid_t clock = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
-  ffi::Tensor image = tensor_of(inputs, 0);
+  ffi::Tensor images = batch_of(inputs, 0, batch);
   start = seconds(clock);
-  for (int i = 0; i < 5; ++i) main(image);
+  for (int i = 0; i < 5; ++i) main(images);
   int number = std::max(1, static_cast<int>(std::lround(0.005 / std::max((seconds(clock) - start) / 5, 1e-7))));
   std::vector<double> times;
   for (int repeat = 0; repeat < 21; ++repeat) {
     start = seconds(clock);
-    for (int i = 0; i < number; ++i) main(image);
+    for (int i = 0; i < number; ++i) main(images);
     times.push_back(1e3 * (seconds(clock) - start) / number);
   }
   std::printf(
-      "{\"images\": %lld, \"mismatching_bits\": %lld, \"latency_ms\": %.6f, \"latency_spread_ms\": %.6f, \"threads\": %d, "
-      "\"loop_images_per_s\": %.1f, \"peak_rss_bytes\": %ld}\n",
-      static_cast<long long>(count), static_cast<long long>(different), percentile(times, 0.5),
+      "{\"images\": %lld, \"batch\": %lld, \"mismatching_bits\": %lld, \"latency_ms\": %.6f, \"latency_spread_ms\": %.6f, "
+      "\"threads\": %d, \"loop_images_per_s\": %.1f, \"peak_rss_bytes\": %ld}\n",
+      static_cast<long long>(count), static_cast<long long>(batch), static_cast<long long>(different), percentile(times, 0.5),
       (percentile(times, 0.75) - percentile(times, 0.25)) / 2, threads, count / loop_s, peak_bytes());
   return different ? 1 : 0;
 }

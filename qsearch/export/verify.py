@@ -30,7 +30,8 @@ def verify_bundle(directory: Path) -> dict[str, Any]:
         directory: The bundle.
 
     Returns:
-        bundle, files, outputs, mismatching_bits (0), latency_ms, latency_spread_ms, recorded_latency_ms.
+        bundle, files, outputs, mismatching_bits (0), latency_ms, latency_spread_ms, recorded_latency_ms; timing and
+        recorded_timing, how each of the two was timed: where these differ, a ratio of the two means nothing.
 
     Raises:
         BundleCorruptError: A file was changed, or an output differs.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsearch.errors import UnsupportedModelError
 from qsearch.models.graph import ForeignOp, Graph, Model, Node, Parameters, Pool
-from qsearch.models.interpret_memory import MEMORY_OPERATIONS
+from qsearch.models.interpret_memory import MEMORY_OPERATIONS, images_run
 
 __all__ = ["call_foreign", "forward", "interpret", "one_thread"]
 
@@ -59,9 +59,10 @@ def interpret(model: Model, images: Tensor, on_value: Callable[[Node, Tensor], N
     A value is freed after its last consumer, so that peak memory is that of the widest cut through the graph.
 
     Args:
-        model: The model; the batch of its graph need not be that of `images`, but must divide it.
-        images: float32 (N, C, H, W), preprocessed.
-        on_value: Called with every node, in order, and its value, the input included.
+        model: The model; the batch of its graph need not be that of `images`.
+        images: float32 (N, C, H, W), preprocessed. Where an operation holds the graph's batch (attention, windows, foreign
+            ones), they are run with the first of them once more as often as makes the batch divide them, see `images_run`.
+        on_value: Called with every node, in order, and its value, the input included, for all images that are run.
 
     Returns:
         The value of the graph's output, float32.
@@ -94,12 +95,14 @@ def forward(
         on_value: As for `interpret`.
 
     Returns:
-        The value of the graph's output, float32.
+        The value of the graph's output for the images given, float32.
 
     Raises:
         UnsupportedModelError: A node's operation or a foreign operator is unknown.
     """
-    graph = model.graph
+    graph, given = model.graph, len(images)
+    if images_run(graph, given) != given:
+        images = images[torch.arange(images_run(graph, given)) % given]
     # The interpreter takes arrays and tensors alike; what is given as a tensor keeps its gradient.
     own = model.parameters
     weights = cast(dict[str, np.ndarray], {**own.weight, **(weight or {})})
@@ -118,7 +121,8 @@ def forward(
         for name in {*node.inputs, node.name} & values.keys():
             if last_use.get(name, node.name) == node.name and name != graph.output:
                 del values[name]
-    return values[graph.output]
+    output = values[graph.output]
+    return output if len(images) == given else output[: given * len(output) // len(images)]
 
 
 def _computed(node: Node, inputs: list[Tensor], graph: Graph, parameters: Parameters, images: Tensor) -> Tensor:
@@ -242,10 +246,6 @@ def _foreign(node: Node, inputs: list[Tensor], graph: Graph, parameters: Paramet
     assert node.foreign is not None
     constants = {name: _tensor(parameters.constants[name]) for name in node.foreign.parameters}
     parts = max(1, batch // graph.input.shape[0])
-    if batch != parts * graph.input.shape[0]:
-        raise UnsupportedModelError(
-            f"node {node.name!r} ({node.foreign.target}) needs batches that are a multiple of {graph.input.shape[0]}, got {batch}"
-        )
     split = []
     for name, value in zip(node.inputs, inputs, strict=True):
         length = graph.by_name[name].shape[0] if value.dim() else 0

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsearch.models.graph import Node, Parameters
+from qsearch.models.graph import Graph, Node, Parameters
 
-__all__ = ["MEMORY_OPERATIONS"]
+__all__ = ["MEMORY_OPERATIONS", "images_run"]
 
 # Each takes the node, its inputs, the parameters, and how many of the graph's batches the images are: a value of
 # several batches holds them one after the other.
@@ -97,3 +97,15 @@ MEMORY_OPERATIONS: dict[str, MemoryOperation] = {
     "layer_norm": _layer_norm,
     "l2_normalize": _l2_normalize,
 }
+
+
+def images_run(graph: Graph, count: int) -> int:
+    """How many images the interpreter runs for so many: more where an operation holds the graph's batch, to be a multiple of it.
+
+    Args:
+        graph: The graph.
+        count: Images given.
+    """
+    batch = graph.input.shape[0]
+    holds = batch > 1 and any(node.op == "foreign" or node.op in MEMORY_OPERATIONS for node in graph.nodes)
+    return -(-count // batch) * batch if holds else count

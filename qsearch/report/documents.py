@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError
 from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION, Measurement
-from qsearch.search.bound import TablesBound
 from qsearch.search.constraints import is_feasible
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.finetuned import FinetunedTrial, load_finetuned
@@ -25,6 +24,10 @@ from qsearch.search.front import (
     study_front,
 )
 from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
+
+if TYPE_CHECKING:
+    # Loads torch and TVM, which reading a study needs neither of.
+    from qsearch.search.bound import TablesBound
 
 __all__ = [
     "baseline_document",

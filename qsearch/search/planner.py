@@ -25,7 +25,7 @@ from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
 from qsearch.search.proposals import unseen_values
 from qsearch.search.study import OBJECTIVES, finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest

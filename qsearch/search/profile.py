@@ -17,14 +17,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from qsearch.config import PrecisionName, QuantConfig
 from qsearch.errors import UnsupportedModelError
 from qsearch.measure.measurement import Task
 from qsearch.models.detection import DetectionHead
 from qsearch.models.graph import Graph
-from qsearch.models.zoo import LoadedModel
 from qsearch.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    # Loads torch.
+    from qsearch.models.zoo import LoadedModel
 
 __all__ = ["HOW_TO_DECLARE", "Profile", "check_outputs", "for_task", "last_layers", "task_profile"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsearch.config import QuantConfig, named_config
-from qsearch.errors import StudyError, UsageError
+from qsearch.errors import StudyError
 from qsearch.export.bundle import require_vacant
 from qsearch.measure.measurement import Measurement
 from qsearch.report.documents import baseline_of, settings_of
@@ -182,10 +182,6 @@ def _write_file(source: _Source, request: ExportRequest, progress: Progress) -> 
 
     # Said before the model is loaded.
     require_writable(request.out, request.kind)
-    if source.settings.batch != 1:
-        raise UsageError(
-            f"--format {request.kind} is for one image at a time, and this is for batches of {source.settings.batch}"
-        )
     evaluator = _open(source, progress)
     config: QuantConfig = named_config(source.config) if source.config else source.points[0].config
     row = export_file(evaluator, config, request.out, request.kind, request.force)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The end of `search --then-finetune`: fine-tune the points of the front that have most to gain.
 
-Imported with what a session imports, once its arguments are known to be good.
+What trains is imported within the functions: it loads torch, and few searches wish for it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from qsearch.errors import BundleError, SpaceError, TrialError
-from qsearch.qat.finetune import finetune, open_images
-from qsearch.qat.train import TrainSettings
-from qsearch.qat.training_images import TrainingImages
 from qsearch.search.finetuned import FinetunedTrial, load_finetuned, record_finetuned, worth_finetuning
 from qsearch.search.front import study_front
 from qsearch.search.study import StudyHandle
 from qsearch.session.search_request import FinetuneWish
 
 if TYPE_CHECKING:
+    from qsearch.qat.training_images import TrainingImages
     from qsearch.search.evaluation.objective import ModelEvaluator
 
 __all__ = ["finetune_front", "wished_images"]
@@ -30,7 +28,11 @@ def wished_images(evaluator: ModelEvaluator, wish: FinetuneWish, seed: int, say:
     Raises:
         UsageError: There are none, or they cannot be used.
     """
-    return open_images(evaluator, wish.train, wish.images, seed, say) if wish.count else None
+    if not wish.count:
+        return None
+    from qsearch.qat.finetune import open_images
+
+    return open_images(evaluator, wish.train, wish.images, seed, say)
 
 
 def finetune_front(
@@ -48,6 +50,9 @@ def finetune_front(
         seed: Of the training.
         say: Called with what is to be known.
     """
+    from qsearch.qat.finetune import finetune
+    from qsearch.qat.train import TrainSettings
+
     settings = TrainSettings(seed=seed)
     training = asdict(settings) | {"training_images": len(images.training), "fingerprint": images.fingerprint}
     with handle.guard():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qsearch.errors import UsageError
 from qsearch.search.evaluation.evaluator import Settings
-from qsearch.search.evaluation.open_away import named_target
+from qsearch.search.evaluation.named_target import named_target
 from qsearch.search.loop.processors import check_jobs
 from qsearch.search.samplers import PLANNER, check_sampler
 from qsearch.search.space import SearchSpace

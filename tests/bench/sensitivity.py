@@ -41,7 +41,8 @@ from qsearch.config import QuantConfig
 from qsearch.measure.accuracy import paired_interval
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import FLOAT, ModelEvaluator, prepare_evaluator
-from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity import IMAGES, SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity_table import Sensitivity
 
 BOOTSTRAPS = 300
 MIXTURE_IMAGES = 128

@@ -17,7 +17,7 @@ from verdicts import Curves, reference_hypervolume, verdicts
 from qsearch.measure.measurement import Latency
 from qsearch.search.bound_space import bind_space
 from qsearch.search.space import SearchSpace
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
 

@@ -7,7 +7,7 @@ import pytest
 import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, images, network, ranges_of
+from networks import MODELS, NETWORKS, RANGES, images
 from targets import AARCH64_CPUS, OTHER_CPUS, runnable
 
 from qsearch.build import cache
@@ -25,9 +25,6 @@ from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
-
-MODELS = {name: network(name)[0] for name in NETWORKS}
-RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
 
 
 @pytest.fixture(scope="module", params=["host", "portable", *(runnable(name, pytest.mark.slow) for name in OTHER_CPUS)])

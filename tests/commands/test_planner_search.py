@@ -22,7 +22,7 @@ from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.search.tables.pairwise import PairwiseSum
 

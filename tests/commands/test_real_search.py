@@ -103,7 +103,7 @@ def test_evaluate(real: RealSearch) -> None:
 
 def test_damaged_caches_are_rebuilt(small: Path) -> None:
     options = ("evaluate", *SMALL[1:5], "--precision", "int8", "--json")
-    first = command(small, *options)
+    first = within(small, *options)
     assert first.returncode == 0, first.stderr
     for suffix, size in {"so": 100, "o": 100, "lib": 0, "npy": 1000, "npz": 1000}.items():
         files = sorted((small / "studies" / "cache").rglob(f"*.{suffix}"))

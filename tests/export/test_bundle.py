@@ -282,6 +282,15 @@ def test_a_module_is_timed_by_the_clock_that_the_search_used(threads: int, laten
     assert found == {"latency_ms": pytest.approx(latency_ms), "latency_spread_ms": pytest.approx(0.0)}
 
 
+@pytest.mark.parametrize(
+    ("latency", "words"),
+    [({"ratio": 0.5}, "in turns with the float module"), ({"ratio": None}, "alone"), ({"source": "modelled"}, "of its kernels")],
+)
+def test_it_is_told_how_a_latency_was_timed(tmp_path: Path, latency: dict[str, Any], words: str) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"search": {"latency": latency}}))
+    assert words in runner.recorded_timing(tmp_path)
+
+
 def test_contradictions_and_occupied_directories(small: Path, bundles: list[Path]) -> None:
     export = ("export", "--study", "small", "--out")
     fails(small, 2, ("--trial and --pick",), *export, "x", "--trial", "0", "--pick", "knee")

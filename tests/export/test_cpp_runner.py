@@ -41,7 +41,7 @@ def test_the_recorded_outputs_bit_for_bit(built: Path) -> None:
     result = run(built)
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
-    assert (document["images"], document["mismatching_bits"], document["threads"]) == (16, 0, 1)
+    assert (document["images"], document["batch"], document["mismatching_bits"], document["threads"]) == (16, 1, 0, 1)
     assert document["latency_ms"] > 0 and document["loop_images_per_s"] > 0
     # More than the library, less than a Python that has loaded NumPy and TVM.
     assert 2**20 < document["peak_rss_bytes"] < 2**27
@@ -74,6 +74,25 @@ def test_a_module_that_takes_pixels(built: Path, real: RealSearch, tmp_path: Pat
     result = run(built, str(bundle))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["mismatching_bits"] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--with-preprocess",)])
+def test_a_module_that_takes_several_images(built: Path, small: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Three at a time, of sixteen: the last batch is one image, which is repeated; its other outputs do not count."""
+    bundle = tmp_path / "batches"
+    export = ("export", "--config", "int8", "--model", "broken_networks:Net", "--data", "data", "--batch", "3", *options)
+    result = within(small, *export, "--out", str(bundle))
+    assert result.returncode == 0, result.stderr
+    assert (bundle / "run.cpp").read_text() == (built / "run.cpp").read_text()
+    result = run(built, str(bundle))
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["images"], document["batch"], document["mismatching_bits"]) == (16, 3, 0)
+    outputs = np.load(bundle / "recorded_outputs.npy")
+    for image in (1, 15):
+        outputs[image : image + 1].view(np.uint8).reshape(-1)[0] ^= 1
+    np.save(bundle / "recorded_outputs.npy", outputs)
+    assert json.loads(run(built, str(bundle)).stdout)["mismatching_bits"] == 2
 
 
 def test_eight_inputs_of_a_picture() -> None:

@@ -22,6 +22,7 @@ from qsearch.export.interchange.onnx_file import run_onnx, to_onnx
 from qsearch.export.interchange.torch_module import run_archive, save_archive
 from qsearch.export.interchange.translate import translate
 from qsearch.export.interchange.writer import Rounding
+from qsearch.export.runner import batches_of
 from qsearch.models.zoo import load_model
 from qsearch.quantize.lower import lower
 from qsearch.quantize.program import Program
@@ -32,9 +33,9 @@ IMAGES = images(4, 7)
 
 
 @cache
-def program_of(name: str, precision: str, granularity: str = "channel_wise") -> Program:
+def program_of(name: str, precision: str, granularity: str = "channel_wise", batch: int = 1) -> Program:
     """A network in one precision; 'mixed' takes the four in turn."""
-    model, _ = network(name)
+    model, _ = network(name, batch)
     chosen = ("int8", "fp32", "int16", "w4a8")
     settings = {"default_precision": precision, "granularity": granularity}
     if precision == "mixed":
@@ -44,12 +45,13 @@ def program_of(name: str, precision: str, granularity: str = "channel_wise") -> 
     return lower(model, config, ranges_of(model, config), WeightStore())
 
 
-def expected(program: Program) -> np.ndarray:
+def expected(program: Program, given: np.ndarray = IMAGES) -> np.ndarray:
     """What the reference computes."""
     outputs = [
-        run_program(program, image[None], lambda op, inputs: run_foreign(op.key, op.constants, inputs)) for image in IMAGES
+        run_program(program, batch, lambda op, inputs: run_foreign(op.key, op.constants, inputs))[program.output.name]
+        for batch in batches_of(given, program.input.shape[0])
     ]
-    return np.concatenate([one[program.output.name] for one in outputs])
+    return np.concatenate(outputs)[: len(given)]
 
 
 def close(ours: np.ndarray, theirs: np.ndarray, precision: str) -> None:
@@ -100,6 +102,20 @@ def test_a_torch_archive_computes_the_program(name: str, precision: str, roundin
     called = {str(node.target) for node in torch.export.load(tmp_path / "x.pt2").graph.nodes if node.op == "call_function"}
     assert any("fake_quantize_per_tensor_affine" in name for name in called)
     assert all(name.startswith("aten.") for name in called)
+
+
+@pytest.mark.parametrize("name", ["residual", "excite", "vit", "swin"])
+def test_batches_in_both_formats(name: str, tmp_path: Path) -> None:
+    """Four images at a time, of six: the last batch is filled up. Every image has the output that it has alone."""
+    pytest.importorskip("onnxruntime")
+    program, given = program_of(name, "int8", batch=4), images(6, 7)
+    assert program.input.shape[0] == 4
+    ours = expected(program, given)
+    assert ours.tobytes() == expected(program_of(name, "int8"), given).tobytes()
+    (tmp_path / "x.onnx").write_bytes(to_onnx(translate(program, "steps"), name))
+    close(ours, run_onnx(tmp_path / "x.onnx", given), "int8")
+    save_archive(translate(program, "sums"), tmp_path / "x.pt2", {})
+    close(ours, run_archive(tmp_path / "x.pt2", given), "int8")
 
 
 def test_an_onnx_file_holds_the_programs_numbers() -> None:

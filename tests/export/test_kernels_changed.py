@@ -104,6 +104,9 @@ def test_other_tiles_end_a_study_and_are_measured_again_on_request(retuned: Path
     assert metrics["heldout"]["images"] == point.heldout.accuracy.images  # type: ignore[union-attr]
     checked = json.loads(within(tmp_path, "verify", str(tmp_path / "bundle"), "--json").stdout)
     assert checked["mismatching_bits"] == 0 and checked["recorded_latency_ms"] == metrics["latency_ms"]
+    assert "alone" in checked["timing"] and "in turns with the float module" in checked["recorded_timing"]
+    words = within(tmp_path, "verify", str(tmp_path / "bundle")).stderr
+    assert "in turns with the float module" in words and "the two do not compare" in words
 
 
 def test_a_study_of_unrecorded_kernels_is_treated_as_one_of_others(small: Path, old: str, tmp_path: Path) -> None:
@@ -147,6 +150,8 @@ def test_float_is_exported_where_nothing_beats_it(small: Path, tmp_path: Path, m
     assert metrics["search"] == metrics["float"]
     verified = within(small, "verify", str(tmp_path / "float"))
     assert verified.returncode == 0, verified.stderr
+    # Alone now and alone then: these two figures compare.
+    assert verified.stderr.count("timed alone") == 2 and "do not compare" not in verified.stderr
     everything = within(small, "export", "--study", "small", "--out", str(tmp_path / "all"), "--all", "--json")
     assert everything.returncode == 0, everything.stderr
     assert "float itself is exported" in everything.stderr

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import images, network
 
+from qsearch.calibrate.observe import observe
 from qsearch.errors import UnsupportedModelError
 from qsearch.models.graph import ACTIVATIONS, Conv, ForeignOp, Graph, Model, Node, Parameters, Pool
 from qsearch.models.interpret import interpret
+from qsearch.models.interpret_memory import images_run
 
 IMAGE = (1, 4, 9, 10)
 
@@ -158,6 +161,22 @@ def test_foreign_operators_may_hold_the_batch_they_were_exported_with() -> None:
     x = random_images()
     expected = F.relu(x).reshape(3, 4, 3, 3, 10).permute(0, 2, 1, 3, 4)
     torch.testing.assert_close(interpret(model, x), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "foreign", "residual"])
+def test_any_number_of_images_where_operations_hold_a_batch(name: str) -> None:
+    """The last batch is filled up with images given; nothing of these is in the output, and statistics count what was run."""
+    alone, three = network(name)[0], network(name, 3)[0]
+    given = torch.from_numpy(images(7))
+    torch.testing.assert_close(interpret(three, given), interpret(alone, given))
+    run = images_run(three.graph, 7)
+    assert run == (7 if name == "residual" else 9)
+    one, other = (observe(model, images(8), 5) for model in (alone, three))
+    # Moving several images may take operations of its own.
+    assert one.tensors.keys() <= other.tensors.keys()
+    for value, found in one.tensors.items():
+        assert found.minimum == pytest.approx(other.tensors[value].minimum, abs=1e-5)
+        assert found.maximum == pytest.approx(other.tensors[value].maximum, abs=1e-5)
 
 
 def test_every_value_is_shown_in_order_and_freed_after_its_last_use() -> None:

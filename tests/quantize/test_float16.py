@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from networks import NETWORKS, images, network, ranges_of
+from networks import MODELS, NETWORKS, RANGES, images
 
 from qsearch.build.foreign import run_foreign
 from qsearch.build.target import open_target
@@ -24,9 +25,7 @@ from qsearch.quantize.weight_store import WeightStore
 from qsearch.search.evaluation.requirements import require_asked
 from qsearch.search.space import SearchSpace
 
-MODELS = {name: network(name)[0] for name in NETWORKS}
-RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WIDE = arrays.arrays(np.float32, (1, 3, 2, 4), elements=st.floats(-1e6, 1e6, width=32))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from networks import NETWORKS, images, network, ranges_of
+from networks import MODELS, NETWORKS, RANGES, images
 
 from qsearch.build.foreign import run_foreign
 from qsearch.build.target import open_target
@@ -21,8 +21,6 @@ from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.weight_store import WeightStore
 
 F8 = "float8_e4m3fn"
-MODELS = {name: network(name)[0] for name in NETWORKS}
-RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
 RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 # Every number of the type, NaN excepted.
 NUMBERS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)

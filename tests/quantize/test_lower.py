@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import run_kernel, target_named
-from networks import NETWORKS, images, network, ranges_of
+from networks import MODELS, NETWORKS, RANGES, images
 
 from qsearch.build.foreign import run_foreign
 from qsearch.config import QuantConfig
@@ -16,11 +17,9 @@ from qsearch.quantize.lower import lower, precisions
 from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
 
-MODELS = {name: network(name)[0] for name in NETWORKS}
-RANGES = {name: ranges_of(model, QuantConfig()) for name, model in MODELS.items()}
 # These compute in float inside, whatever they read and write: rounding differs between targets.
 INEXACT = ("foreign", "layer_norm", "softmax", "l2_normalize")
-RELAXED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=examples(12), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def lowered(name, **options):

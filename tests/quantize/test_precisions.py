@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, images, network, ranges_of
+from networks import MODELS, NETWORKS, RANGES, Named, images
 from torch import nn
 
 from qsearch.build.foreign import run_foreign
@@ -22,17 +23,13 @@ from qsearch.quantize.reference import run_program
 from qsearch.quantize.weight_store import WeightStore
 from qsearch.quantize.weights import MAX_ACCUMULATOR, activation_limit
 
-MODELS = {name: network(name)[0] for name in NETWORKS}
 # Wide enough that nothing is clipped: what remains is rounding.
-RANGES = {
-    name: {node: (1.5 * low, 1.5 * high) for node, (low, high) in ranges_of(model, QuantConfig()).items()}
-    for name, model in MODELS.items()
-}
-RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+WIDE = Named(lambda name: {node: (1.5 * low, 1.5 * high) for node, (low, high) in RANGES[name].items()})
+RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def lowered(name, **options):
-    return lower(MODELS[name], QuantConfig.model_validate(options), RANGES[name], WeightStore())
+    return lower(MODELS[name], QuantConfig.model_validate(options), WIDE[name], WeightStore())
 
 
 def reference(program, x):
@@ -117,7 +114,7 @@ def test_int16_sums_never_overflow(decades, equal, bias, seed):
         bias=model.parameters.bias | {"head": np.array([bias] + 6 * [0.1], np.float32)},
     )
     program = lower(
-        replace(model, parameters=parameters), QuantConfig(default_precision="int16"), RANGES["residual"], WeightStore()
+        replace(model, parameters=parameters), QuantConfig(default_precision="int16"), WIDE["residual"], WeightStore()
     )
     assert_within_accumulator(program)
 
@@ -150,10 +147,10 @@ def test_bounded_weights_use_the_bits_there_are(outputs, inputs, decades, equal,
 def test_weights_do_not_depend_on_the_calibration():
     store, model = WeightStore(), MODELS["residual"]
     config = QuantConfig(default_precision="int16")
-    wider = {name: (2 * low, 2 * high) for name, (low, high) in RANGES["residual"].items()}
+    wider = {name: (2 * low, 2 * high) for name, (low, high) in WIDE["residual"].items()}
     first, second = (
         {op.name: op.constants["weight"] for op in lower(model, config, ranges, store).ops if "weight" in op.constants}
-        for ranges in (RANGES["residual"], wider)
+        for ranges in (WIDE["residual"], wider)
     )
     assert all(first[name] is second[name] for name in ("grouped", "project.0", "head"))
 

@@ -7,7 +7,7 @@ import pytest
 
 from qsearch.config import QuantConfig
 from qsearch.search.tables.divergence import MOST_TAKEN, divergence_sum
-from qsearch.search.tables.sensitivity import Sensitivity
+from qsearch.search.tables.sensitivity_table import Sensitivity
 
 LAYERS = {"a": ("fp32", "int8", "w4a8"), "b": ("fp32", "int8"), "c": ("fp32", "int8", "w4a8")}
 

@@ -26,7 +26,7 @@ from qsearch.search.surrogate import (
     fit_loss_curve,
     fit_surrogate,
 )
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.settings import Setting, table_settings

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, SHAPE, images, network
+from networks import MODELS, NETWORKS, SHAPE, images
 from scipy.special import log_softmax
 from scipy.stats import spearmanr
 from torch import nn
@@ -28,7 +28,6 @@ PLAIN = QuantConfig()
 LAYER_WISE = QuantConfig(granularity="layer_wise")
 POWERS = QuantConfig(weight_scale="power_of_two")
 IDENTITY = {"model": "m", "data": "d", "target": "t"}
-MODELS = {name: network(name)[0] for name in NETWORKS}
 
 
 def ignore(done, total):

@@ -11,7 +11,7 @@ from analytic import make_graph
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.space import load_space
 from qsearch.search.tables.cost_fit import pairs_around
-from qsearch.search.tables.sensitivity import Sensitivity, integer_pairs
+from qsearch.search.tables.sensitivity_table import Sensitivity, integer_pairs
 from qsearch.search.tables.settings import (
     MOST_SETTINGS,
     TableKey,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qsearch.errors import BundleError, ToolchainError, UnsupportedModelError
-from qsearch.export.interchange.steps import QuantizedNetwork, Step
+from qsearch.export.interchange.steps import QuantizedNetwork, Step, in_batches
 from qsearch.quantize.affine import Affine
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def runtime_is_there() -> bool:
 
 
 def run_onnx(path: Path, images: np.ndarray, threads: int = 1) -> np.ndarray:
-    """What ONNX Runtime gives for images, one by one.
+    """What ONNX Runtime gives for images, as many at a time as the model takes.
 
     Args:
         path: The model.
@@ -213,8 +213,8 @@ def run_onnx(path: Path, images: np.ndarray, threads: int = 1) -> np.ndarray:
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return np.concatenate([session.run(None, {name: image[None]})[0] for image in images])
+        (given,) = session.get_inputs()
+        return in_batches(lambda batch: session.run(None, {given.name: batch})[0], images, given.shape[0])
     except Exception as error:  # the runtime has a class of its own for each status and no common one
         raise BundleError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run {path}: {str(error).splitlines()[0][:300]}"

@@ -13,12 +13,15 @@ there; the rest are:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-__all__ = ["QuantizedNetwork", "Step"]
+from qsearch.export.runner import batches_of
+
+__all__ = ["QuantizedNetwork", "Step", "in_batches"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,14 @@ class QuantizedNetwork:
     output_shape: tuple[int, ...]
     steps: tuple[Step, ...]
     constants: dict[str, np.ndarray]
+
+
+def in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int) -> np.ndarray:
+    """What a network of one size of batch gives for any number of images; a last batch that is short is filled up, and cut.
+
+    Args:
+        run: float32 (batch, C, H, W) -> (batch, ...).
+        images: float32 (N, C, H, W).
+        batch: Images at a time.
+    """
+    return np.concatenate([run(np.array(one)) for one in batches_of(images, batch)])[: len(images)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsearch.errors import BundleError
-from qsearch.export.interchange.steps import QuantizedNetwork, Step
+from qsearch.export.interchange.steps import QuantizedNetwork, Step, in_batches
 from qsearch.models.interpret import call_foreign
 from qsearch.quantize.affine import Affine
 
@@ -181,12 +181,13 @@ def save_archive(network: QuantizedNetwork, path: Path, extra_files: dict[str, A
 
 
 def run_archive(path: Path, images: np.ndarray) -> np.ndarray:
-    """What a saved archive gives for images, one by one.
+    """What a saved archive gives for images, as many at a time as it takes.
 
     Args:
         path: Of `save_archive`.
         images: float32 (N, C, H, W).
     """
-    module = torch.export.load(path).module()
+    program = torch.export.load(path)
+    module, (given,) = program.module(), program.example_inputs[0]
     with torch.no_grad():
-        return np.concatenate([module(torch.from_numpy(np.array(image[None]))).numpy() for image in images])
+        return in_batches(lambda batch: module(torch.from_numpy(batch)).numpy(), images, given.shape[0])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from qsearch.build.link import Linker
-from qsearch.build.target import Target
 from qsearch.measure.latency import TimingSettings
 from qsearch.measure.measurement import Latency, Memory
 from qsearch.quantize.program import Program
+
+if TYPE_CHECKING:
+    # Load TVM.
+    from qsearch.build.link import Linker
+    from qsearch.build.target import Target
 
 __all__ = ["Away", "Device", "Prepared"]
 

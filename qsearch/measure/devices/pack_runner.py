@@ -233,6 +233,8 @@ def main(file, out):
 
 
 if __name__ == "__main__":
+    # TVM's bindings load torch where that is installed: it takes seconds, and nothing here needs it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     here = str(Path(__file__).parent)
     given = sys.argv[1:] if not zipfile.is_zipfile(here) else [here, *sys.argv[1:]]
     if len(given) not in (1, 3) or given[1:2] not in ([], ["--out"]):

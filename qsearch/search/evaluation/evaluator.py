@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Task
@@ -15,7 +15,10 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.profile import Profile
-from qsearch.search.tables.layer_tables import Tables
+
+if TYPE_CHECKING:
+    # Loads torch and TVM, which reading a study needs neither of.
+    from qsearch.search.tables.layer_tables import Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
 

@@ -17,7 +17,8 @@ from qsearch.models.import_torch import import_model
 from qsearch.models.zoo import load_model
 from qsearch.search.evaluation.evaluator import Progress, Settings
 from qsearch.search.evaluation.model_evaluator import FLOAT, ModelEvaluator
-from qsearch.search.evaluation.open_away import named_target, open_target_of
+from qsearch.search.evaluation.named_target import named_target
+from qsearch.search.evaluation.open_away import open_target_of
 from qsearch.search.evaluation.requirements import check_classes, open_dataset, require_asked
 from qsearch.search.profile import check_outputs, for_task
 from qsearch.search.space import SearchSpace

@@ -47,10 +47,7 @@ def remeasure(settings: Settings, baseline: Measurement, configs: Sequence[Quant
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
-        # A user's own model is found where this process found it.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        command = [sys.executable, "-m", "qsearch.search.evaluation.remeasure", name]
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = _run_fresh(folder)
         found = json.loads((folder / _RESULT).read_text(encoding="utf-8")) if (folder / _RESULT).is_file() else {}
     if "verdicts" not in found:
         lines = done.stderr.strip().splitlines()
@@ -60,6 +57,14 @@ def remeasure(settings: Settings, baseline: Measurement, configs: Sequence[Quant
             "tries once more"
         )
     return [(Latency(**latency), accuracy_from_json(accuracy)) for latency, accuracy in found["verdicts"]]
+
+
+def _run_fresh(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Let a process of its own answer the request in a folder."""
+    # A user's own model is found where this process found it.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-m", "qsearch.search.evaluation.remeasure", str(folder)]
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
 def main(folder: Path) -> None:

@@ -18,23 +18,11 @@ from qsearch.measure.gpu_kernel_times import time_gpu_kernels
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
 from qsearch.quantize.program import OpKey, Program
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["Cost", "CostRequest", "CostTable", "measure_costs"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Predicted cost of a configuration.
-
-    Attributes:
-        latency_ms: Sum of its kernels' times.
-        peak_bytes: As `Memory.peak_bytes`, exact.
-    """
-
-    latency_ms: float
-    peak_bytes: int
+__all__ = ["CostRequest", "CostTable", "measure_costs"]
 
 
 @dataclass(frozen=True)

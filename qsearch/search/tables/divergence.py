@@ -13,7 +13,7 @@ import numpy as np
 
 from qsearch.config import QuantConfig
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.tables.sensitivity import Sensitivity
+from qsearch.search.tables.sensitivity_table import Sensitivity
 
 __all__ = ["divergence_sum"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.tables.cost_table import Cost
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.settings import Setting, assignment_config, lowest
 

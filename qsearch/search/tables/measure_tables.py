@@ -19,14 +19,16 @@ from qsearch.quantize.program import Program
 from qsearch.quantize.variants import Variants
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import pairs_around
-from qsearch.search.tables.cost_table import Cost, CostRequest, CostTable, measure_costs
+from qsearch.search.tables.cost_table import CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.needed_kernels import needed_programs
 from qsearch.search.tables.pairwise import PairwiseSum, nothing
-from qsearch.search.tables.sensitivity import IMAGES, Sensitivity, SensitivityRequest
+from qsearch.search.tables.sensitivity import IMAGES, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
+from qsearch.search.tables.sensitivity_table import Sensitivity
 from qsearch.search.tables.settings import (
     Setting,
     TableKey,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from qsearch.errors import StudyError
-from qsearch.search.tables.sensitivity import Sensitivity, SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
+from qsearch.search.tables.sensitivity_table import Sensitivity
 
 __all__ = ["kept_sensitivity", "load_sensitivity", "save_sensitivity", "sensitivity_path"]
 

@@ -14,7 +14,7 @@ from qsearch.config import QuantConfig
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHTS, BoundSpace, LogRange
 from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.search.tables.sensitivity import Sensitivity, integer_pairs
+from qsearch.search.tables.sensitivity_table import Sensitivity, integer_pairs
 
 __all__ = [
     "Setting",
