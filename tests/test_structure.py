@@ -23,6 +23,7 @@ ROOMS = [
     "search",
     "export",
     "report",
+    "adapt",
     "qat",
     "session",
     "commands",
