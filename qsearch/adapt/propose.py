@@ -29,7 +29,7 @@ def proposed_scales(record: dict[str, Any], counts: np.ndarray, moved: Sequence[
     for number in moved:
         value = record["values"][number]
         if value["replaceable"] and counts[number].any():
-            low, high = least_error_range(counts[number], value["wide_scale"], value["zero_point_at_export"])
+            low, high = least_error_range(counts[number], value["wide_scale"], value["wide_zero_point"])
             scales[number] = scale_of_range(value, low, high)
     return scales
 

@@ -118,7 +118,7 @@ def _drift(
 ) -> ValueDrift:
     value, counts = record["values"][number], recorded.counts[number]
     before = _range(value["scale"], value["zero_point"])
-    real = (np.arange(len(counts)) - value["zero_point_at_export"]) * value["wide_scale"]
+    real = (np.arange(len(counts)) - value["wide_zero_point"]) * value["wide_scale"]
     # Half a step of the recording is not beyond the range.
     beyond = (real < before[0] - value["wide_scale"] / 2) | (real > before[1] + value["wide_scale"] / 2)
     clipped = float(counts[beyond].sum() / max(counts.sum(), 1))

@@ -79,7 +79,7 @@ def reference_scales(record: dict[str, Any], statistics: CallStatistics) -> list
     for width in REFERENCE_WIDTHS:
         scales: Scales = [(value["scale"], value["zero_point"]) for value in record["values"]]
         for number, value in enumerate(record["values"]):
-            low, high = covering_range(statistics.counts[number], value["wide_scale"], value["zero_point_at_export"])
+            low, high = covering_range(statistics.counts[number], value["wide_scale"], value["wide_zero_point"])
             if value["replaceable"] and high > low:
                 affine = affine_from_range(value["name"], low * width, high * width)
                 scales[number] = float(affine.scale), affine.zero_point

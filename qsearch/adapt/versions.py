@@ -22,7 +22,7 @@ import numpy as np
 
 from qsearch.adapt.propose import Scales
 from qsearch.calibrate.drift import DriftReference
-from qsearch.errors import BundleCorruptError, BundleError
+from qsearch.errors import BundleCorruptError, BundleError, TargetMismatchError
 from qsearch.export import rescale, runner
 
 __all__ = ["read_bundle", "replace_version", "rollback", "version_of", "write_version"]
@@ -42,14 +42,17 @@ def read_bundle(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         BundleCorruptError: It is no bundle, was changed, or has no record of scales.
+        TargetMismatchError: It is for another machine.
     """
     try:
         manifest = runner.read_manifest(bundle)
         if manifest["target"].get("arch"):
-            raise BundleError(f"{bundle} is for a GPU, {manifest['target']['arch']}: scales are replaced in bundles for CPUs only")
+            raise TargetMismatchError(f"{bundle} is for a GPU, {manifest['target']['arch']}: scales are replaced in bundles for CPUs only")
+        runner.check_machine(manifest)
         return manifest, rescale.read_record(bundle / rescale.RECORD)
     except (runner.BundleProblem, rescale.ScaleProblem) as problem:
-        raise BundleCorruptError(str(problem)) from None
+        wrong = getattr(problem, "status", 1) == runner.WRONG_MACHINE
+        raise (TargetMismatchError if wrong else BundleCorruptError)(str(problem)) from None
 
 
 def write_version(

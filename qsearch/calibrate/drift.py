@@ -55,12 +55,9 @@ class DriftReference:
         whole = counts.sum(0, dtype=np.int64)
         random = np.random.default_rng(seed)
         weights = random.multinomial(DRAWN, np.full(len(counts), 1 / len(counts)), DRAWS).astype(np.float32)
-        index = np.stack(
-            [
-                _index(_binned(whole[value], whole[value]), weights @ _binned(whole[value], counts[:, value]))
-                for value in range(len(whole))
-            ]
-        ).reshape(len(whole), DRAWS)
+        index = np.zeros((len(whole), DRAWS))
+        for value, mine in enumerate(whole):
+            index[value] = _index(_binned(mine, mine), weights @ _binned(mine, counts[:, value]))
         noise = index.mean(1) * DRAWN
         certain = noise > 0
         if not certain.any():

@@ -65,7 +65,7 @@ def scales_of(record):
 
 def wide_scales_of(record):
     """(scale, zero point) of every value in the module that statistics are recorded with."""
-    return [(value["wide_scale"], value["zero_point_at_export"]) for value in record["values"]]
+    return [(value["wide_scale"], value["wide_zero_point"]) for value in record["values"]]
 
 
 def wide_tables_of(record):

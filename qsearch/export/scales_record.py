@@ -18,7 +18,7 @@ from qsearch.errors import BundleError
 from qsearch.export import rescale
 from qsearch.models.graph import Model
 from qsearch.qtype import PRECISIONS
-from qsearch.quantize.affine import Affine
+from qsearch.quantize.affine import Affine, affine_from_range
 from qsearch.quantize.lookup import lookup_table
 from qsearch.quantize.program import Op, Program
 
@@ -60,7 +60,7 @@ def describe_scales(program: Program, model: Model, input_range: tuple[float, fl
         input_range: (low, high) that preprocessed images can have.
 
     Returns:
-        values: of all that share a scale, `name`, `scale`, `zero_point`, `wide_scale`, `clip`, `replaceable`;
+        values: of all that share a scale, `name`, `scale`, `zero_point`, `wide_scale`, `wide_zero_point`, `clip`, `replaceable`;
         ops: those that read or write what is replaceable, see `rescale.rescaled`; arrays.
     """
     groups, output_of = _Groups(), {op.output.name: op for op in program.ops}
@@ -118,16 +118,23 @@ def _union(clips: Sequence[tuple[float, float] | None]) -> tuple[float, float] |
 
 
 def _value(affine: Affine, members: list[str], clip: tuple[float, float] | None, replaceable: bool) -> dict[str, Any]:
-    scale, zero_point = float(affine.scale), affine.zero_point
-    widening = WIDENING if replaceable else 1.0
-    if replaceable and clip is not None:
-        reach = [(clip[0], -zero_point), (clip[1], rescale.QMAX - zero_point)]
-        needed = [end / (steps * scale) for end, steps in reach if steps]
-        widening = min(WIDENING, max(1.0, *needed)) if needed else 1.0
-    wide = float(np.float32(scale * widening))
+    name, wide = members[0].rsplit(":", 1)[0], affine
+    if replaceable:
+        wide = affine_from_range(name, *_wide_range(affine, clip))
     ends = None if clip is None else [None if np.isinf(end) else float(end) for end in clip]
-    facts = {"name": members[0].rsplit(":", 1)[0], "clip": ends, "replaceable": replaceable}
-    return facts | {"scale": scale, "zero_point": zero_point, "wide_scale": wide, "zero_point_at_export": zero_point}
+    row: dict[str, Any] = {"name": name, "clip": ends, "replaceable": replaceable}
+    row |= {"scale": float(affine.scale), "zero_point": affine.zero_point}
+    return row | {"wide_scale": float(wide.scale), "wide_zero_point": wide.zero_point}
+
+
+def _wide_range(affine: Affine, clip: tuple[float, float] | None) -> tuple[float, float]:
+    """A range that reaches `WIDENING` times as far as a value's, beyond both ends or the one that no clip bounds."""
+    scale, zero_point = float(affine.scale), affine.zero_point
+    low, high, span = -zero_point * scale, (rescale.QMAX - zero_point) * scale, rescale.QMAX * scale
+    least, most = (-np.inf, np.inf) if clip is None else clip
+    bounded = (low <= least) + (high >= most)
+    further = span * (WIDENING - 1) / (1 if bounded else 2)
+    return min(low, max(low - further, least)), max(high, min(high + further, most))
 
 
 def _operation(
