@@ -1,8 +1,10 @@
-"""Scales and zero points for the values that have moved, from what was counted of them."""
+"""Scales and zero points from what was counted.
+
+All values get new ones once any has moved: what one of them clips changes all that follow it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,15 @@ Scales = list[tuple[float, int]]
 LEAST_SHRINK = 0.25
 
 
-def proposed_scales(record: dict[str, Any], counts: np.ndarray, moved: Sequence[int]) -> Scales:
-    """New scales for some values, the old ones for all others.
+def proposed_scales(record: dict[str, Any], counts: np.ndarray) -> Scales:
+    """New scales for all values that can have other ones.
 
     Args:
         record: Of the bundle.
         counts: Recorded, (values, 256), in integers of the module with wider ranges.
-        moved: The values, by number.
     """
     scales: Scales = [(value["scale"], value["zero_point"]) for value in record["values"]]
-    for number in moved:
-        value = record["values"][number]
+    for number, value in enumerate(record["values"]):
         if value["replaceable"] and counts[number].any():
             low, high = least_error_range(counts[number], value["wide_scale"], value["wide_zero_point"])
             scales[number] = scale_of_range(value, low, high)

@@ -102,7 +102,7 @@ def adapt_bundle(bundle: Path, statistics: Path, trial: Trial | None = None) -> 
     reference = drift_reference(record)
     index, thresholds = reference.index(recorded.counts), reference.thresholds(recorded.batches)
     moved = [number for number in range(len(index)) if index[number] > thresholds[number]]
-    scales = proposed_scales(record, recorded.counts, moved) if moved else None
+    scales = proposed_scales(record, recorded.counts) if moved else None
     rows = [_drift(record, recorded, number, (index[number], thresholds[number]), scales) for number in range(len(index))]
     rows.sort(key=lambda row: -row.index)
     found = Adaptation(bundle, manifest, record, recorded, rows)
@@ -173,7 +173,9 @@ def labelled_trial(bundle: Path, folder: Path, convert_channels: bool = False) -
     if (bundle / runner.DETECTION).exists():
         raise DataError(f"{bundle} holds a detector: leave --data out, and its scales are tried on the recorded images")
     listing = list_directory(folder, read_bundle_classes(bundle) or None)
-    images = np.stack([decode_input(listing, index, preprocessing, convert_channels) for index in range(len(listing.names))])
+    images: np.ndarray = np.stack(
+        [decode_input(listing, index, preprocessing, convert_channels) for index in range(len(listing.names))]
+    )
     if runner.takes_pixels(runner.read_manifest(bundle)):
         images = preprocessing.pixels_of(images)
     return Trial(images, np.array(listing.labels.indices, np.int64), "labelled")

@@ -9,7 +9,6 @@ surely, and where there are labels, if they get no fewer images right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,7 +132,9 @@ def _judged(outputs: np.ndarray, trial: Trial) -> Verdict:
     if lost > 0:
         return Verdict(False, f"the new scales get {lost} images fewer right", **facts)
     if interval[0] <= 0:
-        return Verdict(False, "the new scales bring the outputs no closer to what the module gives when nothing is clipped", **facts)
+        return Verdict(
+            False, "the new scales bring the outputs no closer to what the module gives when nothing is clipped", **facts
+        )
     return Verdict(True, "the new scales bring the outputs closer to what the module gives when nothing is clipped", **facts)
 
 

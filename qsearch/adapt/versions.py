@@ -47,7 +47,9 @@ def read_bundle(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         manifest = runner.read_manifest(bundle)
         if manifest["target"].get("arch"):
-            raise TargetMismatchError(f"{bundle} is for a GPU, {manifest['target']['arch']}: scales are replaced in bundles for CPUs only")
+            raise TargetMismatchError(
+                f"{bundle} is for a GPU, {manifest['target']['arch']}: scales are replaced in bundles for CPUs only"
+            )
         runner.check_machine(manifest)
         return manifest, rescale.read_record(bundle / rescale.RECORD)
     except (runner.BundleProblem, rescale.ScaleProblem) as problem:
@@ -83,7 +85,10 @@ def write_version(
             copy = Path(shutil.copytree(bundle, Path(scratch) / "bundle"))
             _fill(copy, record, made, facts)
             names = ("model.so", "recorded_outputs.npy", "metrics.json", rescale.RECORD)
-            told = {"version": 1 + max([number, *others]), "adapted_from": {"version": number, "self_sha256": manifest["self_sha256"]}}
+            told = {
+                "version": 1 + max([number, *others]),
+                "adapted_from": {"version": number, "self_sha256": manifest["self_sha256"]},
+            }
             _seal(copy, manifest | told, names)
             if place.exists():
                 # A version that was never put in its place, or came back from there.

@@ -26,7 +26,9 @@ def adapt(
     stats: Annotated[Path | None, typer.Option(help="What the bundle's monitor.py has recorded.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled images to try new scales on: one folder per class, or labels.csv. Default: the recorded ones."),
+        typer.Option(
+            help="Labelled images to try new scales on: one folder per class, or labels.csv. Default: the recorded ones."
+        ),
     ] = None,
     convert_channels: ConvertChannels = False,
     apply: Annotated[bool, typer.Option("--apply", help="Put a version with the new scales in the bundle's place.")] = False,
@@ -41,12 +43,7 @@ def adapt(
     if back and (apply or data is not None):
         raise UsageError("--rollback takes no other option but --json: leave --apply and --data out")
     if back:
-        from qsearch.adapt.versions import rollback
-
-        was, now = rollback(bundle)
-        say(f"{bundle}: version {now} is back; version {was} is kept as {bundle.name}.v{was}")
-        if json:
-            print_json({"bundle": str(bundle), "version": now, "was": was})
+        _roll_back(bundle, json)
         return
     assert stats is not None
     from qsearch.adapt.session import adapt_bundle, labelled_trial
@@ -67,6 +64,15 @@ def adapt(
         print_json(document)
     if found.verdict is not None and not accepted:
         raise typer.Exit(1)
+
+
+def _roll_back(bundle: Path, json: bool) -> None:
+    from qsearch.adapt.versions import rollback
+
+    was, now = rollback(bundle)
+    say(f"{bundle}: version {now} is back; version {was} is kept as {bundle.name}.v{was}")
+    if json:
+        print_json({"bundle": str(bundle), "version": now, "was": was})
 
 
 def applied(found: Adaptation) -> dict[str, Any]:
@@ -107,8 +113,8 @@ def summary(found: Adaptation) -> str:
     if verdict.divergence_before or verdict.divergence_after:
         low, high = verdict.gain_ci
         text += (
-            f" (distance {verdict.divergence_before:.4f} before, {verdict.divergence_after:.4f} after, gain {low:.4f} to {high:.4f}, "
-            f"on {verdict.images} {verdict.source} images)"
+            f" (distance {verdict.divergence_before:.4f} before, {verdict.divergence_after:.4f} after, gain {low:.4f} to "
+            f"{high:.4f}, on {verdict.images} {verdict.source} images)"
         )
     if verdict.right_before is not None and verdict.top1_gain_ci_pp is not None:
         low, high = verdict.top1_gain_ci_pp

@@ -26,8 +26,9 @@ from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
 from qsearch.export import monitor, predict, rescale, runner
+from qsearch.export.marked_constants import mark_constants
 from qsearch.export.reference_counts import with_reference
-from qsearch.export.scales_record import describe_scales, mark_constants
+from qsearch.export.scales_record import describe_scales
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
 from qsearch.search.provenance import package_versions
@@ -216,15 +217,15 @@ def _write_module(directory: Path, linker: Linker, program: Program, adaptable: 
     if adaptable is None:
         _export_library(linker.build(program, linked=False, exported=True), path, linker.target)
         return
-    record = describe_scales(program, adaptable.model, adaptable.input_range)
-    marked = mark_constants(record, linker.calls(program.ops))
+    described = describe_scales(program, adaptable.model, adaptable.input_range)
+    marked = mark_constants(described, linker.calls(program.ops))
     _export_library(linker.build(program, linked=False, exported=True, calls=marked.calls), path, linker.target)
-    record, content = marked.located(record, path.read_bytes())
+    record, content = marked.located(path.read_bytes())
     path.write_bytes(content)
     facts = {"input": {"shape": list(program.input.shape)}, "target": {"arch": linker.target.arch}}
     rescale.write_record(directory / rescale.RECORD, with_reference(directory, record, facts, adaptable.images))
-    for file in (rescale, monitor):
-        shutil.copyfile(file.__file__, directory / Path(file.__file__).name)
+    for file in (Path(rescale.__file__), Path(monitor.__file__)):
+        shutil.copyfile(file, directory / file.name)
 
 
 def _export_library(module: CompiledModule, path: Path, target: Target) -> None:

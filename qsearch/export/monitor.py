@@ -31,12 +31,12 @@ if __package__:
     from qsearch.export import rescale
     from qsearch.export import runner as run
 else:
-    import rescale
+    import rescale  # type: ignore[no-redef]
 
     try:
-        import run
+        import run  # type: ignore[no-redef]
     except ImportError:  # in qsearch's own folder it has another name
-        import runner as run
+        import runner as run  # type: ignore[no-redef]
 
 FORMAT, VERSION = "qsearch-statistics-of-calls", 1
 LEVELS = 256

@@ -18,7 +18,14 @@ from qsearch.export import runner
 from qsearch.measure.boxes import decode_outputs
 from qsearch.models.detection import DetectionHead
 
-__all__ = ["detect_images", "predict_images", "read_bundle_classes", "read_bundle_detection", "read_bundle_preprocessing", "verify_bundle"]
+__all__ = [
+    "detect_images",
+    "predict_images",
+    "read_bundle_classes",
+    "read_bundle_detection",
+    "read_bundle_preprocessing",
+    "verify_bundle",
+]
 
 TIMEOUT_S = 600
 

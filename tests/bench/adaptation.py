@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -152,17 +153,126 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+# Plain calls and monitored ones in turns, by the processor time of the process.
+COST = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import monitor
+served = monitor.Monitor(sys.argv[1])
+images = np.load(sys.argv[2])[: served.manifest["input"]["shape"][0]]
+def plain(images):
+    given = served.tvm.runtime.tensor(np.ascontiguousarray(images), device=served.tvm.cpu())
+    return served.machine["main"](given).numpy()
+def block(call, count):
+    start = time.process_time()
+    for _ in range(count):
+        call(images)
+    return time.process_time() - start
+count = max(1, int(0.1 / (block(plain, 20) / 20)))
+spent = {"plain": 0.0, "monitored": 0.0}
+until, calls = time.process_time() + float(sys.argv[3]), 0
+while time.process_time() < until:
+    for name, call in (("plain", plain), ("monitored", served), ("monitored", served), ("plain", plain)):
+        spent[name] += block(call, count)
+    calls += 2 * count
+ratio = spent["monitored"] / spent["plain"] - 1
+sampled = served.statistics.images
+print(json.dumps({"cost": ratio, "calls": calls, "sampled": sampled, "one_in": calls / max(sampled, 1),
+                  "plain_ms": 1e3 * spent["plain"] / calls, "sample_ms": 1e3 * served.cost}))
+"""
+
+
+def cost(bundle: Path, images: np.ndarray, folder: Path, seconds: float = 60.0) -> dict[str, Any]:
+    """What the default monitor adds to the time of calls, as a part of it."""
+    given = folder / "cost.npy"
+    np.save(given, images)
+    command = [sys.executable, "-c", COST, str(bundle), str(given), str(seconds)]
+    environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def alarms(bench: Bench, draws: int = 100) -> dict[str, Any]:
+    """Draws of images without a shift: in how many anything drifts, by the threshold and by its part that noise determines."""
+    import tvm
+
+    from qsearch.adapt.versions import read_bundle
+    from qsearch.calibrate.drift import LEAST_INDEX
+    from qsearch.export import monitor
+    from qsearch.export.reference_counts import drift_reference
+
+    bundle = bench.bundle("none", "alarms")
+    manifest, record = read_bundle(bundle)
+    counter, reference = monitor.Counter(bundle, record, manifest, tvm), drift_reference(record)
+    images = bench.images(np.concatenate([bench.pixels, bench.served]), "none")
+    counts = np.stack([counter(image[None]).astype(np.int32) for image in images])
+    random, found = np.random.default_rng(0), {}
+    for size in (16, 64, 256):
+        index = np.stack([reference.index(counts[random.choice(len(counts), size, False)].sum(0)) for _ in range(draws)])
+        by_noise = reference.alarm * reference.noise * (1 / size + 1 / reference.images)
+        found[str(size)] = {
+            "draws": draws,
+            "drift": int((index > reference.thresholds(size)).any(1).sum()),
+            "above_noise": int((index > by_noise).any(1).sum()),
+            "largest_index": float(index.max()),
+            "largest_threshold": float(np.maximum(by_noise, LEAST_INDEX).max()),
+        }
+    return found
+
+
+def replacing(bundle: Path, repeats: int = 5) -> dict[str, Any]:
+    """Seconds to write other scales into a module, and to write a whole new version and put it in the bundle's place."""
+    from qsearch.adapt.replay import rescaled_module
+    from qsearch.adapt.session import Adaptation, apply_adaptation
+    from qsearch.adapt.statistics import CallStatistics
+    from qsearch.adapt.validate import Verdict
+    from qsearch.adapt.versions import read_bundle, rollback
+
+    module, whole = [], []
+    for _ in range(repeats):
+        manifest, record = read_bundle(bundle)
+        scales = [
+            (float(np.float32(1.1 * v["scale"])), v["zero_point"]) if v["replaceable"] else (v["scale"], v["zero_point"])
+            for v in record["values"]
+        ]
+        start = time.perf_counter()
+        rescaled_module(bundle, record, scales)
+        module.append(time.perf_counter() - start)
+        counts = record["arrays"]["counts"].astype(np.int64)
+        statistics, outputs = CallStatistics(counts, 1, 1, np.zeros((0, 1))), np.load(bundle / "recorded_outputs.npy")
+        made = Adaptation(bundle, manifest, record, statistics, [], scales, Verdict(True, "", 0, ""), outputs)
+        whole.append(apply_adaptation(made)["seconds"])
+        rollback(bundle)
+    return {"module_s": float(np.median(module)), "version_s": float(np.median(whole)), "version_most_s": max(whole)}
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--precision", default="int8")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--bundle", type=Path, help="measure cost and replacing of a copy of this bundle instead")
+    parser.add_argument("--json", action="store_true", help="one document on stdout, which is what it prints anyway")
     options = parser.parse_args()
-    functions = {"recovery": recovery}
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.precision)
-        found = {part: functions[part](bench) for part in options.parts.split(",")}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, parts = Path(name), options.parts.split(",")
+        if options.bundle is not None:
+            bundle, parts = (
+                Path(shutil.copytree(options.bundle, folder / "copy")),
+                [p for p in parts if p in ("cost", "replacing")],
+            )
+            images = runner.recorded_inputs(bundle, runner.read_manifest(bundle))
+        else:
+            bench = Bench(folder, options.precision)
+            bundle, images = bench.bundle("none", "plain"), bench.images(bench.pixels[:16], "none")
+        for part in parts:
+            say(part)
+            if part in ("recovery", "alarms"):
+                found[part] = {"recovery": recovery, "alarms": alarms}[part](bench)
+            else:
+                found[part] = cost(bundle, images, folder) if part == "cost" else replacing(bundle)
     print(json.dumps(found, indent=2))
 
 

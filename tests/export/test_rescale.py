@@ -20,7 +20,8 @@ from qsearch.build.target import open_target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError
 from qsearch.export import rescale
-from qsearch.export.scales_record import MarkedModule, describe_scales, lookup_tables, mark_constants
+from qsearch.export.marked_constants import MarkedModule, mark_constants
+from qsearch.export.scales_record import describe_scales, lookup_tables
 from qsearch.quantize import program as definition
 from qsearch.quantize.affine import affine_from_range
 from qsearch.quantize.lower import lower
@@ -62,7 +63,7 @@ def exported(linker: Linker, name: str, folder: Path, **options: Any) -> Exporte
     record, calls = describe_scales(program, MODELS[name], INPUT_RANGE), linker.calls(program.ops)
     marked = mark_constants(record, calls)
     packed = pack_module(linker.build(program, calls=marked.calls), folder / "marked.vm", kept=True)
-    record, module = marked.located(record, packed.file.read_bytes())
+    record, module = marked.located(packed.file.read_bytes())
     return Exported(program, [op for op, _ in calls], record, module, packed)
 
 
@@ -175,10 +176,10 @@ def test_a_mark_that_is_not_there_once(tmp_path):
     linker = Linker(KernelCache(tmp_path, open_target("host")))
     made = exported(linker, "residual", tmp_path)
     mark = np.arange(5, dtype=np.int32)
-    marked = MarkedModule([], {(0, "integers"): (mark, mark)})
+    marked = MarkedModule(made.record, [], {(0, "integers"): (mark, mark)})
     for module in (b"", 2 * (np.int64(20).tobytes() + mark.tobytes())):
         with pytest.raises(BundleError, match="not once in the module"):
-            marked.located(made.record, module)
+            marked.located(module)
 
 
 def test_scales_that_a_module_cannot_have(tmp_path):
