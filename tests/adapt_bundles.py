@@ -26,6 +26,7 @@ from qsearch.export.from_study import recorded_inputs
 from qsearch.measure.accuracy import run_images
 from qsearch.quantize.lower import lower
 from qsearch.quantize.weight_store import WeightStore
+from qsearch.quantize.whole_pictures import normalised_pixels, with_preprocessing
 
 PREPROCESSING = Preprocessing(None, (12, 10), (0.5,) * 3, (0.25,) * 3)
 CLASSES = tuple(f"class{index}" for index in range(7))
@@ -44,18 +45,21 @@ def pictures(count: int, brightness: float = 1.0, seed: int = 0) -> np.ndarray:
     return runner.normalised(pixels(count, brightness, seed), PREPROCESSING.to_json())
 
 
-def write_dark_bundle(directory: Path, kernels: Path, precision: str = "int8", brightness: float = DARK) -> Path:
+def write_dark_bundle(directory: Path, kernels: Path, precision: str = "int8", takes_pixels: bool = False) -> Path:
     """Export the small network with ranges of dark pictures."""
     model, config = network("residual")[0], QuantConfig(default_precision=precision)
     linker = Linker(KernelCache(kernels, open_target("host")))
-    calibration = pictures(128, brightness)
+    calibration = pictures(128, DARK)
     ranges = activation_ranges(observe(model, calibration, 32), model, config.calibration, PREPROCESSING.value_range)
     program = lower(model, config, ranges, WeightStore())
     recorded, inputs = recorded_inputs(pictures(4, seed=1), PREPROCESSING)
+    if takes_pixels:
+        program, inputs, calibration = with_preprocessing(program, PREPROCESSING), runner.varied(recorded), pixels(128, DARK)
     outputs = run_images(linker.build(program).open, inputs)
-    adaptable = Adaptable(model, PREPROCESSING.value_range, calibration)
-    metrics = {"latency_ms": 1.0}
-    content = BundleContent(config, PREPROCESSING.to_json(), CLASSES, metrics, recorded, outputs, adaptable=adaptable)
+    normalised = normalised_pixels(PREPROCESSING) if takes_pixels else None
+    adaptable = Adaptable(model, PREPROCESSING.value_range, calibration, normalised)
+    given = (config, PREPROCESSING.to_json(), CLASSES, {"latency_ms": 1.0}, recorded, outputs, takes_pixels)
+    content = BundleContent(*given, adaptable=adaptable)
     write_bundle(directory, linker, program, content)
     return directory
 

@@ -80,11 +80,13 @@ class Adaptable:
         model: What the program was lowered from.
         input_range: (low, high) that preprocessed images can have.
         images: Calibration images, as the module takes them.
+        normalised: What pixels are, by `normalised_pixels`, of a module that takes these.
     """
 
     model: Model
     input_range: tuple[float, float]
     images: np.ndarray
+    normalised: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def _write_module(directory: Path, linker: Linker, program: Program, adaptable: 
     if adaptable is None:
         _export_library(linker.build(program, linked=False, exported=True), path, linker.target)
         return
-    described = describe_scales(program, adaptable.model, adaptable.input_range)
+    described = describe_scales(program, adaptable.model, adaptable.input_range, adaptable.normalised)
     marked = mark_constants(described, linker.calls(program.ops))
     _export_library(linker.build(program, linked=False, exported=True, calls=marked.calls), path, linker.target)
     record, content = marked.located(path.read_bytes())

@@ -17,7 +17,7 @@ from qsearch.export.bundle import Adaptable, BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
 from qsearch.quantize.program import Program
-from qsearch.quantize.whole_pictures import with_preprocessing
+from qsearch.quantize.whole_pictures import normalised_pixels, with_preprocessing
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 from qsearch.search.provenance import layer_facts
@@ -201,8 +201,10 @@ def _adaptable(evaluator: ModelEvaluator, takes_pixels: bool) -> Adaptable | Non
     if evaluator.away is not None or evaluator.target.arch:
         return None
     preprocessing, images = evaluator.dataset.preprocessing, evaluator.images("calibration")
-    given = preprocessing.pixels_of(images) if takes_pixels else images
-    return Adaptable(evaluator.model, preprocessing.value_range, given)
+    if not takes_pixels:
+        return Adaptable(evaluator.model, preprocessing.value_range, images)
+    given, normalised = preprocessing.pixels_of(images), normalised_pixels(preprocessing)
+    return Adaptable(evaluator.model, preprocessing.value_range, given, normalised)
 
 
 def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:

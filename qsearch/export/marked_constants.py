@@ -98,8 +98,11 @@ def mark_constants(record: dict[str, Any], calls: Sequence[tuple[Op, Call]]) -> 
             arguments[index] = Constant(mark)
         made.append(replace(call, arguments=tuple(arguments)))
     parts = record.pop("parts") | {"lanes": lanes.parts}
+    normalised = parts.pop("normalised")
     dtypes = {"sums": np.int32, "high": np.float32, "lanes": np.int32}
     record["arrays"] = {name: np.concatenate([*found, np.zeros(0)]).astype(dtypes[name]) for name, found in parts.items()}
+    if normalised:
+        record["arrays"]["normalised"] = normalised[0]
     for row in record["ops"]:
         del row["position"]
     return MarkedModule(record, made, marks)
@@ -154,7 +157,7 @@ def _describe_constants(op: Op, call: Call, row: dict[str, Any], lanes: _Lanes) 
             place["lanes"] = lanes.place(packed[index])
             if name == "bias":
                 row["offset"] = _offset(op, packed[index].astype(np.int64), actual[index]) if row["integer"] else 0
-        elif not np.array_equal(packed[index], probe):
+        elif not np.array_equal(packed[index], probe.ravel()):
             raise BundleError(f"{op.name}: its kernel reads {name} in an order of its own: a defect of qsearch")
         row["constants"][name], found[name] = place, first + index
     return found

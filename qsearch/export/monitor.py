@@ -231,13 +231,13 @@ def run_modules(bundle, modules, images):
 
 def read_images(paths, bundle, manifest):
     """Images as the module takes them: of .npy files, or of pictures and folders of them."""
-    import predict
-
     preprocessing, found = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8")), []
     for path in map(Path, paths):
         if path.suffix == ".npy":
             found.extend(np.load(path, allow_pickle=False))
             continue
+        import predict
+
         files = sorted(one for one in path.rglob("*") if one.suffix.lower() in PICTURES) if path.is_dir() else [path]
         pixels = [predict.pixels_of(file, preprocessing) for file in files]
         found.extend(pixels if run.takes_pixels(manifest) or not pixels else run.normalised(np.stack(pixels), preprocessing))
@@ -273,7 +273,8 @@ def _record(arguments):
     except (run.BundleProblem, rescale.ScaleProblem) as problem:
         print(f"problem: {problem}", file=sys.stderr)
         return 1
-    except (OSError, ValueError, SyntaxError) as error:
+    # What Pillow and NumPy raise on files that they cannot read; a detector's bundle has no predict.py.
+    except (ImportError, OSError, ValueError, SyntaxError) as error:
         print(f"problem: {error}", file=sys.stderr)
         return 1
     print(json.dumps({"statistics": arguments[0], "images": monitor.statistics.images}))

@@ -32,8 +32,8 @@ def with_reference(directory: Path, record: dict[str, Any], manifest: dict[str, 
     import tvm
 
     tables = lookup_tables(record, rescale.wide_scales_of(record))
-    stacked = np.stack([*tables.values(), np.zeros(monitor.LEVELS, np.uint8)])[: len(tables)]
-    record = record | {"arrays": record["arrays"] | {"wide_tables": stacked}}
+    joined = np.concatenate([*tables.values(), np.zeros(0, np.uint8)])
+    record = record | {"arrays": record["arrays"] | {"wide_tables": joined}}
     counter = monitor.Counter(directory, record, manifest, tvm)
     batch, counted = manifest["input"]["shape"][0], images[:MOST_IMAGES]
     counts = [counter(runner.one_batch(counted[start:], manifest)).astype(np.int32) for start in range(0, len(counted), batch)]

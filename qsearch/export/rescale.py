@@ -24,6 +24,8 @@ QMIN, QMAX = 0, 255
 CENTRED = ("conv2d", "add", "mul", "avg_pool2d", "dequantize", "requantize", "activation", "gather")
 # Operations that pass scale and zero point on.
 MOVES = ("max_pool2d", "gather", "to_channels_first")
+# Operations that are a table; `pixels` has one for each channel.
+TABLES = ("lookup", "pixels")
 # Biases beyond this may leave the accumulator no room.
 MAX_BIAS = 2**30
 
@@ -69,9 +71,14 @@ def wide_scales_of(record):
 
 
 def wide_tables_of(record):
-    """Tables of the lookups of that module, by the number of the operation."""
-    numbers = [number for number, op in enumerate(record["ops"]) if op["kind"] == "lookup"]
-    return dict(zip(numbers, record["arrays"]["wide_tables"], strict=True))
+    """Tables of that module, by the number of the operation."""
+    found, start = {}, 0
+    for number, op in enumerate(record["ops"]):
+        if op["kind"] in TABLES:
+            count = op["constants"]["table"]["count"]
+            found[number] = record["arrays"]["wide_tables"][start : start + count]
+            start += count
+    return found
 
 
 def with_scales(record, module, scales, tables):
@@ -81,7 +88,7 @@ def with_scales(record, module, scales, tables):
         record: Of the module.
         module: Its bytes.
         scales: (scale, zero point) of every value, in the record's order.
-        tables: Number of a lookup among the record's operations -> its table under these scales, uint8 (256,).
+        tables: Number of an operation that is a table -> it under these scales, uint8, flat.
 
     Returns:
         Bytes of the same length.
@@ -155,7 +162,7 @@ def rescaled(op, constants, before, after, known):
         constants: Those under the scales before.
         before: (scale, zero point) of every value.
         after: The same of what is wanted.
-        known: sums and high, see `known_of`; table, of a lookup.
+        known: sums and high, see `known_of`; table, of an operation that is one.
 
     Returns:
         The constants that there are, by name.
@@ -163,7 +170,7 @@ def rescaled(op, constants, before, after, known):
     Raises:
         ScaleProblem: A bias leaves its accumulator no room.
     """
-    if op["kind"] == "lookup":
+    if op["kind"] in TABLES:
         return {"table": known["table"]}
     made = {name: array.copy() for name, array in constants.items()}
     given = [(after[value] if value >= 0 else (1.0, 0)) for value in op["inputs"]]

@@ -14,6 +14,7 @@ from qsearch.qtype import PRECISIONS
 from qsearch.quantize.affine import Affine, affine_from_range
 from qsearch.quantize.lookup import lookup_table
 from qsearch.quantize.program import Op, Program
+from qsearch.quantize.whole_pictures import quantized_pixels
 
 __all__ = ["append_array", "describe_scales", "lookup_tables"]
 
@@ -21,7 +22,7 @@ __all__ = ["append_array", "describe_scales", "lookup_tables"]
 WIDENING = 4.0
 # What operations between uint8 values can be given other scales.
 _COMPUTES = ("conv2d", "add", "mul", "concat", "avg_pool2d", "max_pool2d", "gather", "lookup", "activation")
-_CONVERTS = ("quantize", "dequantize", "requantize", "to_channels_last", "to_channels_first")
+_CONVERTS = ("pixels", "quantize", "dequantize", "requantize", "to_channels_last", "to_channels_first")
 
 
 @dataclass
@@ -41,13 +42,16 @@ class _Groups:
         self.parent[self.of(second)] = self.of(first)
 
 
-def describe_scales(program: Program, model: Model, input_range: tuple[float, float]) -> dict[str, Any]:
+def describe_scales(
+    program: Program, model: Model, input_range: tuple[float, float], normalised: np.ndarray | None = None
+) -> dict[str, Any]:
     """Everything of the record but the places in a module's file.
 
     Args:
         program: The program.
         model: What it was lowered from.
         input_range: (low, high) that preprocessed images can have.
+        normalised: What pixels are, by `normalised_pixels`, of a program that takes these.
 
     Returns:
         values: of all that share a scale, `name`, `scale`, `zero_point`, `wide_scale`, `wide_zero_point`, `clip`, `replaceable`;
@@ -70,6 +74,7 @@ def describe_scales(program: Program, model: Model, input_range: tuple[float, fl
         values.append(_value(program.affines[first], members, _union(written), first not in frozen))
     number = {name: firsts.index(groups.of(name)) for name in order}
     arrays: dict[str, list[np.ndarray]] = {"sums": [], "high": [], "lanes": []}
+    arrays["normalised"] = [] if normalised is None else [normalised]
     ops = []
     for call, op in enumerate(program.ops):
         row = _operation(op, number, clips[op.output.name], model, arrays) | {"position": call}
@@ -157,10 +162,13 @@ def append_array(parts: list[np.ndarray], array: np.ndarray) -> list[int]:
 
 
 def lookup_tables(record: dict[str, Any], scales: Sequence[tuple[float, int]]) -> dict[int, np.ndarray]:
-    """The table of every lookup under some scales, by its number among the record's operations."""
+    """Every table under some scales, uint8, flat, by the operation's number in the record."""
     tables = {}
     for number, op in enumerate(record["ops"]):
-        if op["kind"] == "lookup":
+        if op["kind"] == "pixels":
+            affine = Affine(np.float32(scales[op["output"]][0]), scales[op["output"]][1])
+            tables[number] = quantized_pixels(record["arrays"]["normalised"], affine).ravel()
+        elif op["kind"] == "lookup":
             given, made = (Affine(np.float32(scale), zero) for scale, zero in (scales[op["inputs"][0]], scales[op["output"]]))
             tables[number] = lookup_table(op["function"], op["clip"], given, made)
     return tables

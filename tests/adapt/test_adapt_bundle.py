@@ -8,7 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapt_bundles import CLASSES, DARK, alone, contents, outputs_of, pictures, pixels, record, run_here, write_dark_bundle
+from adapt_bundles import (
+    CLASSES,
+    DARK,
+    PREPROCESSING,
+    alone,
+    contents,
+    outputs_of,
+    pictures,
+    pixels,
+    record,
+    run_here,
+    write_dark_bundle,
+)
 from PIL import Image
 
 from qsearch.adapt import versions
@@ -251,3 +263,17 @@ def test_a_module_without_8_bit_values(bright: Path, tmp_path: Path) -> None:
     bundle = write_dark_bundle(tmp_path / "float", tmp_path / "kernels", "fp32")
     with pytest.raises(BundleError, match="no 8-bit values"):
         adapt_bundle(bundle, bright)
+
+
+def test_a_module_that_takes_pixels(tmp_path: Path) -> None:
+    """Its input is a table of pixels, and what it gives are classes, which are compared as such."""
+    bundle, given = write_dark_bundle(tmp_path / "bundle", tmp_path / "kernels", takes_pixels=True), pixels(200, seed=4)
+    plain = write_dark_bundle(tmp_path / "plain", tmp_path / "kernels")
+    assert adapt_bundle(bundle, record(bundle, tmp_path / "dark.npz", pixels(64, DARK, seed=3))).scales is None
+    found = adapt_bundle(bundle, record(bundle, tmp_path / "bright.npz", pixels(200, seed=2)))
+    assert found.verdict is not None and found.verdict.accepted
+    apply_adaptation(found)
+    # The same pictures, normalised, move a module that takes floats to the same scales.
+    apply_adaptation(adapt_bundle(plain, record(plain, tmp_path / "plain.npz", pictures(200, seed=2))))
+    normalised = runner.normalised(given, PREPROCESSING.to_json())
+    assert np.array_equal(outputs_of(bundle / "model.so", given), outputs_of(plain / "model.so", normalised).argmax(1))
