@@ -153,40 +153,43 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-# Plain calls and monitored ones in turns, by the processor time of the process.
+# Medians of single calls, in turns, by the thread's own clock: what other processes disturb is left out.
 COST = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import monitor
 served = monitor.Monitor(sys.argv[1])
+share, served.share = served.share, 0.0
 images = np.load(sys.argv[2])[: served.manifest["input"]["shape"][0]]
 def plain(images):
-    given = served.tvm.runtime.tensor(np.ascontiguousarray(images), device=served.tvm.cpu())
+    given = served.tvm.runtime.tensor(np.ascontiguousarray(images), device=served.device)
     return served.machine["main"](given).numpy()
-def block(call, count):
-    start = time.process_time()
-    for _ in range(count):
-        call(images)
-    return time.process_time() - start
-# Blocks in which several calls are sampled; the median of their ratios leaves out what another process has disturbed.
-count = max(100, int(1.0 / (block(plain, 50) / 50)))
-ratios, ms = [], []
-until = time.process_time() + float(sys.argv[3])
-while time.process_time() < until or len(ratios) < 5:
-    first, one, two, last = (block(call, count) for call in (plain, served, served, plain))
-    ratios.append((one + two) / (first + last) - 1)
-    ms.append(1e3 * (first + last) / 2 / count)
-calls = 2 * count * len(ratios)
-quartiles = np.percentile(ratios, [25, 75]).tolist()
-sampled = served.statistics.images
-print(json.dumps({"cost": float(np.median(ratios)), "quartiles": quartiles, "calls": calls, "sampled": sampled,
-                  "one_in": calls / max(sampled, 1), "plain_ms": float(np.median(ms)), "sample_ms": 1e3 * served.cost}))
+def timed(call):
+    start = time.thread_time()
+    call(images)
+    return 1e3 * (time.thread_time() - start)
+rows = {"plain": [], "call": [], "sample": [], "after": []}
+until = time.thread_time() + float(sys.argv[3])
+while time.thread_time() < until:
+    pairs = [(timed(plain), timed(served)) for _ in range(8)][2:]
+    rows["plain"].append([pair[0] for pair in pairs])
+    rows["call"].append([pair[1] for pair in pairs])
+    rows["sample"].append([timed(served.observe)])
+    rows["after"].append([timed(plain) for _ in range(6)])
+middle = {name: np.median(np.array(found), axis=0) for name, found in rows.items()}
+plain_ms, sample_ms = float(np.median(rows["plain"])), float(middle["sample"][0])
+found = {"plain_ms": plain_ms, "sample_ms": sample_ms, "share": share, "rounds": len(rows["plain"])}
+found["wrapper"] = float(np.median(rows["call"])) / plain_ms - 1
+found["slower_after_ms"] = float((middle["after"] - plain_ms).sum())
+found["one_in"] = sample_ms / share / plain_ms
+found["cost"] = found["wrapper"] + share * (1 + found["slower_after_ms"] / sample_ms)
+print(json.dumps(found))
 """
 
 
 def cost(bundle: Path, images: np.ndarray, folder: Path, seconds: float = 60.0) -> dict[str, Any]:
-    """What the default monitor adds to the time of calls, as a part of it."""
+    """What the default monitor adds to the time of calls, as a part of it: around every call, in chosen ones, in those after."""
     given = folder / "cost.npy"
     np.save(given, images)
     command = [sys.executable, "-c", COST, str(bundle), str(given), str(seconds)]
