@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapt_bundles import write_dark_bundle
 from examples import THOROUGH
 from real_search import RealSearch, search_small, search_with_a_kill, within
 
@@ -71,3 +72,10 @@ def bundles(real: RealSearch) -> list[Path]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished study of the smallest network."""
     return search_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def dark_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that was calibrated on dark pictures; not to be changed."""
+    folder = tmp_path_factory.mktemp("dark")
+    return write_dark_bundle(folder / "bundle", folder / "kernels")

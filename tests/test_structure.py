@@ -25,6 +25,7 @@ ROOMS = [
     "search",
     "export",
     "report",
+    "adapt",
     "qat",
     "session",
     "commands",

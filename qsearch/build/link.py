@@ -7,7 +7,7 @@ Building it takes tens of milliseconds, because no kernel is compiled here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,16 @@ class Linker:
         # The source array is kept beside the packed one, so that its id stays its own.
         self._packed: dict[tuple[tuple, int], tuple[np.ndarray, Constant]] = {}
 
-    def build(self, program: Program, linked: bool = True, exported: bool = False) -> CompiledModule:
+    def build(
+        self, program: Program, linked: bool = True, exported: bool = False, calls: Sequence[Call] | None = None
+    ) -> CompiledModule:
         """Compile a program.
 
         Args:
             program: The program.
             linked: Import the loaded kernels; without them the executable can be exported with their objects.
             exported: Import what an export needs beside the objects: GPU kernels and what launches them.
+            calls: Its kernel calls, where they are not those of `calls` to the letter: with other constants, for instance.
 
         Raises:
             BuildError: A kernel or the module does not compile.
@@ -124,7 +127,7 @@ class Linker:
         import tvm
         from tvm import relax
 
-        calls = [call for _, call in self.calls(program.ops)]
+        calls = [call for _, call in self.calls(program.ops)] if calls is None else calls
         compiled = self.cache.get((call.symbol, call.kernel) for call in calls)
         writer = ModuleWriter(program, calls)
         module = writer.write()

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from qsearch.commands.adapt import adapt
 from qsearch.commands.cache import cache
 from qsearch.commands.compare import compare
 from qsearch.commands.dashboard import dashboard
@@ -48,6 +49,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     export,
     verify,
     run,
+    adapt,
     pack,
     measure_pack,
     doctor,

@@ -25,11 +25,15 @@ from qsearch.build.object_cache import compiler_for
 from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
-from qsearch.export import predict, runner
+from qsearch.export import monitor, predict, rescale, runner
+from qsearch.export.marked_constants import mark_constants
+from qsearch.export.reference_counts import with_reference
+from qsearch.export.scales_record import describe_scales
+from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
 from qsearch.search.provenance import package_versions
 
-__all__ = ["BundleContent", "require_vacant", "write_bundle"]
+__all__ = ["Adaptable", "BundleContent", "require_vacant", "write_bundle"]
 
 # Of modules for the CPU: others have no runner of their own.
 CPP_RUNNER = Path(__file__).with_name("run.cpp")
@@ -45,7 +49,7 @@ It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 
     python run.py .                  check the files, replay the recorded outputs bit for bit, time the module
 {predict}
-{cpp}
+{monitor}{cpp}
 | file | what it is |
 |---|---|
 | model.so | kernels, weights and the Relax executable |
@@ -54,8 +58,10 @@ It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 | metrics.json | what was measured of this very module |
 | recorded_inputs.npy | pixels of pictures; replayed as they are, mirrored, upside down and inverted |
 | recorded_outputs.npy | the outputs that the module must give for them |
-| manifest.json | target, versions, SHA-256 of every file |
+{scales}| manifest.json | target, versions, SHA-256 of every file |
 """
+SCALES = "| scales.npz | scales and zero points, where they lie in model.so, and what tensors held on calibration images |\n"
+MONITOR = "    python monitor.py STATS.npz PICTURE...   what tensors hold on pictures, for `qsearch adapt`; see its first lines\n"
 INPUT = "float32 images ({shape}), preprocessed as `preprocessing.json` says"
 PIXELS_INPUT = "pixels, uint8 ({shape}), resized and cropped as `preprocessing.json` says and no more: normalisation is inside"
 PREDICT = "    python predict.py PICTURE...     classify pictures (with Pillow), or images of shape {shape} in a .npy file"
@@ -64,6 +70,23 @@ CPP = """
 """
 DETECTOR_OUTPUT = "a box and logits at every position of a grid, read as `detection.json` says"
 DETECTOR_PREDICT = "    python run.py . outputs X.npy Y.npy    the outputs for float32 images of shape {shape}"
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptable:
+    """What a bundle needs so that its scales can be replaced later.
+
+    Attributes:
+        model: What the program was lowered from.
+        input_range: (low, high) that preprocessed images can have.
+        images: Calibration images, as the module takes them.
+        normalised: What pixels are, by `normalised_pixels`, of a module that takes these.
+    """
+
+    model: Model
+    input_range: tuple[float, float]
+    images: np.ndarray
+    normalised: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,7 @@ class BundleContent:
         outputs: What the measured module gave for the inputs, float32 (inputs, ...).
         takes_pixels: Normalisation is inside the module, and the choice of the class; outputs are then int32 (inputs,).
         detection: JSON form of how a detector's output is read; None for a classifier.
+        adaptable: For a module whose scales can be replaced later; None for those of GPUs and of machines that are not here.
     """
 
     config: QuantConfig
@@ -90,6 +114,7 @@ class BundleContent:
     outputs: np.ndarray
     takes_pixels: bool = False
     detection: dict[str, Any] | None = None
+    adaptable: Adaptable | None = None
 
 
 def write_bundle(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
@@ -158,8 +183,7 @@ def require_vacant(directory: Path) -> None:
 
 
 def _fill(directory: Path, linker: Linker, program: Program, content: BundleContent) -> None:
-    module = linker.build(program, linked=False, exported=True)
-    _export_library(module, directory / "model.so", linker.target)
+    _write_module(directory, linker, program, content.adaptable)
     _write_json(directory / "config.json", content.config.to_json())
     _write_json(directory / "preprocessing.json", content.preprocessing)
     _write_json(directory / "classes.json", list(content.classes))
@@ -181,11 +205,29 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     given = (PIXELS_INPUT if content.takes_pixels else INPUT).format(shape=shape)
     words = {"output": output, "predict": how.format(shape=shape), "tvm": versions.get("apache-tvm", "")}
     words["cpp"] = CPP if cpp else ""
+    words |= {"monitor": MONITOR, "scales": SCALES} if content.adaptable else {"monitor": "", "scales": ""}
     text = README.format(target=linker.target.description, input=given, shape=shape, **words)
     (directory / "README.md").write_text(text, encoding="utf-8")
     layout = "NHWC" if content.takes_pixels else "NCHW"
     of_input = {"dtype": program.input.dtype, "layout": layout, "shape": list(program.input.shape)}
     _write_manifest(directory, linker.target, versions, {"input": of_input, "metrics": content.metrics})
+
+
+def _write_module(directory: Path, linker: Linker, program: Program, adaptable: Adaptable | None) -> None:
+    """The module; with the record of its scales where they can be replaced later."""
+    path = directory / "model.so"
+    if adaptable is None:
+        _export_library(linker.build(program, linked=False, exported=True), path, linker.target)
+        return
+    described = describe_scales(program, adaptable.model, adaptable.input_range, adaptable.normalised)
+    marked = mark_constants(described, linker.calls(program.ops))
+    _export_library(linker.build(program, linked=False, exported=True, calls=marked.calls), path, linker.target)
+    record, content = marked.located(path.read_bytes())
+    path.write_bytes(content)
+    facts = {"input": {"shape": list(program.input.shape)}, "target": {"arch": linker.target.arch}}
+    rescale.write_record(directory / rescale.RECORD, with_reference(directory, record, facts, adaptable.images))
+    for file in (Path(rescale.__file__), Path(monitor.__file__)):
+        shutil.copyfile(file, directory / file.name)
 
 
 def _export_library(module: CompiledModule, path: Path, target: Target) -> None:
@@ -226,7 +268,7 @@ def _write_manifest(directory: Path, target: Target, versions: dict[str, str], t
         "metrics": {name: metrics[name] for name in ("latency_ms", "remark") if name in metrics},
         "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
-    manifest["self_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    manifest["self_sha256"] = runner.own_digest(manifest)
     _write_json(directory / "manifest.json", manifest)
 
 

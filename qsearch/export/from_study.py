@@ -13,11 +13,11 @@ from qsearch.build.link import CompiledModule
 from qsearch.data import Preprocessing
 from qsearch.errors import BundleError, DataError, StudyMismatchError, UsageError
 from qsearch.export import runner
-from qsearch.export.bundle import BundleContent, write_bundle
+from qsearch.export.bundle import Adaptable, BundleContent, write_bundle
 from qsearch.measure.accuracy import output_digest
 from qsearch.measure.measurement import Measurement
 from qsearch.quantize.program import Program
-from qsearch.quantize.whole_pictures import with_preprocessing
+from qsearch.quantize.whole_pictures import normalised_pixels, with_preprocessing
 from qsearch.search.evaluation.objective import ModelEvaluator
 from qsearch.search.front import FrontPoint, Heldout
 from qsearch.search.provenance import layer_facts
@@ -190,9 +190,21 @@ def _write(
         outputs=evaluator.outputs(module, inputs),
         takes_pixels=with_preprocess,
         detection=None if evaluator.head is None else evaluator.head.to_json(),
+        adaptable=_adaptable(evaluator, with_preprocess),
     )
     write_bundle(directory, evaluator.linker, program, content)
     return (directory / "model.so").stat().st_size
+
+
+def _adaptable(evaluator: ModelEvaluator, takes_pixels: bool) -> Adaptable | None:
+    """What new scales need later; None where the module cannot be run here, or runs on a GPU."""
+    if evaluator.away is not None or evaluator.target.arch:
+        return None
+    preprocessing, images = evaluator.dataset.preprocessing, evaluator.images("calibration")
+    if not takes_pixels:
+        return Adaptable(evaluator.model, preprocessing.value_range, images)
+    given, normalised = preprocessing.pixels_of(images), normalised_pixels(preprocessing)
+    return Adaptable(evaluator.model, preprocessing.value_range, given, normalised)
 
 
 def recorded_inputs(images: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:

@@ -56,8 +56,7 @@ def read_manifest(bundle):
         raise BundleProblem(f"{bundle}/manifest.json is damaged: {error!r}; export the bundle again") from error
     if version != FORMAT:
         raise BundleProblem(f"{bundle} has format {version}, this runner reads format {FORMAT}; use the bundle's own run.py")
-    own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
-    if hashlib.sha256(own.encode()).hexdigest() != manifest.get("self_sha256"):
+    if own_digest(manifest) != manifest.get("self_sha256"):
         raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")
     for name, expected in listed.items():
         try:
@@ -69,6 +68,12 @@ def read_manifest(bundle):
                 f"{bundle}/{name} was changed (SHA-256 {found[:16]}..., expected {expected[:16]}...); export the bundle again"
             )
     return manifest
+
+
+def own_digest(manifest):
+    """SHA-256 of what a manifest says, itself left out."""
+    own = json.dumps({key: value for key, value in manifest.items() if key != "self_sha256"}, sort_keys=True)
+    return hashlib.sha256(own.encode()).hexdigest()
 
 
 def check_machine(manifest):

@@ -18,7 +18,14 @@ from qsearch.export import runner
 from qsearch.measure.boxes import decode_outputs
 from qsearch.models.detection import DetectionHead
 
-__all__ = ["detect_images", "predict_images", "read_bundle_detection", "read_bundle_preprocessing", "verify_bundle"]
+__all__ = [
+    "detect_images",
+    "predict_images",
+    "read_bundle_classes",
+    "read_bundle_detection",
+    "read_bundle_preprocessing",
+    "verify_bundle",
+]
 
 TIMEOUT_S = 600
 
@@ -125,6 +132,11 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
         raise BundleError(f"{directory} is not a bundle: preprocessing.json cannot be read ({error.strerror})") from error
     except (ValueError, DataError) as error:
         raise BundleCorruptError(f"{directory}/preprocessing.json is damaged: {error}") from error
+
+
+def read_bundle_classes(directory: Path) -> tuple[str, ...]:
+    """Names of a bundle's classes in the order of its outputs; may be fewer than these."""
+    return tuple(json.loads((directory / "classes.json").read_text(encoding="utf-8")))
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from qsearch.config import LayerSettings
 from qsearch.errors import QuantizeError
 from qsearch.models.graph import Model, Node
 from qsearch.qtype import FP8, PRECISIONS, UNSCALED
-from qsearch.quantize.affine import Affine, dequantize, quantize
+from qsearch.quantize.affine import Affine
 from qsearch.quantize.assign import Assignment, kernel_precision
 from qsearch.quantize.bias_correction import mean_error
 from qsearch.quantize.group_scales import coarsened
+from qsearch.quantize.lookup import lookup_table
 from qsearch.quantize.program import INTEGER_DTYPES, Op, OpKey, Value
-from qsearch.quantize.reference import activation
 from qsearch.quantize.rounding.learned import LEARNED, RoundedLayer
 from qsearch.quantize.scalars import output_scalars, scalars
 from qsearch.quantize.weight_store import WeightStore
@@ -232,13 +232,8 @@ def _activation(context: Context, node: Node, inputs: list[Value], output: Value
     if inputs[0].dtype != "uint8":
         values = _output_scalars(context, node, output) | _operand(context, node, 0, inputs[0], "a", 1.0)
         return _plain(node, "activation", inputs, output, scalars(multiplier=1 / _unit(context, node, output), **values))
-    real = dequantize(np.arange(256, dtype=np.uint8), context.affines[node.inputs[0], "uint8"])
-    if node.activation == "clip":
-        assert node.clip is not None
-        result = np.clip(real, *node.clip)
-    else:
-        result = activation(node.activation or "", real)
-    table = quantize(result, context.affines[node.name, "uint8"])
+    given, made = context.affines[node.inputs[0], "uint8"], context.affines[node.name, "uint8"]
+    table = lookup_table(node.activation or "", node.clip, given, made)
     return _plain(node, "lookup", inputs, output, {"table": table})
 
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from qsearch.data import Preprocessing
+from qsearch.quantize.affine import Affine
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.quantize.reference import run_op
+from qsearch.quantize.scalars import output_scalars, scalars
 
-__all__ = ["normalised_pixels", "with_preprocessing"]
+__all__ = ["normalised_pixels", "quantized_pixels", "with_preprocessing"]
 
 PIXELS, CLASS = "pixels", "class"
 
@@ -54,6 +56,19 @@ def normalised_pixels(preprocessing: Preprocessing) -> np.ndarray:
     """What each value of a pixel becomes, float32 (256, C)."""
     values = np.arange(256, dtype=np.uint8).astype(np.float32)[:, None] / np.float32(255)
     return (values - np.asarray(preprocessing.mean, np.float32)) / np.asarray(preprocessing.std, np.float32)
+
+
+def quantized_pixels(normalised: np.ndarray, affine: Affine) -> np.ndarray:
+    """The table of a program's first operation under a scale of its output, uint8 (256, C).
+
+    Args:
+        normalised: By `normalised_pixels`.
+        affine: Scale and zero point.
+    """
+    channels = normalised.shape[1]
+    key = OpKey("to_channels_last", ((1, channels, 1, 256), (1, 1, 256, channels)), ("float32", "uint8"))
+    constants = scalars(multiplier=1 / float(affine.scale), **output_scalars(affine))
+    return _written(Op("", key, ("",), Value("", (1, 1, 256, channels), "uint8"), constants), normalised)
 
 
 def _looked_up(name: str, pixels: Value, output: Value, table: np.ndarray) -> Op:

@@ -31,12 +31,15 @@ FILES = (
     "manifest.json",
     "metrics.json",
     "model.so",
+    "monitor.py",
     "predict.py",
     "preprocessing.json",
     "recorded_inputs.npy",
     "recorded_outputs.npy",
+    "rescale.py",
     "run.cpp",
     "run.py",
+    "scales.npz",
 )
 
 # Runs a bundle's run.py in a process that cannot import what a deployment does not have.
