@@ -275,8 +275,8 @@ def _record(arguments):
     try:
         monitor = Monitor(bundle)
         images = read_images(arguments[1:], bundle, monitor.manifest)
-        for start in range(0, len(images), monitor.manifest["input"]["shape"][0]):
-            monitor.observe(run.one_batch(images[start:], monitor.manifest))
+        for batch in run.batches_of(images, monitor.manifest["input"]["shape"][0]):
+            monitor.observe(batch)
         monitor.save(arguments[0])
     except (run.BundleProblem, rescale.ScaleProblem) as problem:
         print(f"problem: {problem}", file=sys.stderr)

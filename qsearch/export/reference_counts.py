@@ -36,7 +36,7 @@ def with_reference(directory: Path, record: dict[str, Any], manifest: dict[str, 
     record = record | {"arrays": record["arrays"] | {"wide_tables": joined}}
     counter = monitor.Counter(directory, record, manifest, tvm)
     batch, counted = manifest["input"]["shape"][0], images[:MOST_IMAGES]
-    counts = [counter(runner.one_batch(counted[start:], manifest)).astype(np.int32) for start in range(0, len(counted), batch)]
+    counts = [counter(given).astype(np.int32) for given in runner.batches_of(counted, batch)]
     found = DriftReference.of_images(np.stack(counts))
     arrays = {"counts": found.counts.astype(np.uint32), "noise": found.noise.astype(np.float32)}
     facts = {"images": found.images, "alarm": found.alarm}
