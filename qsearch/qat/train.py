@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsearch.errors import QuantizeError
-from qsearch.models.graph import Model
 from qsearch.models.interpret import forward, one_thread
 from qsearch.qat.checkpoint import Checkpoint, CheckpointFolder, Epoch
 from qsearch.qat.network import FakeQuantizedNetwork
@@ -36,6 +35,8 @@ LEAST_VALUES = 2**19
 # The least time between two words on an epoch under way, seconds.
 PATIENCE_S = 60.0
 VALIDATION_BATCH = 250
+# Network, inputs, labels -> the mean loss and its gradients.
+Gradients = Callable[[FakeQuantizedNetwork, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ def train(
         DataError: An image cannot be used.
         StudyError: A checkpoint cannot be read or written, or is of another training.
     """
-    aside = torch.get_num_threads() == 2
-    with one_thread() if aside else threads_for(network, settings.batch):
-        return _train(network, images, settings, folder, (progress, aside))
+    if torch.get_num_threads() != 2:
+        with threads_for(network, settings.batch):
+            return _train(network, images, settings, folder, (progress, _gradients))
+    halves = _Halves()
+    with one_thread(), halves.pool:
+        return _train(network, images, settings, folder, (progress, halves))
 
 
 def _train(
@@ -90,9 +94,9 @@ def _train(
     images: TrainingImages,
     settings: TrainSettings,
     folder: CheckpointFolder,
-    told: tuple[Callable[[str], None], bool],
+    means: tuple[Callable[[str], None], Gradients],
 ) -> tuple[Epoch, ...]:
-    progress, aside = told
+    progress = means[0]
     optimizer = torch.optim.Adam(network.trained.values(), lr=settings.rate)
     kept = folder.load()
     if kept is None:
@@ -106,7 +110,7 @@ def _train(
         progress(f"going on after epoch {kept.done} of {settings.epochs}")
     for number in range(len(epochs), settings.epochs + 1):
         start = time.process_time()
-        loss = _epoch(network, images, settings, optimizer, number, (progress, aside))
+        loss = _epoch(network, images, settings, optimizer, number, means)
         validated = top1(network, images.validation_batches(VALIDATION_BATCH))
         epochs.append(Epoch(loss, validated, time.process_time() - start))
         folder.save(Checkpoint(network.state() | _optimizer_state(optimizer, network), tuple(epochs)))
@@ -139,25 +143,23 @@ def _epoch(
     settings: TrainSettings,
     optimizer: torch.optim.Optimizer,
     number: int,
-    told: tuple[Callable[[str], None], bool],
+    means: tuple[Callable[[str], None], Gradients],
 ) -> float:
     """One pass over the images; returns the mean loss."""
-    progress, aside = told
+    progress, gradients = means
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     size = min(settings.batch, len(images.training))
     steps = len(images.training) // size
     before, said, total = (number - 1) * steps, time.monotonic(), 0.0
-    batches = images.batches(size, generator)
-    for step, (inputs, labels, expected) in enumerate(_with_expected(network.plan.model, batches, aside)):
+    for step, (inputs, labels) in enumerate(images.batches(size, generator)):
         share = 0.5 * (1 + math.cos(math.pi * (before + step) / (settings.epochs * steps)))
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * share
-        logits = network(inputs)
-        loss = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits, expected))
+        loss, found = gradients(network, inputs, labels)
         value = loss.item()
         _require_finite(value, number, settings)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter, gradient in zip(network.trained.values(), found, strict=True):
+            parameter.grad = gradient
         optimizer.step()
         network.settle()
         total += value
@@ -177,32 +179,35 @@ def _require_finite(value: float, number: int, settings: TrainSettings) -> None:
         )
 
 
-def _with_expected(
-    model: Model, batches: Iterable[tuple[Tensor, Tensor]], aside: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches with the float network's probabilities.
+def _gradients(network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The mean loss of some images, and its gradients with respect to all that is trained."""
+    with torch.no_grad():
+        expected = forward(network.plan.model, inputs).softmax(1)
+    logits = network(inputs)
+    loss = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits, expected))
+    return loss.detach(), torch.autograd.grad(loss, list(network.trained.values()))
 
-    Args:
-        model: The float network.
-        batches: Inputs and labels.
-        aside: Prepare a batch in a thread of its own while the one before is trained on. Two threads of torch within one small
-            operation gain a tenth; two operations at a time use both processors.
+
+class _Halves:
+    """Both halves of a batch at a time, each in a thread of its own.
+
+    Two threads of torch within one operation of a small network gain a tenth; an operation on each of two processors, a half.
     """
-    left = iter(batches)
 
-    @torch.no_grad()
-    def prepared() -> tuple[Tensor, Tensor, Tensor] | None:
-        batch = next(left, None)
-        return None if batch is None else (*batch, forward(model, batch[0]).softmax(1))
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 
-    if not aside:
-        yield from iter(prepared, None)
-        return
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead = pool.submit(prepared)
-        while (batch := ahead.result()) is not None:
-            ahead = pool.submit(prepared)
-            yield batch
+    def __call__(self, network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `_gradients`; sums of the halves, the first one's first, whichever is ready sooner."""
+        if len(inputs) < 2:
+            return _gradients(network, inputs, labels)
+        halves = zip(inputs.chunk(2), labels.chunk(2), strict=True)
+        shares = [len(half) / len(inputs) for half in inputs.chunk(2)]
+        begun = [self.pool.submit(_gradients, network, *half) for half in halves]
+        (loss, of_first), (other, of_second) = (half.result() for half in begun)
+        first, second = shares
+        sums = tuple(first * one + second * two for one, two in zip(of_first, of_second, strict=True))
+        return first * loss + second * other, sums
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, network: FakeQuantizedNetwork) -> dict[str, Tensor]:
