@@ -157,10 +157,15 @@ def _interrupt_held() -> Iterator[None]:
 
 
 @contextmanager
-def driver_lock(study: str, url: str) -> Iterator[None]:
+def driver_lock(study: str, url: str, process: int | None = None) -> Iterator[None]:
     """Hold the right to drive a study; the kernel gives it back however the process ends.
 
     Two drivers would take each other's running trials for dead ones.
+
+    Args:
+        study: The study's name.
+        url: Of its storage.
+        process: The process that others are told of: the one to end if it is to end; None for this one.
 
     Raises:
         StudyError: Another process drives the study.
@@ -180,7 +185,7 @@ def driver_lock(study: str, url: str) -> Iterator[None]:
             ) from error
         with storage_errors(url):
             handle.truncate(0)
-            handle.write(f"{os.getpid()}\n")
+            handle.write(f"{process or os.getpid()}\n")
             handle.flush()
         yield
 

@@ -115,7 +115,7 @@ class StudyHandle:
 
 @contextmanager
 def study_to_search(
-    name: str, identity: Identity, storage: str | None = None, reason: str | None = None
+    name: str, identity: Identity, storage: str | None = None, before: str | None = None, process: int | None = None
 ) -> Iterator[StudyHandle]:
     """Create a study or continue it, as its only driver.
 
@@ -123,7 +123,8 @@ def study_to_search(
         name: The study's name.
         identity: Of the search that wants it.
         storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
-        reason: Why the process that drove it before has ended, if that is known.
+        before: Why the process that drove it before has ended, if that is known.
+        process: See `driver_lock`.
 
     Yields:
         The study, without running trials.
@@ -133,12 +134,12 @@ def study_to_search(
         StudyError: It cannot be opened, or another process drives it.
     """
     url = storage_url(checked_name(name), storage)
-    with driver_lock(name, url):
+    with driver_lock(name, url, process):
         opened = open_storage(url, create=True)
         with storage_errors(url):
             study = _create_or_load(name, opened)
             _check_identity(study, identity)
-            reap_trials(study, reason or "the process was killed")
+            reap_trials(study, before or "the process was killed")
         try:
             yield StudyHandle(study, url)
         finally:

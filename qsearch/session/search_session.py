@@ -99,7 +99,8 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
 
 
 def _study(request: SearchRequest, evaluator: Evaluator) -> AbstractContextManager[StudyHandle]:
-    return study_to_search(request.study, _identity(request, evaluator), request.storage, request.watch.reason)
+    watch = request.watch
+    return study_to_search(request.study, _identity(request, evaluator), request.storage, watch.reason, watch.process)
 
 
 def _for_task(request: SearchRequest, profile: Profile, say: Progress) -> SearchRequest:

@@ -48,10 +48,11 @@ class Watch:
 
     Attributes:
         reason: Why the process before this one ended; None in the first.
+        process: The watching process; None where there is none.
     """
 
-    def __init__(self, shared: mmap.mmap | None = None, reason: str | None = None) -> None:
-        self._shared, self.reason = shared, reason
+    def __init__(self, shared: mmap.mmap | None = None, reason: str | None = None, process: int | None = None) -> None:
+        self._shared, self.reason, self.process = shared, reason, process
 
     def beat(self, *_: object) -> None:
         """Say that a trial has begun or ended."""
@@ -92,8 +93,10 @@ def supervised(limits: Limits, say: Callable[[str], None]) -> Watch:
         _write(shared, beats, 0.0)
         child = os.fork()
         if child == 0:
+            # Ctrl-C reaches the watching process alone, which passes it on: once, whoever sends it.
+            os.setpgid(0, 0)
             _end_with(parent)
-            return Watch(shared, reason)
+            return Watch(shared, reason, parent)
         status, reason = _watched(child, shared, limits)
         if reason is None:
             _exit_like(status)
@@ -111,8 +114,12 @@ def _watched(child: int, shared: mmap.mmap, limits: Limits) -> tuple[int, str | 
     Returns:
         Its wait status, and why it died; None where it ended by itself, or because somebody wished it to.
     """
-    # Ctrl-C reaches both; the child knows what to do.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    before = signal.signal(signal.SIGINT, pass_on)
     reason = None
     try:
         while True:

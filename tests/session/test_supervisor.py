@@ -80,6 +80,18 @@ def test_an_interrupt_goes_through(tmp_path: Path) -> None:
     assert "another process" not in result.stderr
 
 
+def test_an_interrupt_of_the_watching_process_is_passed_on(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "search", "--budget", "400", "--jobs", "1"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"TROUBLE": "slow"}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while len(list(tmp_path.glob("studies/demo.artifacts/*"))) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate()
+    assert process.returncode == 130 and "intact" in words and "Traceback" not in words
+
+
 def test_a_defect_is_no_reason_to_go_on(tmp_path: Path) -> None:
     result = search(tmp_path, TROUBLE="defect", TROUBLE_AT="3")
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr
@@ -96,8 +108,8 @@ def test_what_ends_the_watching_process_ends_the_searching_one(tmp_path: Path, n
                 if lock.exists() and lock.read_text().strip():
                     break
                 time.sleep(0.1)
-            child = int(lock.read_text())
-            assert child != process.pid
+            assert int(lock.read_text()) == process.pid
+            (child,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
         finally:
             process.send_signal(number)
         assert process.wait() == -number
