@@ -11,7 +11,7 @@ import numpy as np
 
 from qsearch.quantize.affine import affine_from_range
 
-__all__ = ["Scales", "covering_range", "least_error_range", "proposed_scales"]
+__all__ = ["Scales", "covered_steps", "least_error_range", "proposed_scales"]
 
 # (scale, zero point) of every value of a record.
 Scales = list[tuple[float, int]]
@@ -60,9 +60,9 @@ def least_error_range(counts: np.ndarray, scale: float, zero_point: int) -> tupl
     """
     steps = np.arange(len(counts)) - zero_point
     share = counts / counts.sum()
-    used = np.flatnonzero(counts)
-    below = [level for level in range(min(used[0], zero_point), zero_point + 1)]
-    above = [level for level in range(zero_point, max(used[-1], zero_point) + 1)]
+    least, most = covered_steps(counts, zero_point)
+    below = range(zero_point + least, zero_point + 1)
+    above = range(zero_point, zero_point + most + 1)
     # What clipping at each level costs, in squared steps.
     under = np.array([(share * np.square(np.minimum(steps - steps[level], 0))).sum() for level in below])
     over = np.array([(share * np.square(np.maximum(steps - steps[level], 0))).sum() for level in above])
@@ -72,18 +72,7 @@ def least_error_range(counts: np.ndarray, scale: float, zero_point: int) -> tupl
     return float(steps[below[i]] * scale), float(steps[above[j]] * scale)
 
 
-def covering_range(counts: np.ndarray, scale: float, zero_point: int) -> tuple[float, float]:
-    """The range of everything that was counted.
-
-    Args:
-        counts: How often each integer occurs, (256,).
-        scale: Of these integers.
-        zero_point: Of these integers.
-
-    Returns:
-        (low, high) with low <= 0 <= high.
-    """
+def covered_steps(counts: np.ndarray, zero_point: int) -> tuple[int, int]:
+    """The least and the largest integer that was counted, from the zero point on, which lies between them."""
     used = np.flatnonzero(counts)
-    if not len(used):
-        return 0.0, 0.0
-    return float(min(used[0] - zero_point, 0) * scale), float(max(used[-1] - zero_point, 0) * scale)
+    return (int(min(used[0] - zero_point, 0)), int(max(used[-1] - zero_point, 0))) if len(used) else (0, 0)

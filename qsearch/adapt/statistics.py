@@ -48,8 +48,9 @@ def read_statistics(path: Path, bundle: Path, manifest: dict[str, Any], values: 
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(archive["header"].tobytes())
-            if (header["format"], header["version"]) != (monitor.FORMAT, monitor.VERSION):
-                raise DataError(f"{path} has format {header['format']} {header['version']}, expected {monitor.FORMAT} 1; {again}")
+            found, expected = f"{header['format']} {header['version']}", f"{monitor.FORMAT} {monitor.VERSION}"
+            if found != expected:
+                raise DataError(f"{path} has format {found}, expected {expected}; {again}")
             counts, kept = archive["counts"], archive["kept"]
     except OSError as error:
         raise DataError(f"cannot read the statistics {path}: {error.strerror or error}") from error

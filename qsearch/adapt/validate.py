@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.adapt.propose import Scales, covering_range
+from qsearch.adapt.propose import Scales, covered_steps
 from qsearch.adapt.replay import Modules
 from qsearch.adapt.statistics import CallStatistics
 from qsearch.measure.accuracy import divergences, paired_interval
@@ -78,9 +78,10 @@ def reference_scales(record: dict[str, Any], statistics: CallStatistics) -> list
     for width in REFERENCE_WIDTHS:
         scales: Scales = [(value["scale"], value["zero_point"]) for value in record["values"]]
         for number, value in enumerate(record["values"]):
-            low, high = covering_range(statistics.counts[number], value["wide_scale"], value["wide_zero_point"])
-            if value["replaceable"] and high > low:
-                affine = affine_from_range(value["name"], low * width, high * width)
+            least, most = covered_steps(statistics.counts[number], value["wide_zero_point"])
+            if value["replaceable"] and most > least:
+                step = value["wide_scale"] * width
+                affine = affine_from_range(value["name"], float(least * step), float(most * step))
                 scales[number] = float(affine.scale), affine.zero_point
         variants.append(scales)
     return variants
