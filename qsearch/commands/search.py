@@ -112,7 +112,7 @@ def search(
     from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.space import load_space
     from qsearch.session.search_request import FinetuneWish, SearchRequest, checked_request, default_study
-    from qsearch.session.supervisor import Limits, supervised
+    from qsearch.session.supervisor import ProcessLimits, supervised
 
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
@@ -138,7 +138,7 @@ def search(
 
     if restarts and is_own_process(context):
         memory = None if max_memory_gb is None else int(1e9 * max_memory_gb)
-        request = replace(request, watch=supervised(Limits(restarts, trial_timeout, memory), say))
+        request = replace(request, watch=supervised(ProcessLimits(restarts, trial_timeout, memory), say))
 
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun

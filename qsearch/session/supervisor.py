@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limits", "Watch", "supervised"]
+__all__ = ["ProcessLimits", "Watch", "supervised"]
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +29,7 @@ _FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """When a searching process is given up.
 
     Attributes:
@@ -54,7 +54,7 @@ class Watch:
     def __init__(self, shared: mmap.mmap | None = None, reason: str | None = None, process: int | None = None) -> None:
         self._shared, self.reason, self.process = shared, reason, process
 
-    def beat(self, *_: object) -> None:
+    def beat(self) -> None:
         """Say that a trial has begun or ended."""
         if self._shared is not None:
             _write(self._shared, _read(self._shared)[0] + 1, time.monotonic())
@@ -75,7 +75,7 @@ def _read(shared: mmap.mmap) -> tuple[int, float]:
     return int(count), float(last)
 
 
-def supervised(limits: Limits, say: Callable[[str], None]) -> Watch:
+def supervised(limits: ProcessLimits, say: Callable[[str], None]) -> Watch:
     """Go on in a process of its own; in this one return never, but exit as that one does.
 
     Args:
@@ -108,7 +108,7 @@ def supervised(limits: Limits, say: Callable[[str], None]) -> Watch:
         say(f"{reason}; another process goes on")
 
 
-def _watched(child: int, shared: mmap.mmap, limits: Limits) -> tuple[int, str | None]:
+def _watched(child: int, shared: mmap.mmap, limits: ProcessLimits) -> tuple[int, str | None]:
     """Wait for a process, and end it where it exceeds a limit.
 
     Returns:
@@ -141,7 +141,7 @@ def _watched(child: int, shared: mmap.mmap, limits: Limits) -> tuple[int, str | 
     return status, reason
 
 
-def _excess(child: int, shared: mmap.mmap, limits: Limits) -> str | None:
+def _excess(child: int, shared: mmap.mmap, limits: ProcessLimits) -> str | None:
     _, last = _read(shared)
     if limits.trial_s is not None and last and time.monotonic() - last > limits.trial_s:
         return f"no trial has ended within {limits.trial_s:g} s"
