@@ -58,7 +58,15 @@ def write_dark_bundle(directory: Path, kernels: Path, precision: str = "int8", t
     outputs = run_images(linker.build(program).open, inputs)
     normalised = normalised_pixels(PREPROCESSING) if takes_pixels else None
     adaptable = Adaptable(model, PREPROCESSING.value_range, calibration, normalised)
-    given = (config, PREPROCESSING.to_json(), CLASSES, {"latency_ms": 1.0}, recorded, outputs, takes_pixels)
+    given = (
+        config,
+        PREPROCESSING.to_json(),
+        CLASSES,
+        {"latency_ms": 1.0, "search": {"latency": {"ratio": None}}},
+        recorded,
+        outputs,
+        takes_pixels,
+    )
     content = BundleContent(*given, adaptable=adaptable)
     write_bundle(directory, linker, program, content)
     return directory

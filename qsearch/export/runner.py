@@ -201,9 +201,7 @@ def verify(bundle):
 
 def recorded_timing(bundle):
     """How the latency among a bundle's figures came about: only one that was timed alone compares with what is timed here."""
-    latency = json.loads((bundle / "metrics.json").read_text(encoding="utf-8")).get("search", {}).get("latency")
-    if latency is None:
-        return "nobody wrote down how"
+    latency = json.loads((bundle / "metrics.json").read_text(encoding="utf-8"))["search"]["latency"]
     if latency.get("source") == "modelled":
         return "added up from the times of its kernels"
     return ALONE if latency.get("ratio") is None else "timed in turns with the float module, on that one's clock"
