@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -99,14 +100,12 @@ def test_what_was_used_longest_ago_goes_first_and_is_made_again(folder: Path) ->
     check_outputs(folder)
 
 
-def test_a_cache_beyond_its_bound_shrinks_when_it_is_opened_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_somebody_uses_is_neither_locked_nor_evicted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QSEARCH_CACHE_BYTES", "0")
     with cache_to_itself(folder), pytest.raises(StudyError, match="in use by another process"), cache_to_itself(folder):
         pass
     other = os.open(folder / ".lock", os.O_RDWR)
     try:
-        import fcntl
-
         fcntl.flock(other, fcntl.LOCK_SH)
         CacheFolder(folder)
         assert cache_entries(folder)
@@ -114,7 +113,7 @@ def test_a_cache_beyond_its_bound_shrinks_when_it_is_opened_alone(folder: Path, 
         os.close(other)
 
 
-def test_the_bound_is_a_number_of_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_beyond_its_bound_shrinks_when_it_is_opened_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QSEARCH_CACHE_BYTES", "2 GB")
     with pytest.raises(UsageError, match="a whole number of bytes, got '2 GB'"):
         most_bytes()
