@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from adapt_bundles import write_dark_bundle
-from examples import THOROUGH
 from real_search import RealSearch, search_small, search_with_a_kill, within
 
 # Files that look at the real search: one process has them all, as it takes minutes to make.
@@ -22,11 +21,9 @@ LONGEST = (*REAL, "tests/commands/", "tests/search/", "tests/export/", "tests/me
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep torch to one thread where each of several processes tests on a processor of its own; say if the run is thorough."""
+    """Keep torch to one thread where each of several processes tests on a processor of its own."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "not slow" not in config.option.markexpr:
-        os.environ[THOROUGH] = "1"
 
 
 @pytest.hookimpl(optionalhook=True)

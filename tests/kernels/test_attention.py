@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
@@ -12,7 +11,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(10), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 U8, F32 = "uint8", "float32"
 
 

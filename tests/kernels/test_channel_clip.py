@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import random_inputs, run_kernel, target_named
@@ -46,7 +45,7 @@ def any_layer() -> st.SearchStrategy:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(6))
+@settings(RELAXED, max_examples=6)
 @given(case=any_layer(), data=st.sampled_from(EVERY_DTYPES), seed=st.integers(0, 2**16))
 def test_layers_are_exact(target, case, data, seed):
     assert_exact(convolution(*case, data[1], seed, data[0]), seed, target_named(target))

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
@@ -13,7 +12,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(20), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def convolution(
@@ -151,7 +150,7 @@ def depthwise_convolutions(draw: st.DrawFn) -> tuple[Conv, tuple[int, int, int, 
 
 @pytest.mark.parametrize("target", TARGETS)
 @EVERY_PRECISION
-@settings(RELAXED, max_examples=examples(8))
+@settings(RELAXED, max_examples=8)
 @given(case=convolutions(), data=st.data(), seed=st.integers(0, 2**16))
 def test_integer_convolution_is_exact(target, precision, case, data, seed):
     assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
@@ -159,7 +158,7 @@ def test_integer_convolution_is_exact(target, precision, case, data, seed):
 
 @pytest.mark.parametrize("target", TARGETS)
 @INT16_AND_W4A8
-@settings(RELAXED, max_examples=examples(5))
+@settings(RELAXED, max_examples=5)
 @given(case=depthwise_convolutions(), data=st.data(), seed=st.integers(0, 2**16))
 def test_integer_depthwise_is_exact(target, precision, case, data, seed):
     assert_exact(convolution(*case, data.draw(st.sampled_from(CASES[precision])), seed, precision), seed, target)
@@ -167,7 +166,7 @@ def test_integer_depthwise_is_exact(target, precision, case, data, seed):
 
 @pytest.mark.parametrize("target", TARGETS)
 @INT16_AND_W4A8
-@settings(RELAXED, max_examples=examples(4))
+@settings(RELAXED, max_examples=4)
 @given(rows=st.integers(1, 9), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=st.integers(0, 2**16))
 def test_integer_linear_is_exact(target, precision, rows, features, outputs, seed):
     dtypes = (PRECISIONS[precision].activation.dtype, "float32")
@@ -211,7 +210,7 @@ FLOAT_DTYPES = [
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(10))
+@settings(RELAXED, max_examples=10)
 @given(
     case=convolutions(),
     dtypes=st.sampled_from(FLOAT_DTYPES),

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cuda_emulator import run_emulated
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import make_op, random_inputs
@@ -19,8 +18,8 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(12), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FEW = settings(RELAXED, max_examples=examples(5))
+RELAXED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(RELAXED, max_examples=5)
 U8, I16, F8, F16, F32 = "uint8", "int16", "float8_e4m3fn", "float16", "float32"
 
 

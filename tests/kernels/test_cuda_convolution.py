@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulator import run_emulated
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import random_inputs
@@ -63,14 +62,14 @@ def reference(op: Op, inputs: list[np.ndarray]) -> np.ndarray:
     return np.clip(value, -65504, 65504).astype(np.float16) if op.key.dtypes[-1] == "float16" else value
 
 
-@settings(RELAXED, max_examples=examples(25))
+@settings(RELAXED, max_examples=25)
 @given(case=some_convolutions(), dtypes=st.sampled_from(INT8), seed=SEEDS)
 def test_int8_is_exact(case, dtypes, seed):
     op = convolution(*case, dtypes, seed)
     check_exact(clipping(op, seed) if seed % 3 == 0 and dtypes[-1] != "float16" else op, seed)
 
 
-@settings(RELAXED, max_examples=examples(10))
+@settings(RELAXED, max_examples=10)
 @given(rows=st.integers(1, 40), features=st.integers(1, 300), outputs=st.integers(1, 100), seed=SEEDS)
 def test_int8_linear_is_exact(rows, features, outputs, seed):
     check_exact(convolution(Conv(), (rows, 1, 1, features), outputs, ("uint8", "float32"), seed), seed)
@@ -106,37 +105,37 @@ def check_close(op: Op, seed: int, tolerance: float, tile: Tile | None = None) -
     assert np.abs(found - expected).max() <= largest
 
 
-@settings(RELAXED, max_examples=examples(15))
+@settings(RELAXED, max_examples=15)
 @given(case=some_convolutions(), dtypes=st.sampled_from(HALF_DTYPES), seed=SEEDS)
 def test_fp16_agrees(case, dtypes, seed):
     check_close(half(convolution(*case, dtypes, seed, "fp32")), seed, 1e-3)
 
 
-@settings(RELAXED, max_examples=examples(8))
+@settings(RELAXED, max_examples=8)
 @given(case=some_convolutions(), dtypes=st.sampled_from(CASES["w4a8"]), seed=SEEDS)
 def test_w4a8_is_exact(case, dtypes, seed):
     check_exact(convolution(*case, dtypes, seed, "w4a8"), seed)
 
 
-@settings(RELAXED, max_examples=examples(12))
+@settings(RELAXED, max_examples=12)
 @given(case=some_convolutions(), form=st.sampled_from(FORMS), seed=SEEDS)
 def test_w4a8_in_groups_is_exact(case, form, seed):
     check_exact(grouped(convolution(*case, ("uint8", "uint8"), seed, "w4a8"), form, seed), seed)
 
 
-@settings(RELAXED, max_examples=examples(10))
+@settings(RELAXED, max_examples=10)
 @given(case=some_convolutions(), dtypes=st.sampled_from(CASES["int16"]), seed=SEEDS)
 def test_int16_is_exact(case, dtypes, seed):
     check_exact(convolution(*case, dtypes, seed, "int16"), seed)
 
 
-@settings(RELAXED, max_examples=examples(10))
+@settings(RELAXED, max_examples=10)
 @given(case=some_convolutions(), dtypes=st.sampled_from([*FLOAT_DTYPES, ("float32", "float16")]), seed=SEEDS)
 def test_fp32_agrees(case, dtypes, seed):
     check_close(convolution(*case, dtypes, seed, "fp32"), seed, 1e-5 if dtypes[-1] == "float32" else 1e-3)
 
 
-@settings(RELAXED, max_examples=examples(6))
+@settings(RELAXED, max_examples=6)
 @given(case=some_convolutions(), dtypes=st.sampled_from(FLOAT_DTYPES), seed=SEEDS)
 def test_tf32_agrees(case, dtypes, seed):
     op = convolution(*case, dtypes, seed, "fp32")
@@ -157,7 +156,7 @@ def eighths(op: Op, seed: int) -> Op:
 FP8_DTYPES = [("float32", "float32"), ("float32", "uint8", "float32"), ("float32", "float16", "float32"), ("float32", FP8, FP8)]
 
 
-@settings(RELAXED, max_examples=examples(6))
+@settings(RELAXED, max_examples=6)
 @given(case=some_convolutions(), dtypes=st.sampled_from(FP8_DTYPES), seed=SEEDS)
 def test_fp8_agrees(case, dtypes, seed):
     op = eighths(convolution(*case, dtypes, seed, "fp32"), seed)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from cuda_emulator import KernelFault, emulate, run_emulated
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import make_op, random_inputs
@@ -14,7 +13,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(20), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SCALARS = scalars(
     a_zero_point=7, b_zero_point=130, zero_point=9, qmin=1, qmax=250, a_multiplier=0.31, b_multiplier=0.017, multiplier=0.02
 )

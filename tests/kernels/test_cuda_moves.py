@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_emulator import run_emulated
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import make_op, random_inputs
@@ -17,7 +16,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(20), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 U8, I16, F8, F16, F32 = "uint8", "int16", "float8_e4m3fn", "float16", "float32"
 EVERY_DTYPE = [U8, I16, F16, F32]
 MOVED_DTYPES = [*EVERY_DTYPE, F8]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
@@ -16,7 +15,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(8), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 70))
 U8, F32 = "uint8", "float32"
 

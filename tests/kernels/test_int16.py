@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import TARGETS, make_op, random_inputs, run_kernel, target_named
@@ -13,7 +12,7 @@ from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import OpKey
 from qsearch.quantize.reference import run_op
 
-RELAXED = settings(max_examples=examples(15), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 U8, I16, F32 = "uint8", "int16", "float32"
 ELEMENTWISE = [
     ("quantize", (F32, I16)),
@@ -55,7 +54,7 @@ def test_elementwise_is_exact(target, case, shape, seed):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(5))
+@settings(RELAXED, max_examples=5)
 @given(shape=SHAPES, out=st.sampled_from([I16, U8, F32]), seed=st.integers(0, 2**16))
 def test_gate_multiplication_is_exact(target, shape, out, seed):
     key = OpKey("mul", (shape, (shape[0], 1, 1, shape[3]), shape), (I16, I16, out))
@@ -83,7 +82,7 @@ def test_the_largest_average_does_not_overflow(value):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(6))
+@settings(RELAXED, max_examples=6)
 @given(shape=SHAPES, channels=st.lists(st.integers(1, 70), min_size=2, max_size=3), seed=st.integers(0, 2**16))
 def test_concatenation_is_exact(target, shape, channels, seed):
     rng = np.random.default_rng(seed)
@@ -95,7 +94,7 @@ def test_concatenation_is_exact(target, shape, channels, seed):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(6))
+@settings(RELAXED, max_examples=6)
 @given(shape=SHAPES, seed=st.integers(0, 2**16))
 def test_channels_last_is_exact(target, shape, seed):
     n, height, width, channels = shape

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_runner import random_inputs, run_kernel, target_named
@@ -65,7 +64,7 @@ ANY = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(RELAXED, max_examples=examples(8))
+@settings(RELAXED, max_examples=8)
 @given(**ANY)
 def test_layers_are_exact(target, case, form, dtypes, seed):
     assert_exact(drawn(case, form, dtypes, seed), seed, target_named(target))

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -25,7 +24,7 @@ from qsearch.quantize.weight_store import WeightStore
 from qsearch.search.evaluation.requirements import require_asked
 from qsearch.search.space import SearchSpace
 
-RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WIDE = arrays.arrays(np.float32, (1, 3, 2, 4), elements=st.floats(-1e6, 1e6, width=32))
 
 

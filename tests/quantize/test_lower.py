@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_runner import run_kernel, target_named
@@ -19,7 +18,7 @@ from qsearch.quantize.weight_store import WeightStore
 
 # These compute in float inside, whatever they read and write: rounding differs between targets.
 INEXACT = ("foreign", "layer_norm", "softmax", "l2_normalize")
-RELAXED = settings(max_examples=examples(12), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def lowered(name, **options):

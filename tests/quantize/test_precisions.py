@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import MODELS, NETWORKS, RANGES, Named, images
@@ -25,7 +24,7 @@ from qsearch.quantize.weights import MAX_ACCUMULATOR, activation_limit
 
 # Wide enough that nothing is clipped: what remains is rounding.
 WIDE = Named(lambda name: {node: (1.5 * low, 1.5 * high) for node, (low, high) in RANGES[name].items()})
-RELAXED = settings(max_examples=examples(25), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+RELAXED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def lowered(name, **options):
