@@ -105,6 +105,14 @@ class AnalyticEvaluator:
         """Count against another run's float module, which is the same."""
         self.baseline = baseline
 
+    def keep_to(self, lane: Path) -> None:
+        """Formulas disturb nobody."""
+
+    @property
+    def device_kind(self) -> str:
+        """What the environment says."""
+        return os.environ.get("DEVICE", "formulas")
+
     def kernels_sha256(self, config: QuantConfig) -> str:
         """One kernel for all, which the environment may change."""
         return os.environ.get("KERNELS", "k" * 64)
@@ -212,6 +220,7 @@ def stand_in() -> types.ModuleType:
     """A module to put in place of qsearch.search.evaluation.objective."""
     module = types.ModuleType("qsearch.search.evaluation.objective")
     module.open_evaluator = open_evaluator  # type: ignore[attr-defined]
+    module.prepare_evaluator = open_evaluator  # type: ignore[attr-defined]
     return module
 
 

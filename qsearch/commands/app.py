@@ -30,6 +30,7 @@ from qsearch.commands.tables import tables
 from qsearch.commands.terminal import INTERRUPTED, OWN_PROCESS, say
 from qsearch.commands.tune import tune
 from qsearch.commands.verify import verify
+from qsearch.commands.worker import worker
 from qsearch.errors import QSearchError
 
 __all__ = ["app", "main"]
@@ -37,6 +38,7 @@ __all__ = ["app", "main"]
 # Verbs import torch, TVM and Optuna inside their functions: --help must not wait for them.
 VERBS: tuple[Callable[..., None], ...] = (
     search,
+    worker,
     status,
     front,
     report,

@@ -83,3 +83,25 @@ def checked_task(name: str | None) -> Any:
     if name is not None and name not in get_args(Tasks):
         raise UsageError(f"unknown task {name!r}: use {' or '.join(get_args(Tasks))}, or leave it out")
     return name
+
+
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=2,
+        help="Trials at a time: with 2, one is measured in a process of its own while the next one is built.",
+        show_default="2 where there are processors for it",
+    ),
+]
+Restarts = Annotated[
+    int,
+    typer.Option(min=0, help="How often in a row the search goes on by itself after its process died; 0 to watch nothing."),
+]
+TrialTimeout = Annotated[
+    float | None, typer.Option(min=1.0, help="Seconds within which a trial must end; one that does not is tried once more.")
+]
+MaxMemory = Annotated[
+    float | None, typer.Option(min=0.5, help="Memory that the search may take before the trial under way is given up.")
+]
+LogJson = Annotated[Path | None, typer.Option(help="Append one JSON document a line to this file, for every trial.")]

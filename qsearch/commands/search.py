@@ -13,9 +13,13 @@ from qsearch.commands.options import (
     ConvertChannels,
     CostTable,
     Data,
+    Jobs,
     Json,
+    LogJson,
+    MaxMemory,
     Model,
     Preprocessing,
+    Restarts,
     Rpc,
     RpcKey,
     Seed,
@@ -23,6 +27,7 @@ from qsearch.commands.options import (
     Target,
     Task,
     Threads,
+    TrialTimeout,
     Weights,
     checked_task,
 )
@@ -64,15 +69,7 @@ def search(
     early_stopping: Annotated[
         bool, typer.Option(help="End a trial as soon as its first images show that it can reach neither front nor constraints.")
     ] = True,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=2,
-            help="Trials at a time: with 2, one is measured in a process of its own while the next one is built.",
-            show_default="2 where there are processors for it",
-        ),
-    ] = None,
+    jobs: Jobs = None,
     then_finetune: Annotated[
         int, typer.Option(min=0, help="At the end, fine-tune so many points of the front, those that lose most; see `finetune`.")
     ] = 0,
@@ -89,17 +86,10 @@ def search(
     cost_table: CostTable = None,
     rpc: Rpc = None,
     rpc_key: RpcKey = None,
-    restarts: Annotated[
-        int,
-        typer.Option(min=0, help="How often in a row the search goes on by itself after its process died; 0 to watch nothing."),
-    ] = 3,
-    trial_timeout: Annotated[
-        float | None, typer.Option(min=1.0, help="Seconds within which a trial must end; one that does not is tried once more.")
-    ] = None,
-    max_memory_gb: Annotated[
-        float | None, typer.Option(min=0.5, help="Memory that the search may take before the trial under way is given up.")
-    ] = None,
-    log_json: Annotated[Path | None, typer.Option(help="Append one JSON document a line to this file, for every trial.")] = None,
+    restarts: Restarts = 3,
+    trial_timeout: TrialTimeout = None,
+    max_memory_gb: MaxMemory = None,
+    log_json: LogJson = None,
     json: Json = False,
 ) -> None:
     """Search per-layer precisions; the same command again continues its study.
@@ -112,7 +102,7 @@ def search(
     from qsearch.search.evaluation.evaluator import Settings
     from qsearch.search.space import load_space
     from qsearch.session.search_request import FinetuneWish, SearchRequest, checked_request, default_study
-    from qsearch.session.supervisor import ProcessLimits, supervised
+    from qsearch.session.supervisor import process_limits, supervised
 
     settings = Settings(
         *(model, weights, data, target, convert_channels, preprocessing, seed),
@@ -129,16 +119,12 @@ def search(
     name = study or default_study(model)
     asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
     request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images), log=log_json))
-    if not restarts and (trial_timeout or max_memory_gb):
-        raise UsageError(
-            "--trial-timeout and --max-memory-gb end a process that another one replaces: they need --restarts 1 or more"
-        )
+    watched = process_limits(restarts, trial_timeout, max_memory_gb)
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")
 
     if restarts and is_own_process(context):
-        memory = None if max_memory_gb is None else int(1e9 * max_memory_gb)
-        request = replace(request, watch=supervised(ProcessLimits(restarts, trial_timeout, memory), say))
+        request = replace(request, watch=supervised(watched, say))
 
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun

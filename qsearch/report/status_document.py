@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
 from qsearch.report.documents import run_of
-from qsearch.search.storage import driving_process
+from qsearch.search.locks import driving_process
 from qsearch.search.study import StudyHandle, finished, measured_trials
 
 __all__ = ["status_document", "status_table"]

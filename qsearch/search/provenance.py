@@ -14,7 +14,7 @@ from qsearch.measure.processors import available_processors
 from qsearch.models.graph import Graph
 from qsearch.search.anchors import weight_count
 
-__all__ = ["layer_facts", "machine_facts", "package_versions"]
+__all__ = ["device_kind", "layer_facts", "machine_facts", "package_versions"]
 
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy", "optuna")
 
@@ -22,6 +22,19 @@ PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy", "optuna")
 def machine_facts() -> dict[str, Any]:
     """This machine: processor, the number of them that may be used, system. No name, and nothing of its user."""
     return {"processor": _processor(), "processors": len(available_processors()), "system": platform.platform(terse=True)}
+
+
+def device_kind(device: str) -> str:
+    """What modules are timed on here, by the name that its maker has given to all of its kind.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
+    if device == "cpu":
+        return _processor()
+    import tvm
+
+    return str(tvm.device(device, 0).device_name)
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

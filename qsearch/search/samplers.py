@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import UsageError
 
@@ -48,6 +51,10 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 
 
+# What a Gaussian process was fitted to before is where the next fit starts from.
+_REMEMBERING = ("gp",)
+
+
 def check_sampler(name: str, seed: int) -> None:
     """Refuse a sampler that does not exist, or a seed that is no seed.
 
@@ -60,20 +67,63 @@ def check_sampler(name: str, seed: int) -> None:
         raise UsageError(f"--seed must be 0 or more, got {seed}")
 
 
-def derived_seed(seed: int, trials: int) -> int:
-    """A seed of its own for every number of trials: a continued study must not draw the same numbers again."""
-    return int(np.random.SeedSequence([seed, trials]).generate_state(1)[0])
+def derived_seed(seed: int, *of: int) -> int:
+    """A seed of its own for every number of trials, process and so on: none may draw what another has drawn."""
+    return int(np.random.SeedSequence([seed, *of]).generate_state(1)[0])
 
 
-def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
+class NumberedSampler(optuna.samplers.BaseSampler):
+    """Draws each trial's values from a seed of its own, so that it does not matter which process asks for which trial.
+
+    A random search explores the same configurations whether one process runs it or several do; the other samplers see
+    different histories, but never draw the same numbers twice.
+
+    Args:
+        make: Seed -> a sampler that keeps nothing from trial to trial but in the study.
+        seed: The user's.
+    """
+
+    def __init__(self, make: Callable[[int], optuna.samplers.BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._sampler = make(seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Begin a trial."""
+        self._sampler = self._make(derived_seed(self._seed, trial.number))
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """As of the sampler."""
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As of the sampler."""
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As of the sampler."""
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """End a trial."""
+        self._sampler.after_trial(study, trial, state, values)
+
+
+def make_sampler(name: str, seed: int, *trials: int) -> optuna.samplers.BaseSampler:
     """Make a sampler.
 
     Args:
         name: One of SAMPLERS.
         seed: The user's seed.
-        trials: Trials the study has already.
+        trials: Trials the study has already, and whatever else tells this process from others that work on it.
     """
     check_sampler(name, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return SAMPLERS[name](derived_seed(seed, trials))
+        if name in _REMEMBERING:
+            return SAMPLERS[name](derived_seed(seed, *trials))
+        return NumberedSampler(SAMPLERS[name], seed)

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
+import logging
 import re
 import signal
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
+from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 
 from qsearch.errors import StudyError, UsageError
+from qsearch.search.members import GRACE_S, HEARTBEAT_S
 
 __all__ = [
     "STUDIES",
     "artifact_folder",
     "checked_name",
     "database_file",
-    "driver_lock",
-    "driving_process",
     "open_storage",
     "shown_url",
     "storage_errors",
@@ -36,6 +38,10 @@ __all__ = [
 
 STUDIES = Path("studies")
 BUSY_TIMEOUT_S = 60
+# How long a server may be away, seconds.
+SERVER_TIMEOUT_S = 120
+_BETWEEN_TRIES_S = 1.0
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -50,6 +56,63 @@ class _Connection(sqlite3.Connection):
         super().__init__(*args, **options)
         self.execute("PRAGMA journal_mode=WAL")
         self.execute("PRAGMA synchronous=NORMAL")
+
+
+class _ServerStorage(optuna.storages.RDBStorage):
+    """A server's database, whose restart is waited for: what was asked of it meanwhile is asked again.
+
+    What it had done and could not confirm is done twice: a trial that was begun twice is nobody's, and is failed in the next
+    turn; one that was ended is found ended.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return _patient(self, found) if name in _OPERATIONS else found
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's, but without a complaint about what is so already."""
+        try:
+            return super().set_trial_state_values(trial_id, state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            found = self.get_trial(trial_id)
+            if found.state != state or (values is not None and list(values) != found.values):
+                raise
+            return True
+
+
+_PUBLIC = {name for name in vars(optuna.storages.BaseStorage) if not name.startswith("_")}
+_INNER = {"_create_new_trial", "_set_trial_param", "_get_trials", "_get_stale_trial_ids"}
+_OPERATIONS = frozenset(_PUBLIC - {"check_trial_is_updatable", "delete_study", "remove_session"} | _INNER)
+
+
+def _patient(storage: optuna.storages.RDBStorage, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that is tried again while the server does not answer."""
+
+    @wraps(operation)
+    def tried(*arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        told = False
+        while True:
+            try:
+                return operation(*arguments, **options)
+            except optuna.exceptions.StorageInternalError as error:
+                if not _disconnected(error) or time.monotonic() > deadline:
+                    raise
+            if not told:
+                told = True
+                _log.warning("the database does not answer; waiting for it, up to %d s", SERVER_TIMEOUT_S)
+            storage.engine.dispose()
+            time.sleep(_BETWEEN_TRIES_S)
+
+    return tried
+
+
+def _disconnected(error: BaseException) -> bool:
+    """Whether a connection could not be made or broke, and not what was asked is at fault."""
+    cause = error.__cause__
+    if not isinstance(cause, sqlalchemy.exc.DBAPIError):
+        return False
+    return cause.connection_invalidated or isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError))
 
 
 def checked_name(study: str) -> str:
@@ -108,13 +171,18 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
     """
     file = database_file(url)
     with storage_errors(url):
+        # Trials are asked for and told here, not in Optuna's `optimize`, and heartbeats sent by `members.Heartbeat`.
+        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
+        warnings.filterwarnings("ignore", ".*heartbeat_interval.*", optuna.exceptions.ExperimentalWarning)
         if file is None:
-            return optuna.storages.RDBStorage(url, skip_compatibility_check=False)
+            # Connections that a restart of the server has broken are found before they are used.
+            ping = {"pool_pre_ping": True}
+            return _ServerStorage(url, engine_kwargs=ping, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        connect = {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
+        connect = {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}}
+        return optuna.storages.RDBStorage(url, engine_kwargs=connect, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
 
 
 @contextmanager
@@ -154,59 +222,6 @@ def _interrupt_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, raising)
     if held:
         raising(*held[0])
-
-
-@contextmanager
-def driver_lock(study: str, url: str, process: int | None = None) -> Iterator[None]:
-    """Hold the right to drive a study; the kernel gives it back however the process ends.
-
-    Two drivers would take each other's running trials for dead ones.
-
-    Args:
-        study: The study's name.
-        url: Of its storage.
-        process: The process that others are told of: the one to end if it is to end; None for this one.
-
-    Raises:
-        StudyError: Another process drives the study.
-    """
-    path = _lock_file(study, url)
-    with storage_errors(url):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened without truncation: the text in it names the process that holds the lock.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "r+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = handle.read().strip() or "unknown"
-            raise StudyError(
-                f"study {study!r} is being searched by process {owner}; wait for it, end it, or use another --study name"
-            ) from error
-        with storage_errors(url):
-            handle.truncate(0)
-            handle.write(f"{process or os.getpid()}\n")
-            handle.flush()
-        yield
-
-
-def driving_process(study: str, url: str) -> int | None:
-    """The process on this machine that drives a study; None where there is none."""
-    try:
-        with _lock_file(study, url).open() as handle:
-            number = int(handle.read())
-            os.kill(number, 0)
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return number
-    except (OSError, ValueError):
-        return None
-    return None
-
-
-def _lock_file(study: str, url: str) -> Path:
-    file = database_file(url)
-    return file.with_name(f"{file.name}.{study}.lock") if file else STUDIES / f"{study}.lock"
 
 
 def _parse(url: str) -> URL:

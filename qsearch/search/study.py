@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError, StudyMismatchError
 from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION
-from qsearch.search.storage import checked_name, database_file, driver_lock, open_storage, shown_url, storage_errors, storage_url
+from qsearch.search.locks import Turns, driver_lock
+from qsearch.search.members import gone
+from qsearch.search.storage import checked_name, database_file, open_storage, shown_url, storage_errors, storage_url
 
 __all__ = [
+    "DEVICE",
     "LOSS_BOUND_PP",
     "OBJECTIVES",
     "OBJECTIVE_VERSION",
@@ -33,6 +36,7 @@ __all__ = [
     "recorded_parts",
     "requeue",
     "study_has_begun",
+    "study_to_join",
     "study_to_search",
 ]
 
@@ -45,6 +49,8 @@ OBJECTIVE_VERSION = "3"
 MOST_ATTEMPTS = 2
 # Attribute of a trial whose configuration is not tried again.
 GIVEN_UP = "given_up"
+# The part of an identity that says what kind of device is measured on, where it is this machine's own.
+DEVICE = "device_kind"
 _IDENTITY = "identity"
 _DIGEST = re.compile(r"\w{32,}")
 
@@ -86,10 +92,12 @@ class StudyHandle:
     Attributes:
         study: Optuna's study.
         url: SQLAlchemy URL of its database.
+        turns: At it, between all processes that work on it; None where this is the only one.
     """
 
     study: optuna.Study
     url: str
+    turns: Turns | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +113,16 @@ class StudyHandle:
     def shown_url(self) -> str:
         """The URL of its database, without a password."""
         return shown_url(self.url)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A guarded block that one process at a time is in.
+
+        Raises:
+            TurnLost: See `Turns.turn`.
+        """
+        with nullcontext() if self.turns is None else self.turns.turn(), self.guard():
+            yield
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -139,13 +157,44 @@ def study_to_search(
         with storage_errors(url):
             study = _create_or_load(name, opened)
             _check_identity(study, identity)
-            reap_trials(study, before or "the process was killed")
-        try:
-            yield StudyHandle(study, url)
-        finally:
-            # The last connection to close folds SQLite's write-ahead log back into the one file.
-            opened.remove_session()
-            opened.engine.dispose()
+            handle = StudyHandle(study, url, Turns(name, url))
+        with _closing(opened):
+            with handle.turn():
+                reap_trials(study, before or "the process was killed")
+            yield handle
+
+
+@contextmanager
+def study_to_join(name: str, identity: Identity, storage: str | None = None) -> Iterator[StudyHandle]:
+    """Open a study that a search has begun, to work on it beside that search.
+
+    Args:
+        name: The study's name.
+        identity: Of what this process measures.
+        storage: SQLAlchemy URL; by default sqlite:///studies/<name>.db.
+
+    Yields:
+        The study.
+
+    Raises:
+        StudyMismatchError: It was made by another search, or on another kind of device.
+        StudyError: There is no such study, or it cannot be used.
+    """
+    handle, opened = _load(name, storage)
+    with _closing(opened):
+        with handle.guard():
+            _check_identity(handle.study, identity)
+        yield handle
+
+
+@contextmanager
+def _closing(storage: optuna.storages.RDBStorage) -> Iterator[None]:
+    """Close a storage after the block: the last connection to close folds SQLite's write-ahead log back into the one file."""
+    try:
+        yield
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def load_study(name: str, storage: str | None = None) -> StudyHandle:
@@ -158,6 +207,10 @@ def load_study(name: str, storage: str | None = None) -> StudyHandle:
     Raises:
         StudyError: There is no such study, or it cannot be read.
     """
+    return _load(name, storage)[0]
+
+
+def _load(name: str, storage: str | None) -> tuple[StudyHandle, optuna.storages.RDBStorage]:
     url = storage_url(checked_name(name), storage)
     opened = open_storage(url, create=False)
     with storage_errors(url):
@@ -167,7 +220,7 @@ def load_study(name: str, storage: str | None = None) -> StudyHandle:
         study = optuna.load_study(study_name=name, storage=opened)
         if len(study.directions) != len(OBJECTIVES):
             raise StudyError(_foreign(name))
-    return StudyHandle(study, url)
+    return StudyHandle(study, url, Turns(name, url)), opened
 
 
 def study_has_begun(name: str, storage: str | None = None) -> bool:
@@ -251,16 +304,19 @@ def requeue(study: optuna.Study, trial: FrozenTrial, blamed: bool = False) -> bo
 
 
 def reap_trials(study: optuna.Study, reason: str = "the process was killed") -> int:
-    """Fail the trials that a killed process left running, and enqueue their configurations again.
+    """Fail the trials that killed processes left running, and enqueue their configurations again; to be called in a turn.
 
     Args:
-        study: Driven by nobody else.
+        study: The study.
         reason: What happened to the process.
 
     Returns:
         Number of such trials.
     """
-    left = finished(study, TrialState.RUNNING)
+    running = finished(study, TrialState.RUNNING)
+    heard = getattr(study._storage, "_get_stale_trial_ids", None)
+    silent = set(heard(study._study_id)) if heard is not None and running else set()
+    left = [trial for trial in running if gone(trial, silent)]
     for trial in left:
         # Enqueued before it is failed: a second kill in between gives a duplicate, which is recognised, not a loss.
         again = requeue(study, trial, blamed=True)
@@ -297,6 +353,9 @@ def _check_identity(study: optuna.Study, identity: Identity) -> None:
     before = Identity(**kept)
     names = [*before.parts, *(part for part in identity.parts if part not in before.parts)]
     other = [part for part in names if before.parts.get(part) != identity.parts.get(part)]
+    if DEVICE in other and DEVICE not in before.parts:
+        # Studies made before devices were kept.
+        other.remove(DEVICE)
     if len(other) > 1:
         # They follow from the model and the target.
         other = [part for part in other if part != "kernels"]

@@ -52,6 +52,7 @@ class SearchRequest:
         finetune: What to fine-tune at the end.
         log: File to append a line of JSON to for every trial.
         watch: The process that watches this one.
+        joins: Whether it works on a study beside the search that has begun it.
     """
 
     settings: Settings
@@ -67,6 +68,7 @@ class SearchRequest:
     finetune: FinetuneWish = FinetuneWish()
     log: Path | None = None
     watch: Watch = field(default_factory=Watch)
+    joins: bool = False
 
 
 def checked_request(request: SearchRequest) -> SearchRequest:

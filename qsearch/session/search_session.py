@@ -6,12 +6,15 @@ Imports everything heavy; who asks imports this file once the request is known t
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 
@@ -27,21 +30,23 @@ from qsearch.search.constraints import Constraints, limits_text
 from qsearch.search.evaluation.evaluator import Evaluator, Progress
 from qsearch.search.evaluation.objective import open_evaluator
 from qsearch.search.front import record_heldout, study_front
+from qsearch.search.locks import lane_file
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import default_jobs
+from qsearch.search.members import this_member
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.profile import Profile
 from qsearch.search.provenance import layer_facts, machine_facts, package_versions
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
-from qsearch.search.study import OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
+from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
 from qsearch.session.trial_log import TrialLog
 from qsearch.session.trial_progress import TrialProgress
 
-__all__ = ["SearchInterrupted", "run_session"]
+__all__ = ["SearchInterrupted", "for_task", "identity_of", "run_session", "run_trials"]
 
 NOISE_AGAIN = (
     "{noisy} of these {front} points could not be timed well: beside float, their times spread too far even when timed for "
@@ -71,7 +76,7 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
     """
     start = time.monotonic()
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
-    request = _for_task(request, evaluator.profile, say)
+    request = for_task(request, evaluator.profile, say)
     seed = request.settings.seed
     images = wished_images(evaluator, request.finetune, seed, say)
     bound = bind_space(request.space, evaluator.graph, evaluator.idle_methods)
@@ -81,7 +86,8 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        _run_trials(handle, request, bound, evaluator, (say, console, log))
+        evaluator.keep_to(lane_file(handle.name, handle.url))
+        run_trials(handle, request, bound, evaluator, (say, console, log))
         _record_bound(handle, request)
         _verify(handle, evaluator, say)
         if images is not None:
@@ -100,10 +106,10 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
 
 def _study(request: SearchRequest, evaluator: Evaluator) -> AbstractContextManager[StudyHandle]:
     watch = request.watch
-    return study_to_search(request.study, _identity(request, evaluator), request.storage, watch.reason, watch.process)
+    return study_to_search(request.study, identity_of(request, evaluator), request.storage, watch.reason, watch.process)
 
 
-def _for_task(request: SearchRequest, profile: Profile, say: Progress) -> SearchRequest:
+def for_task(request: SearchRequest, profile: Profile, say: Progress) -> SearchRequest:
     """The request with the defaults of what the model is for."""
     stopping = request.early_stopping and profile.task == "classification"
     if stopping != request.early_stopping:
@@ -111,9 +117,12 @@ def _for_task(request: SearchRequest, profile: Profile, say: Progress) -> Search
     return replace(request, space=profile.space(request.space), early_stopping=stopping)
 
 
-def _identity(request: SearchRequest, evaluator: Evaluator) -> Identity:
+def identity_of(request: SearchRequest, evaluator: Evaluator) -> Identity:
+    """What must stay the same for all that is measured of a study."""
     settings = request.settings
     parts = {**evaluator.identity, "space": request.space.content_hash(), "objective": OBJECTIVE_VERSION}
+    if "device" not in parts:
+        parts[DEVICE] = evaluator.device_kind
     parts["kernels"] = _kernels(evaluator, request.space.precisions.names)
     # Seed and preprocessing belong to the data: they decide which images are in which part, and what becomes of them.
     data = [str(settings.data or "the model's own"), f"seed {settings.seed}"]
@@ -150,13 +159,28 @@ def _facts(request: SearchRequest, evaluator: Evaluator, start: float) -> dict[s
         "seconds": seconds,
     }
     facts |= {"limits": dict(request.limits), "sampler": request.sampler, "budget": request.budget}
+    # What a worker that joins the study needs to know.
+    facts |= {"space": request.space.model_dump(mode="json"), "early_stopping": request.early_stopping}
     # What a report says of where the figures are from, when the model is no longer at hand.
     return facts | {"layers": layer_facts(evaluator.graph), "machine": machine_facts(), "versions": package_versions()}
 
 
-def _run_trials(
+def run_trials(
     handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console, TrialLog]
 ) -> None:
+    """Run trials of an open study until its budget is met.
+
+    Args:
+        handle: The study.
+        request: What is wanted.
+        bound: Its space, over the model's layers.
+        evaluator: Measures, and counts against the study's float module.
+        told: What a person is told, the terminal, and the log.
+
+    Raises:
+        SearchInterrupted: The user interrupted the search.
+        StudyError: The study cannot be written, or trial after trial failed.
+    """
     say, console, log = told
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
@@ -167,7 +191,15 @@ def _run_trials(
     _choose_sampler(handle, request, bound, evaluator, constraints, trials)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(
-        bound, evaluator.evaluate, notes, constraints, request.early_stopping, anchored=request.sampler != PLANNER
+        bound,
+        evaluator.evaluate,
+        notes,
+        constraints,
+        request.early_stopping,
+        anchored=request.sampler != PLANNER and not request.joins,
+        beat=request.watch.beat,
+        rest=request.watch.rest,
+        device=evaluator.device_kind,
     )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
     # The measuring process starts only now, as it would disturb the kernels that are timed for the planner's tables.
@@ -175,15 +207,16 @@ def _run_trials(
         _pipeline(request, evaluator, done) as pipeline,
         TrialProgress((done, request.budget), baseline, say, console) as progress,
     ):
-        listeners = (progress.on_trial, log.on_trial)
-        outcome = run_search(
-            handle,
-            replace(problem, pipeline=pipeline, beat=request.watch.beat),
-            limits,
-            lambda one: [tell(one) for tell in listeners],
-        )
+
+        def on_trial(trial: FrozenTrial) -> None:
+            # Others may have measured some of them.
+            progress.on_trial(trial, len(measured_trials(handle.study)))
+            log.on_trial(trial)
+
+        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, on_trial)
     request.watch.rest()
-    done += outcome.completed + outcome.stopped_early
+    with handle.guard():
+        done = len(measured_trials(handle.study))
     if outcome.stopped == "interrupted":
         say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")
         raise SearchInterrupted
@@ -203,11 +236,14 @@ def _choose_sampler(
 ) -> None:
     """Give a study of so many trials its sampler, with the tables that the planner needs."""
     seed = request.settings.seed
+    # Processes that begin at the same time must not draw the same.
+    of = (trials, zlib.crc32(json.dumps(this_member()).encode())) if request.joins else (trials,)
     if request.sampler != PLANNER:
-        handle.study.sampler = make_sampler(request.sampler, seed, trials)
+        handle.study.sampler = make_sampler(request.sampler, seed, *of)
         return
-    handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, trials), constraints)
-    attach_tables(handle, layer_rows(bound, sampler.tables))
+    handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, *of), constraints)
+    if not request.joins:
+        attach_tables(handle, layer_rows(bound, sampler.tables))
 
 
 def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> AbstractContextManager[Pipeline | None]:

@@ -20,7 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ProcessLimits", "Watch", "supervised"]
+from qsearch.errors import UsageError
+
+__all__ = ["ProcessLimits", "Watch", "process_limits", "supervised"]
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +43,19 @@ class ProcessLimits:
     restarts: int = 3
     trial_s: float | None = None
     memory_bytes: int | None = None
+
+
+def process_limits(restarts: int, trial_s: float | None, memory_gb: float | None) -> ProcessLimits:
+    """Limits as a command is given them.
+
+    Raises:
+        UsageError: Nothing could be done about a process that exceeds them.
+    """
+    if not restarts and (trial_s or memory_gb):
+        raise UsageError(
+            "--trial-timeout and --max-memory-gb end a process that another one replaces: they need --restarts 1 or more"
+        )
+    return ProcessLimits(restarts, trial_s, None if memory_gb is None else int(1e9 * memory_gb))
 
 
 class Watch:

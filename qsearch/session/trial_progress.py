@@ -57,15 +57,15 @@ class TrialProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def on_trial(self, trial: FrozenTrial) -> None:
-        """Show a trial that was measured or failed."""
+    def on_trial(self, trial: FrozenTrial, done: int) -> None:
+        """Show a trial that was measured or failed; so many are measured now, by whomever."""
         if trial.state == TrialState.FAIL:
             self._line(f"trial {trial.number} failed: {trial.user_attrs.get('error')}")
             return
         if trial.user_attrs.get("noisy_timing") and not self._noise_said:
             self._noise_said = True
             self._line(NOISE)
-        self._done += 1
+        self._done = done
         latency_ms, peak_bytes = trial.user_attrs["latency_ms"], trial.user_attrs["peak_bytes"]
         speedup = self._baseline.latency.median_ms / latency_ms
         loss = f"loss {trial.values[2]:+.2f} pp" if trial.state == TrialState.COMPLETE else trial.user_attrs["stopped_early"]

@@ -120,6 +120,15 @@ class Evaluator(Protocol):
         """Count latencies against a float module that was measured before, as a continued study has to."""
         ...
 
+    def keep_to(self, lane: Path) -> None:
+        """Measure only while nobody else does who keeps to the same lane."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """What is measured on: latencies of different kinds do not belong in one study."""
+        ...
+
     @property
     def seconds(self) -> dict[str, float]:
         """Time spent on getting ready: float_pass and others."""

@@ -41,11 +41,13 @@ from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.evaluation.open_away import open_away
 from qsearch.search.evaluation.remeasure import remeasure
 from qsearch.search.evaluation.requirements import open_local_target, require_room
+from qsearch.search.locks import lane_held
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import split_processors
 from qsearch.search.loop.workers import Worker
 from qsearch.search.profile import task_profile
+from qsearch.search.provenance import device_kind
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.measure_tables import measure_tables
 
@@ -101,6 +103,7 @@ class ModelEvaluator:
         self._scorers: dict[str, Scorer] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
+        self._lane: Path | None = None
 
     def _rounded_weights(self, model: Model) -> RoundedWeights:
         said = {
@@ -170,6 +173,17 @@ class ModelEvaluator:
     def refer_to(self, baseline: Measurement) -> None:
         """Count latencies against a float module that was measured before, as a continued study has to."""
         self._baseline, self._measurer = baseline, None
+
+    def keep_to(self, lane: Path) -> None:
+        """Measure only while nobody else does who keeps to the same lane."""
+        self._lane, self._measurer = lane, None
+
+    @property
+    def device_kind(self) -> str:
+        """What modules are timed on: latencies of different kinds do not belong in one study."""
+        if self.away is not None:
+            return self.away.description
+        return device_kind(self.target.device)
 
     def compile(self, config: QuantConfig) -> CompiledModule:
         """Lower and link one configuration.
@@ -255,6 +269,7 @@ class ModelEvaluator:
                 device=device,
                 runs_on=self.run_target.device,
                 batch=self.batch,
+                lane=self._lane,
             )
         return self._measurer
 
@@ -296,7 +311,8 @@ class ModelEvaluator:
 
     def tables(self, space: BoundSpace) -> Tables:
         """The planner's tables."""
-        return measure_tables(self, space, self.progress)
+        with lane_held(self._lane):
+            return measure_tables(self, space, self.progress)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, each timed as a trial is: in turns with float.

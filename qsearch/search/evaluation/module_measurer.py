@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from qsearch.measure.image_blocks import ImageHistory
 from qsearch.measure.latency import first_images
 from qsearch.measure.measurement import Measurement
 from qsearch.measure.task import Scorer
+from qsearch.search.locks import lane_held
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Measure
@@ -39,6 +41,7 @@ class ModuleMeasurer:
         device: What modules are timed on.
         runs_on: What they are run on for their outputs, 'cpu' or 'cuda'.
         batch: Images of one inference.
+        lane: Held while anything is measured, see `lane_file`; None where nobody else does on this machine.
     """
 
     open_reference: Callable[[], Any]
@@ -51,6 +54,7 @@ class ModuleMeasurer:
     device: Device = LocalDevice()
     runs_on: str = "cpu"
     batch: int = 1
+    lane: Path | None = None
 
     def open(self) -> Measure:
         """Get ready in a process of its own."""
@@ -85,6 +89,10 @@ class ModuleMeasurer:
             TrialError: It cannot be run.
             EarlyStop: The rule has seen enough.
         """
+        with lane_held(self.lane):
+            return self._measure(prepared, rule)
+
+    def _measure(self, prepared: Prepared, rule: StoppingRule | None) -> Measurement:
         clock = Clock()
         with self.processors.alone():
             handles = [self.device.handle(prepared)]

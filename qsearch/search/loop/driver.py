@@ -1,6 +1,7 @@
 """The search loop: ask for a configuration, measure it, tell the study.
 
-Optuna's own `optimize` would count duplicates and failures against the budget and would go on after a defect.
+Optuna's own `optimize` would count duplicates and failures against the budget and would go on after a defect. Several processes
+may run this loop over one study, on several machines: each asks in a turn of its own, so that all know what the others are at.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +23,14 @@ from qsearch.errors import StudyError, TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.anchors import enqueue_anchors
 from qsearch.search.constraints import mark_feasibility
+from qsearch.search.locks import TurnLost
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Limits, Outcome, SearchProblem, Stop
 from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
+from qsearch.search.members import MEMBER, Heartbeat, this_member
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import StudyHandle, finished, known_configurations, measured_trials, requeue
+from qsearch.search.study import StudyHandle, finished, known_configurations, measured_trials, reap_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
@@ -34,6 +38,9 @@ OnTrial = Callable[[FrozenTrial], object]
 
 MOST_DUPLICATES_IN_A_ROW = 3
 MOST_FAILURES_IN_A_ROW = 20
+# How often a process that has nothing to do looks whether the others are done, seconds.
+_POLL_S = 0.5
+_GONE = "the process that tried it has gone"
 
 
 def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_trial: OnTrial | None = None) -> Outcome:
@@ -43,7 +50,7 @@ def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_t
     and not its result, so that the order of trials is another than one by one.
 
     Args:
-        handle: The study, driven by nobody else.
+        handle: The study.
         problem: What is searched.
         limits: When to stop.
         on_trial: Called after every trial that was measured or failed.
@@ -93,17 +100,17 @@ class _Loop:
     limits: Limits
     on_trial: OnTrial | None
     start: float = field(default_factory=time.monotonic)
-    before: int = 0
     completed: int = 0
     stopped_early: int = 0
     duplicates: int = 0
     failures: int = 0
-    # Content hash -> number of the trial that measured it, is at it, or failed at it in this run.
-    known: dict[str, int] = field(default_factory=dict)
+    # Content hash -> number of the trial that failed at it in this run.
+    failed: dict[str, int] = field(default_factory=dict)
     in_flight: list[optuna.Trial] = field(default_factory=list)
-    # Number -> objective values of the study's completed trials.
-    complete: dict[int, Sequence[float]] = field(default_factory=dict)
+    # Number -> objective values of what was measured here.
+    measured: dict[int, Sequence[float]] = field(default_factory=dict)
     rng: np.random.Generator = field(init=False)
+    heart: Heartbeat = field(init=False)
 
     def outcome(self, stopped: Stop) -> Outcome:
         """How the run ended."""
@@ -114,31 +121,51 @@ class _Loop:
         with self.handle.guard():
             if self.problem.anchored:
                 enqueue_anchors(study, self.problem.space)
-            measured = measured_trials(study)
-            self.complete = {trial.number: trial.values for trial in finished(study)}
             trials = len(study.get_trials(deepcopy=False))
-        self.before = len(measured)
-        self.known = known_configurations(study)
         self.rng = np.random.default_rng([self.limits.seed, trials])
+        self.heart = Heartbeat(study._storage)
         try:
-            if pipeline is None:
-                return self.outcome(self._one_by_one())
-            with pipeline.aside():
-                return self.outcome(self._overlapped(pipeline))
+            with nullcontext() if pipeline is None else pipeline.aside():
+                while True:
+                    stopped = self._one_by_one() if pipeline is None else self._overlapped(pipeline)
+                    if stopped != "budget" or self._met():
+                        return self.outcome(stopped)
         except BaseException as error:
             # Not the configurations' fault: full disk, interrupt, defect. They are tried again by the next run.
-            for trial in self.in_flight:
+            for trial in list(self.in_flight):
                 self._abandon(trial, error)
             raise
+        finally:
+            self.heart.close()
+
+    def _met(self) -> bool:
+        """Wait for what others have under way; False if the budget has room again, because some of it came to nothing."""
+        study = self.handle.study
+        self.problem.rest()
+        while True:
+            # A turn that is lost meanwhile harms nothing.
+            with suppress(TurnLost), self.handle.turn():
+                reap_trials(study, _GONE)
+                measured = len(measured_trials(study))
+                running = len(finished(study, TrialState.RUNNING))
+                if measured >= self.limits.budget or self._is_late():
+                    return True
+                if measured + running < self.limits.budget:
+                    return False
+            time.sleep(_POLL_S)
+
+    def _is_late(self) -> bool:
+        return self.limits.timeout_s is not None and time.monotonic() - self.start >= self.limits.timeout_s
 
     def _one_by_one(self) -> Stop:
-        while (reason := self._reason_to_stop()) is None:
-            begun = self._begin()
-            if begun is not None:
-                rule = self._rule()
-                evaluate = partial(self.problem.evaluate, begun.config, *([rule] if rule else []))
-                self._conclude(begun, self._ended(begun, evaluate))
-        return reason
+        while True:
+            begun, reason = self._asked()
+            if begun is None:
+                assert reason is not None
+                return reason
+            rule = self._rule()
+            evaluate = partial(self.problem.evaluate, begun.config, *([rule] if rule else []))
+            self._conclude(begun, self._ended(begun, evaluate))
 
     def _overlapped(self, pipeline: Pipeline) -> Stop:
         """One trial is measured while the one before is written down and the next one asked for and built."""
@@ -165,65 +192,95 @@ class _Loop:
 
     def _asked(self) -> tuple[_Begun | None, Stop | None]:
         """The next trial; or why there is none for now."""
-        while (reason := self._reason_to_stop()) is None:
-            begun = self._begin()
-            if begun is not None:
-                return begun, None
-        return None, reason
+        while True:
+            begun: _Begun | None = None
+            try:
+                with self.handle.turn():
+                    reap_trials(self.handle.study, _GONE)
+                    reason = self._reason_to_stop()
+                    if reason is None:
+                        begun = self._begin()
+            except TurnLost as error:
+                # Somebody else may have asked for the same meanwhile.
+                if begun is not None:
+                    self._abandon(begun.trial, error)
+                    self._leave(begun.trial)
+                continue
+            if begun is not None or reason is not None:
+                return begun, reason
 
     def _built(self, begun: _Begun, pipeline: Pipeline) -> bool:
         """Link a trial; one that cannot be linked has failed."""
         try:
             begun.packed = pipeline.pack(begun.config)
         except TrialError as error:
-            self._fail(begun.trial, error)
+            self._conclude(begun, error)
             return False
         return True
 
     def _reason_to_stop(self) -> Stop | None:
-        if self.before + self.completed + self.stopped_early + len(self.in_flight) >= self.limits.budget:
+        study = self.handle.study
+        if len(measured_trials(study)) + len(finished(study, TrialState.RUNNING)) >= self.limits.budget:
             return "budget"
-        if self.limits.timeout_s is not None and time.monotonic() - self.start >= self.limits.timeout_s:
+        if self._is_late():
             return "timeout"
         if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside():
             return "exhausted"
         return None
 
+    def _known(self) -> dict[str, int]:
+        """Content hash -> number, of what was measured or given up, is under way, or has failed here."""
+        running = finished(self.handle.study, TrialState.RUNNING)
+        under_way = {one.user_attrs["config_hash"]: one.number for one in running if "config_hash" in one.user_attrs}
+        return self.failed | under_way | known_configurations(self.handle.study)
+
     def _step_aside(self) -> bool:
         """Enqueue a new configuration near the last proposal; False if the space holds none."""
         study = self.handle.study
-        with self.handle.guard():
-            if finished(study, TrialState.WAITING):
-                return True
-            last = study.get_trials(deepcopy=False)[-1]
-            values = unseen_values(self.problem.space, dict(last.params), self.known, self.rng)
-            if values is not None:
-                study.enqueue_trial(values, user_attrs={"near": last.number})
+        if finished(study, TrialState.WAITING):
+            return True
+        last = study.get_trials(deepcopy=False)[-1]
+        values = unseen_values(self.problem.space, dict(last.params), self._known(), self.rng)
+        if values is not None:
+            study.enqueue_trial(values, user_attrs={"near": last.number})
         return values is not None
 
     def _begin(self) -> _Begun | None:
-        """Ask for a trial; None if its configuration is known, which ends it."""
+        """Ask for a trial, in a turn; None if its configuration is known, which ends it."""
         study = self.handle.study
-        with self.handle.guard():
-            self.problem.beat()
-            trial = study.ask(self.problem.space.distributions())
-            # Within the guard, whose end an interrupt may fall on.
-            self.in_flight.append(trial)
-            config = self.problem.space.config(trial.params)
-            digest = config.content_hash()
-            trial.set_user_attr("config_hash", digest)
-            if digest in self.known:
-                trial.set_user_attr("duplicate_of", self.known[digest])
-                study.tell(trial, state=TrialState.PRUNED)
-                self.in_flight.remove(trial)
-                self.duplicates += 1
-                return None
-            trial.set_user_attr("config", config.to_json())
-            self.known[digest], self.duplicates = trial.number, 0
+        self.problem.beat()
+        known = self._known()
+        trial = study.ask(self.problem.space.distributions())
+        # Within the guard, whose end an interrupt may fall on.
+        self.in_flight.append(trial)
+        trial.set_user_attr(MEMBER, this_member())
+        self.heart.begin(trial)
+        config = self.problem.space.config(trial.params)
+        digest = config.content_hash()
+        if self.problem.device:
+            trial.set_user_attr("device", self.problem.device)
+        trial.set_user_attr("config_hash", digest)
+        if digest in known:
+            trial.set_user_attr("duplicate_of", known[digest])
+            study.tell(trial, state=TrialState.PRUNED)
+            self._leave(trial)
+            self.duplicates += 1
+            return None
+        trial.set_user_attr("config", config.to_json())
+        self.duplicates = 0
         return _Begun(trial, config)
 
+    def _leave(self, trial: optuna.Trial) -> None:
+        """A trial is no more under way here."""
+        self.in_flight.remove(trial)
+        self.heart.end(trial)
+
     def _rule(self) -> StoppingRule | None:
-        return StoppingRule(dict(self.complete), self.problem.constraints) if self.problem.early_stopping else None
+        if not self.problem.early_stopping:
+            return None
+        with self.handle.guard():
+            complete = {trial.number: trial.values for trial in finished(self.handle.study)}
+        return StoppingRule(complete | self.measured, self.problem.constraints)
 
     def _ended(self, begun: _Begun, result: Callable[[], Measurement]) -> Measurement | Bound | TrialError:
         """How a trial ended; stopping rules know it from now on."""
@@ -233,17 +290,23 @@ class _Loop:
             return stop.bound
         except TrialError as error:
             return error
-        self.complete[begun.trial.number] = objective_values(measurement)
+        self.measured[begun.trial.number] = objective_values(measurement)
         return measurement
 
     def _conclude(self, begun: _Begun, ended: Measurement | Bound | TrialError) -> None:
         """Write down how a trial ended."""
-        if isinstance(ended, Bound):
-            self._stop(begun, ended)
-        elif isinstance(ended, TrialError):
-            self._fail(begun.trial, ended)
-        else:
-            self._complete(begun, ended)
+        try:
+            if isinstance(ended, Bound):
+                self._stop(begun, ended)
+            elif isinstance(ended, TrialError):
+                self._fail(begun, ended)
+            else:
+                self._complete(begun, ended)
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            if not self._frozen(begun.trial.number).state.is_finished():
+                raise
+            # Others had not heard of this process for so long that they took the trial over: it is theirs.
+            self._leave(begun.trial)
 
     def _complete(self, begun: _Begun, measurement: Measurement) -> None:
         trial, values = begun.trial, objective_values(measurement)
@@ -271,11 +334,13 @@ class _Loop:
             self.stopped_early += 1
         self._finish(trial)
 
-    def _fail(self, trial: optuna.Trial, error: TrialError) -> None:
+    def _fail(self, begun: _Begun, error: TrialError) -> None:
+        trial = begun.trial
         with self.handle.guard():
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             self.handle.study.tell(trial, state=TrialState.FAIL)
         self.failures += 1
+        self.failed[begun.config.content_hash()] = trial.number
         self._finish(trial)
         if self.failures >= MOST_FAILURES_IN_A_ROW:
             raise StudyError(
@@ -283,7 +348,7 @@ class _Loop:
             ) from error
 
     def _finish(self, trial: optuna.Trial) -> None:
-        self.in_flight.remove(trial)
+        self._leave(trial)
         self.problem.beat()
         if self.on_trial is not None:
             self.on_trial(self._frozen(trial.number))

@@ -34,6 +34,8 @@ class SearchProblem:
         anchored: Whether plain starting points come first; a sampler that knows the space does without.
         pipeline: Measures a trial while the next one is built, in place of `evaluate`; None for one by one.
         beat: Called when a trial begins, and when one has ended: whoever watches the process knows that it goes on.
+        rest: Called when it waits for other processes.
+        device: What kind of device trials are measured on, for their attributes.
     """
 
     space: BoundSpace
@@ -44,6 +46,8 @@ class SearchProblem:
     anchored: bool = True
     pipeline: Pipeline | None = None
     beat: Callable[[], object] = lambda: None
+    rest: Callable[[], object] = lambda: None
+    device: str = ""
 
 
 @dataclass(frozen=True)
