@@ -105,7 +105,7 @@ class AnalyticEvaluator:
         """Count against another run's float module, which is the same."""
         self.baseline = baseline
 
-    def keep_to(self, lane: Path) -> None:
+    def keep_to(self, lane: Path, crowded: bool = False) -> None:
         """Formulas disturb nobody."""
 
     @property

@@ -66,7 +66,10 @@ RpcKey = Annotated[str | None, typer.Option("--key", help="Key of the device tha
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Study = Annotated[str, typer.Option(help="Name of the study.")]
 Storage = Annotated[
-    str | None, typer.Option(help="SQLAlchemy URL of the study's database.", show_default="sqlite:///studies/STUDY.db")
+    str | None,
+    typer.Option(
+        help="SQLAlchemy URL of the study's database.", envvar="QSEARCH_STORAGE", show_default="sqlite:///studies/STUDY.db"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
 
@@ -89,8 +92,7 @@ Jobs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        max=2,
-        help="Trials at a time: with 2, one is measured in a process of its own while the next one is built.",
+        help="Trials at a time: with 2, one is measured in a process of its own while the next one is built; more build besides.",
         show_default="2 where there are processors for it",
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -125,6 +126,8 @@ def search(
 
     if restarts and is_own_process(context):
         request = replace(request, watch=supervised(watched, say))
+    if is_own_process(context):
+        request = replace(request, command=(sys.executable, sys.argv[0]))
 
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun

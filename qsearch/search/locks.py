@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.pool import NullPool
 
 from qsearch.errors import StudyError
-from qsearch.search.storage import STUDIES, database_file, shown_url, storage_errors
+from qsearch.search.storage import SERVER_TIMEOUT_S, STUDIES, database_file, shown_url, storage_errors
 
 __all__ = ["TurnLost", "Turns", "driver_lock", "driving_process", "lane_file", "lane_held"]
 
@@ -83,17 +83,27 @@ class _ServerLock:
         self._engine = sqlalchemy.create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         self._take, self._give = _SERVER_LOCKS[make_url(url).get_backend_name()]
         self._connection: Connection | None = None
+        self._away_since: float | None = None
+
+    def connect(self) -> None:
+        """Connect now, so that a server that is not there is told at once."""
+        self._connection = self._engine.connect()
 
     def take(self) -> bool:
-        if self._connection is None:
-            self._connection = self._engine.connect()
+        """Also not to be had while the server is being started anew; after too long that is an error."""
         try:
-            return bool(self._scalar(self._take))
-        except sqlalchemy.exc.SQLAlchemyError:
-            # The server was started anew since the last turn; a second failure is told.
+            if self._connection is None:
+                self._connection = self._engine.connect()
+            taken = bool(self._scalar(self._take))
+        except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError):
             self._drop()
-            self._connection = self._engine.connect()
-            return bool(self._scalar(self._take))
+            now = time.monotonic()
+            self._away_since = self._away_since or now
+            if now - self._away_since > SERVER_TIMEOUT_S:
+                raise
+            return False
+        self._away_since = None
+        return taken
 
     def give(self) -> bool:
         try:
@@ -194,6 +204,7 @@ def _server_driver(study: str, url: str) -> Iterator[None]:
         return
     with storage_errors(url):
         lock = _ServerLock(url, f"driver {study}")
+        lock.connect()
         taken = lock.take()
     if not taken:
         raise StudyError(

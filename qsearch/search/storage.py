@@ -107,12 +107,14 @@ def _patient(storage: optuna.storages.RDBStorage, operation: Callable[..., Any])
     return tried
 
 
-def _disconnected(error: BaseException) -> bool:
+def _disconnected(error: BaseException | None) -> bool:
     """Whether a connection could not be made or broke, and not what was asked is at fault."""
-    cause = error.__cause__
-    if not isinstance(cause, sqlalchemy.exc.DBAPIError):
-        return False
-    return cause.connection_invalidated or isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError))
+    while error is not None:
+        if isinstance(error, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)):
+            return True
+        # What is tried on a broken connection is what is told.
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def checked_name(study: str) -> str:

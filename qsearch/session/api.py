@@ -45,7 +45,8 @@ class SearchOptions(TypedDict, total=False):
         timeout: No trial is begun after that many seconds of trials.
         threads: Threads that a module runs on.
         batch: Images of one inference; a module that is given as such takes one.
-        jobs: 2 to build a trial while the one before is measured; by default 2 where there are processors for it.
+        jobs: 2 to build a trial while the one before is measured, more for as many workers besides; by default 2 where there
+            are processors for it.
         max_latency_ms: Constraint: largest latency wanted.
         max_bytes: Constraint: most memory wanted.
         max_loss_pp: Constraint: most top-1, or a detector's mAP, lost, percentage points.

@@ -14,6 +14,7 @@ from qsearch.search.loop.processors import check_jobs
 from qsearch.search.samplers import PLANNER, check_sampler
 from qsearch.search.space import SearchSpace
 from qsearch.search.storage import checked_name, database_file, storage_url
+from qsearch.session.local_workers import COMMAND_LINE
 from qsearch.session.supervisor import Watch
 
 __all__ = ["FinetuneWish", "SearchRequest", "checked_request", "default_study"]
@@ -48,11 +49,13 @@ class SearchRequest:
         timeout_s: No trial is begun after that many seconds of trials.
         limits: Objective -> largest value wanted.
         early_stopping: Whether trials end as soon as their outcome is certain.
-        jobs: 2 to build a trial while the one before is measured; None for 2 where there are processors for it.
+        jobs: 2 to build a trial while the one before is measured, more for as many workers besides; None for 2 where there are
+            processors for it.
         finetune: What to fine-tune at the end.
         log: File to append a line of JSON to for every trial.
         watch: The process that watches this one.
         joins: Whether it works on a study beside the search that has begun it.
+        command: How workers are started: the words before `worker`.
     """
 
     settings: Settings
@@ -69,6 +72,7 @@ class SearchRequest:
     log: Path | None = None
     watch: Watch = field(default_factory=Watch)
     joins: bool = False
+    command: tuple[str, ...] = COMMAND_LINE
 
 
 def checked_request(request: SearchRequest) -> SearchRequest:

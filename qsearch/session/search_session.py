@@ -41,6 +41,7 @@ from qsearch.search.provenance import layer_facts, machine_facts, package_versio
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
 from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.session.local_workers import local_workers
 from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
 from qsearch.session.trial_log import TrialLog
@@ -86,8 +87,10 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        evaluator.keep_to(lane_file(handle.name, handle.url))
-        run_trials(handle, request, bound, evaluator, (say, console, log))
+        more = max(0, (request.jobs or 0) - 2)
+        evaluator.keep_to(lane_file(handle.name, handle.url), crowded=more > 0)
+        with local_workers(handle, more, request.command, say):
+            run_trials(handle, request, bound, evaluator, (say, console, log))
         _record_bound(handle, request)
         _verify(handle, evaluator, say)
         if images is not None:
@@ -250,7 +253,7 @@ def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> Abstra
     """The measuring process, for as many jobs as there are to be; none where nothing is left to measure."""
     if done >= request.budget:
         return nullcontext()
-    return evaluator.pipeline(request.jobs or default_jobs(request.settings.threads))
+    return evaluator.pipeline(min(request.jobs or 2, default_jobs(request.settings.threads)))
 
 
 def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:

@@ -78,7 +78,7 @@ def join_session(request: WorkerRequest, say: Progress, console: Console) -> dic
         TrialLog(search.log) as log,
         study_to_join(search.study, identity_of(search, evaluator), search.storage) as handle,
     ):
-        evaluator.keep_to(lane_file(handle.name, handle.url))
+        evaluator.keep_to(lane_file(handle.name, handle.url), crowded=True)
         log.tell("join", study=handle.name, storage=handle.shown_url, model=search.settings.model, budget=search.budget)
         run_trials(handle, search, bound, evaluator, (say, console, log))
         with handle.guard():

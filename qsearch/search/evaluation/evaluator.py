@@ -120,8 +120,8 @@ class Evaluator(Protocol):
         """Count latencies against a float module that was measured before, as a continued study has to."""
         ...
 
-    def keep_to(self, lane: Path) -> None:
-        """Measure only while nobody else does who keeps to the same lane."""
+    def keep_to(self, lane: Path, crowded: bool = False) -> None:
+        """Measure only while nobody else does who keeps to the same lane; crowded where others surely work on this machine."""
         ...
 
     @property

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from qsearch.search.evaluation.requirements import open_local_target, require_ro
 from qsearch.search.locks import lane_held
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
-from qsearch.search.loop.processors import split_processors
+from qsearch.search.loop.processors import Processors, default_jobs, split_processors
 from qsearch.search.loop.workers import Worker
 from qsearch.search.profile import task_profile
 from qsearch.search.provenance import device_kind
@@ -104,6 +104,7 @@ class ModelEvaluator:
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
         self._lane: Path | None = None
+        self._processors: Processors | None = None
 
     def _rounded_weights(self, model: Model) -> RoundedWeights:
         said = {
@@ -174,8 +175,16 @@ class ModelEvaluator:
         """Count latencies against a float module that was measured before, as a continued study has to."""
         self._baseline, self._measurer = baseline, None
 
-    def keep_to(self, lane: Path) -> None:
-        """Measure only while nobody else does who keeps to the same lane."""
+    def keep_to(self, lane: Path, crowded: bool = False) -> None:
+        """Measure only while nobody else does who keeps to the same lane.
+
+        Args:
+            lane: See `lane_file`.
+            crowded: Whether others work on this machine: what is done here besides measuring then keeps off the processors
+                that they measure on.
+        """
+        threads = self.run_target.threads
+        self._processors = split_processors(default_jobs(threads), threads) if crowded else None
         self._lane, self._measurer = lane, None
 
     @property
@@ -270,6 +279,7 @@ class ModelEvaluator:
                 runs_on=self.run_target.device,
                 batch=self.batch,
                 lane=self._lane,
+                processors=self._processors or Processors(),
             )
         return self._measurer
 
@@ -286,7 +296,8 @@ class ModelEvaluator:
         # Sessions with a device elsewhere are this process's.
         processors = None if self.settings.rpc is not None else split_processors(jobs, self.run_target.threads)
         if processors is None:
-            yield None
+            with nullcontext() if self._processors is None else self._processors.aside():
+                yield None
             return
         modules, images = self.settings.cache_dir / "modules", self.settings.cache_dir / "images"
         modules.mkdir(exist_ok=True)

@@ -99,7 +99,8 @@ class ModuleMeasurer:
             (latency,) = self.device.paired(self.reference, handles, first_images(self.images, self.batch), self.reference_ms)
         clock.lap("latency")
         check = None if rule is None else partial(rule.check, latency, prepared.memory)
-        accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
+        with self.processors.together():
+            accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
         clock.lap("accuracy")
         return Measurement(latency, prepared.memory, accuracy, prepared.seconds | clock.seconds, prepared.kernels_sha256)
 

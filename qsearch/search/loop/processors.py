@@ -11,9 +11,7 @@ from pathlib import Path
 from qsearch.errors import UsageError
 from qsearch.measure.processors import available_processors
 
-__all__ = ["MOST_JOBS", "Processors", "check_jobs", "default_jobs", "split_processors"]
-
-MOST_JOBS = 2
+__all__ = ["Processors", "check_jobs", "default_jobs", "split_processors"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,15 @@ class Processors:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Run the block on the device's processors, and whatever comes after it on all of them."""
-        if self.device:
-            os.sched_setaffinity(0, self.device)
-        try:
+        """Run the block on the device's processors."""
+        with _kept_to(self.device):
             yield
-        finally:
-            if self.device:
-                os.sched_setaffinity(0, self.device | self.others)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on all processors."""
+        with _kept_to(self.device | self.others):
+            yield
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -48,6 +47,19 @@ class Processors:
             yield
         finally:
             _keep_threads(before)
+
+
+@contextmanager
+def _kept_to(processors: Collection[int]) -> Iterator[None]:
+    """Keep this thread, and those that it starts meanwhile, to processors for the block; anywhere if there are none."""
+    before = os.sched_getaffinity(0) if processors else set()
+    if processors:
+        os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        if processors:
+            os.sched_setaffinity(0, before)
 
 
 def _keep_threads(processors: Collection[int]) -> None:
@@ -64,7 +76,11 @@ def default_jobs(threads: int) -> int:
     Args:
         threads: Threads a module runs on.
     """
-    return min(MOST_JOBS, max(1, len(available_processors()) - threads + 1))
+    return min(2, _most_jobs(threads))
+
+
+def _most_jobs(threads: int) -> int:
+    return max(1, len(available_processors()) - threads + 1)
 
 
 def check_jobs(jobs: int | None, threads: int) -> None:
@@ -78,10 +94,10 @@ def check_jobs(jobs: int | None, threads: int) -> None:
         UsageError: No processor would be left to lower and link on.
     """
     count = len(available_processors())
-    if jobs is not None and jobs > default_jobs(threads):
+    if jobs is not None and jobs > _most_jobs(threads):
         raise UsageError(
-            f"--jobs {jobs} needs a processor beside the {threads} that a module is timed on, but this process may use {count}; "
-            "give --jobs 1, or let it use more (taskset, cgroup)"
+            f"--jobs {jobs} needs {jobs - 1} beside the {threads} processors that a module is timed on, but this process may use "
+            f"{count}; give --jobs {_most_jobs(threads)}, or let it use more (taskset, cgroup)"
         )
 
 
