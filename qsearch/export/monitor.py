@@ -242,7 +242,13 @@ def read_images(paths, bundle, manifest):
     preprocessing, found = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8")), []
     for path in map(Path, paths):
         if path.suffix == ".npy":
-            found.extend(np.load(path, allow_pickle=False))
+            images, wanted = np.load(path, allow_pickle=False), manifest["input"]
+            if images.dtype != wanted["dtype"] or images.shape[1:] != tuple(wanted["shape"][1:]):
+                shape = ", ".join(map(str, wanted["shape"][1:]))
+                raise run.BundleProblem(
+                    f"{path} holds {images.dtype} {images.shape}; expected {wanted['dtype']} (N, {shape}), as the module takes them"
+                )
+            found.extend(images)
             continue
         import predict
 

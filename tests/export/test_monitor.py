@@ -56,6 +56,9 @@ def test_folders_and_pictures_count_as_arrays_do(dark_bundle: Path, tmp_path: Pa
 def test_what_cannot_be_recorded(dark_bundle: Path, tmp_path: Path) -> None:
     done = alone(dark_bundle / "monitor.py", tmp_path / "x.npz", tmp_path / "none.png")
     assert done.returncode == 1 and done.stderr.startswith("problem: ") and not (tmp_path / "x.npz").exists()
+    np.save(tmp_path / "bytes.npy", pixels(2))
+    done = alone(dark_bundle / "monitor.py", tmp_path / "x.npz", tmp_path / "bytes.npy")
+    assert done.returncode == 1 and "holds uint8 (2, 28, 28" in done.stderr and "expected float32 (N, 1, 28, 28)" in done.stderr
     assert monitor.main([]) == 2
 
 
