@@ -244,10 +244,9 @@ def read_images(paths, bundle, manifest):
         if path.suffix == ".npy":
             images, wanted = np.load(path, allow_pickle=False), manifest["input"]
             if images.dtype != wanted["dtype"] or images.shape[1:] != tuple(wanted["shape"][1:]):
-                shape = ", ".join(map(str, wanted["shape"][1:]))
-                raise run.BundleProblem(
-                    f"{path} holds {images.dtype} {images.shape}; expected {wanted['dtype']} (N, {shape}), as the module takes them"
-                )
+                shape = ", ".join(map(str, ["N", *wanted["shape"][1:]]))
+                what = f"{path} holds {images.dtype} {images.shape}"
+                raise run.BundleProblem(f"{what}; expected {wanted['dtype']} ({shape}), as the module takes them")
             found.extend(images)
             continue
         import predict

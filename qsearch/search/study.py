@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "Identity",
     "StudyHandle",
     "finished",
+    "is_measured",
     "known_configurations",
     "load_study",
     "measured_trials",
@@ -52,6 +53,7 @@ GIVEN_UP = "given_up"
 # The part of an identity that says what kind of device is measured on, where it is this machine's own.
 DEVICE = "device_kind"
 _IDENTITY = "identity"
+_JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)
 _DIGEST = re.compile(r"\w{32,}")
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -268,15 +270,20 @@ def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
 
     A stopped trial was built, timed and run on some images, and need not be tried again. A duplicate was not measured.
     """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return [trial for trial in trials if trial.state == TrialState.COMPLETE or "bound" in trial.user_attrs]
+    return [trial for trial in study.get_trials(deepcopy=False, states=_JUDGED) if is_measured(trial)]
 
 
-def known_configurations(study: optuna.Study) -> dict[str, int]:
-    """Content hash -> number of the trial, for what was measured and for what was given up."""
-    given_up = [trial for trial in finished(study, TrialState.FAIL) if trial.user_attrs.get(GIVEN_UP)]
-    trials = (*measured_trials(study), *given_up)
-    return {trial.user_attrs["config_hash"]: trial.number for trial in trials if "config_hash" in trial.user_attrs}
+def is_measured(trial: FrozenTrial) -> bool:
+    """Whether a trial counts against a budget, see `measured_trials`."""
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.PRUNED and "bound" in trial.user_attrs)
+
+
+def known_configurations(trials: Iterable[FrozenTrial]) -> dict[str, int]:
+    """Content hash -> number of the trial, for what was measured, is under way or was given up."""
+    known = [
+        trial for trial in trials if is_measured(trial) or trial.state == TrialState.RUNNING or trial.user_attrs.get(GIVEN_UP)
+    ]
+    return {trial.user_attrs["config_hash"]: trial.number for trial in known if "config_hash" in trial.user_attrs}
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial, blamed: bool = False) -> bool:

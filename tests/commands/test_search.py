@@ -242,6 +242,6 @@ def test_more_jobs_than_processors_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("qsearch.search.loop.processors.available_processors", lambda: [3])
     result = invoke(tmp_path, "search", "--jobs", "2")
     assert result.exit_code == 2
-    assert "--jobs 2 needs a processor beside the 1" in result.stderr
+    assert "--jobs 2 needs 1 beside the 1 processors" in result.stderr
     assert invoke(tmp_path, "search", "--jobs", "3").exit_code == 2
     assert not (tmp_path / "studies").exists()

@@ -249,7 +249,7 @@ def test_processors_are_set_aside_for_timing(monkeypatch: pytest.MonkeyPatch) ->
     assert split_processors(1, 1) is None
     assert [default_jobs(threads) for threads in (1, 3, 4, 9)] == [2, 2, 1, 1]
     check_jobs(None, 9)
-    with pytest.raises(UsageError, match=r"--jobs 2 needs a processor beside the 4 .* this process may use 4"):
+    with pytest.raises(UsageError, match=r"--jobs 2 needs 1 beside the 4 .* this process may use 4"):
         check_jobs(2, 4)
 
 

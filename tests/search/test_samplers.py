@@ -14,22 +14,27 @@ from qsearch.search.space import SearchSpace, load_space
 BOUND = bind_space(load_space("default"), make_graph())
 
 
-def proposals(name: str, seed: int, trials: int) -> list[dict]:
-    """Parameters of a few trials of a fresh study."""
-    study = optuna.create_study(directions=["minimize"] * 3, sampler=make_sampler(name, seed, trials))
-    result = []
-    for index in range(14):
-        trial = study.ask(BOUND.distributions())
-        study.tell(trial, [float(index), float(-index), float(index % 3)])
-        result.append(dict(trial.params))
-    return result
+def proposals(name: str, seed: int, *runs: int) -> list[dict]:
+    """Parameters of the trials of a fresh study that several processes have run, each so many trials."""
+    study = optuna.create_study(directions=["minimize"] * 3)
+    for count in runs:
+        study.sampler = make_sampler(name, seed, len(study.trials))
+        for index in range(len(study.trials), len(study.trials) + count):
+            trial = study.ask(BOUND.distributions())
+            study.tell(trial, [float(index), float(-index), float(index % 3)])
+    return [dict(trial.params) for trial in study.trials]
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "nsgaii", "nsgaiii"])
 def test_samplers_repeat_with_their_seed_and_move_on_when_a_study_continues(name: str) -> None:
-    assert proposals(name, 0, 0) == proposals(name, 0, 0)
-    assert proposals(name, 0, 0) != proposals(name, 1, 0)
-    assert proposals(name, 0, 0) != proposals(name, 0, 14)
+    found = proposals(name, 0, 14)
+    assert found == proposals(name, 0, 14)
+    assert found != proposals(name, 1, 14)
+    continued = proposals(name, 0, 7, 7)
+    assert continued[:7] == found[:7] and continued[7:] != found[:7]
+    # Whichever process asks for a trial, it draws the same for it.
+    if name == "random":
+        assert continued == found
 
 
 def test_gp_proposes_jointly() -> None:

@@ -101,9 +101,7 @@ def test_one_driver_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
-    code = (
-        f"import os; from qsearch.search.locks import driver_lock\nwith driver_lock('demo', {url_in(tmp_path)!r}): os._exit(9)"
-    )
+    code = f"import os; from qsearch.search.locks import driver_lock\nwith driver_lock('demo', {url_in(tmp_path)!r}): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     with study_to_search("demo", IDENTITY, url_in(tmp_path)):
         pass

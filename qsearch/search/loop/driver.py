@@ -7,7 +7,7 @@ may run this loop over one study, on several machines: each asks in a turn of it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from qsearch.search.loop.problem import Limits, Outcome, SearchProblem, Stop
 from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 from qsearch.search.members import MEMBER, Heartbeat, this_member
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import StudyHandle, finished, known_configurations, measured_trials, reap_trials, requeue
+from qsearch.search.study import StudyHandle, finished, is_measured, known_configurations, measured_trials, reap_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
@@ -197,9 +197,10 @@ class _Loop:
             try:
                 with self.handle.turn():
                     reap_trials(self.handle.study, _GONE)
-                    reason = self._reason_to_stop()
+                    trials = self.handle.study.get_trials(deepcopy=False)
+                    reason = self._reason_to_stop(trials)
                     if reason is None:
-                        begun = self._begin()
+                        begun = self._begin(self.failed | known_configurations(trials))
             except TurnLost as error:
                 # Somebody else may have asked for the same meanwhile.
                 if begun is not None:
@@ -218,38 +219,33 @@ class _Loop:
             return False
         return True
 
-    def _reason_to_stop(self) -> Stop | None:
-        study = self.handle.study
-        if len(measured_trials(study)) + len(finished(study, TrialState.RUNNING)) >= self.limits.budget:
+    def _reason_to_stop(self, trials: Sequence[FrozenTrial]) -> Stop | None:
+        if sum(is_measured(trial) or trial.state == TrialState.RUNNING for trial in trials) >= self.limits.budget:
             return "budget"
         if self._is_late():
             return "timeout"
-        if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside():
+        if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside(trials):
             return "exhausted"
         return None
 
-    def _known(self) -> dict[str, int]:
-        """Content hash -> number, of what was measured or given up, is under way, or has failed here."""
-        running = finished(self.handle.study, TrialState.RUNNING)
-        under_way = {one.user_attrs["config_hash"]: one.number for one in running if "config_hash" in one.user_attrs}
-        return self.failed | under_way | known_configurations(self.handle.study)
-
-    def _step_aside(self) -> bool:
+    def _step_aside(self, trials: Sequence[FrozenTrial]) -> bool:
         """Enqueue a new configuration near the last proposal; False if the space holds none."""
-        study = self.handle.study
-        if finished(study, TrialState.WAITING):
+        if any(trial.state == TrialState.WAITING for trial in trials):
             return True
-        last = study.get_trials(deepcopy=False)[-1]
-        values = unseen_values(self.problem.space, dict(last.params), self._known(), self.rng)
+        last, known = trials[-1], self.failed | known_configurations(trials)
+        values = unseen_values(self.problem.space, dict(last.params), known, self.rng)
         if values is not None:
-            study.enqueue_trial(values, user_attrs={"near": last.number})
+            self.handle.study.enqueue_trial(values, user_attrs={"near": last.number})
         return values is not None
 
-    def _begin(self) -> _Begun | None:
-        """Ask for a trial, in a turn; None if its configuration is known, which ends it."""
+    def _begin(self, known: Mapping[str, int]) -> _Begun | None:
+        """Ask for a trial, in a turn; None if its configuration is known, which ends it.
+
+        Args:
+            known: Content hash -> number, of what need not be tried.
+        """
         study = self.handle.study
         self.problem.beat()
-        known = self._known()
         trial = study.ask(self.problem.space.distributions())
         # Within the guard, whose end an interrupt may fall on.
         self.in_flight.append(trial)
