@@ -71,6 +71,9 @@ def search(
         bool, typer.Option(help="End a trial as soon as its first images show that it can reach neither front nor constraints.")
     ] = True,
     jobs: Jobs = None,
+    dask: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler, such as tcp://HOST:8786, whose workers build and measure.")
+    ] = None,
     then_finetune: Annotated[
         int, typer.Option(min=0, help="At the end, fine-tune so many points of the front, those that lose most; see `finetune`.")
     ] = 0,
@@ -119,7 +122,8 @@ def search(
     limits = checked_limits(max_latency_ms, max_bytes, max_loss_pp)
     name = study or default_study(model)
     asked = (settings, load_space(space), name, storage, sampler, budget, timeout, limits, early_stopping, jobs)
-    request = checked_request(SearchRequest(*asked, finetune=FinetuneWish(then_finetune, train, images), log=log_json))
+    tuned = FinetuneWish(then_finetune, train, images)
+    request = checked_request(SearchRequest(*asked, finetune=tuned, log=log_json, dask=dask))
     watched = process_limits(restarts, trial_timeout, max_memory_gb)
     if tune and (cost_table or rpc):
         raise UsageError("--tune times tiles on this machine, and the search is for another: leave it out")

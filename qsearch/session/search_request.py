@@ -55,6 +55,7 @@ class SearchRequest:
         log: File to append a line of JSON to for every trial.
         watch: The process that watches this one.
         joins: Whether it works on a study beside the search that has begun it.
+        dask: Address of a Dask scheduler whose workers build and measure; None for this machine.
         command: How workers are started: the words before `worker`.
     """
 
@@ -72,6 +73,7 @@ class SearchRequest:
     log: Path | None = None
     watch: Watch = field(default_factory=Watch)
     joins: bool = False
+    dask: str | None = None
     command: tuple[str, ...] = COMMAND_LINE
 
 
@@ -90,6 +92,8 @@ def checked_request(request: SearchRequest) -> SearchRequest:
     if request.settings.batch < 1:
         raise UsageError(f"the batch is a number of images, 1 or more, got {request.settings.batch}")
     check_jobs(request.jobs, request.settings.threads)
+    if request.dask is not None and (request.jobs or request.settings.rpc or request.settings.cost_table):
+        raise UsageError("--dask says where trials are built and measured: leave out --jobs, --rpc and --cost-table")
     return replace(request, settings=named_target(request.settings))
 
 

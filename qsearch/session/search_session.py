@@ -33,6 +33,7 @@ from qsearch.search.front import record_heldout, study_front
 from qsearch.search.locks import lane_file
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.problem import Crew
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
 from qsearch.search.planner import PlannerSampler
@@ -76,6 +77,10 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         QSearchError: The request cannot be carried out.
     """
     start = time.monotonic()
+    if request.dask is not None:
+        from qsearch.search.evaluation.dask_crew import require_cluster
+
+        require_cluster(request.dask)
     evaluator = open_evaluator(request.settings, say, {request.space.name: request.space})
     request = for_task(request, evaluator.profile, say)
     seed = request.settings.seed
@@ -208,6 +213,7 @@ def run_trials(
     # The measuring process starts only now, as it would disturb the kernels that are timed for the planner's tables.
     with (
         _pipeline(request, evaluator, done) as pipeline,
+        _crew(request, evaluator, handle, say) as crew,
         TrialProgress((done, request.budget), baseline, say, console) as progress,
     ):
 
@@ -216,7 +222,7 @@ def run_trials(
             progress.on_trial(trial, len(measured_trials(handle.study)))
             log.on_trial(trial)
 
-        outcome = run_search(handle, replace(problem, pipeline=pipeline), limits, on_trial)
+        outcome = run_search(handle, replace(problem, pipeline=pipeline, crew=crew), limits, on_trial)
     request.watch.rest()
     with handle.guard():
         done = len(measured_trials(handle.study))
@@ -251,9 +257,20 @@ def _choose_sampler(
 
 def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> AbstractContextManager[Pipeline | None]:
     """The measuring process, for as many jobs as there are to be; none where nothing is left to measure."""
-    if done >= request.budget:
+    if done >= request.budget or request.dask is not None:
         return nullcontext()
     return evaluator.pipeline(min(request.jobs or 2, default_jobs(request.settings.threads)))
+
+
+def _crew(
+    request: SearchRequest, evaluator: Evaluator, handle: StudyHandle, say: Progress
+) -> AbstractContextManager[Crew | None]:
+    """The workers of a Dask cluster, where they are to do it."""
+    if request.dask is None:
+        return nullcontext()
+    from qsearch.search.evaluation.dask_crew import dask_crew
+
+    return dask_crew(request.dask, evaluator, request.settings, lane_file(handle.name, handle.url), say)
 
 
 def _record_bound(handle: StudyHandle, request: SearchRequest) -> None:

@@ -220,6 +220,10 @@ class ModelEvaluator:
         """Link a program, see `ModuleBuilder.build`."""
         return self._builder.build(program)
 
+    def pack(self, config: QuantConfig, folder: Path) -> Prepared:
+        """Lower and link one configuration for another process, see `ModuleBuilder.pack`."""
+        return self._builder.pack(config, folder)
+
     def prepare_program(self, program: Program) -> Prepared:
         """Link a program to be measured, see `ModuleBuilder.prepare_program`."""
         return self._builder.prepare_program(program)

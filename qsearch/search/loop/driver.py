@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from qsearch.search.constraints import mark_feasibility
 from qsearch.search.locks import TurnLost
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
-from qsearch.search.loop.problem import Limits, Outcome, SearchProblem, Stop
+from qsearch.search.loop.problem import Crew, Limits, Outcome, SearchProblem, Stop
 from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 from qsearch.search.members import MEMBER, Heartbeat, this_member
 from qsearch.search.proposals import unseen_values
@@ -40,6 +40,8 @@ MOST_DUPLICATES_IN_A_ROW = 3
 MOST_FAILURES_IN_A_ROW = 20
 # How often a process that has nothing to do looks whether the others are done, seconds.
 _POLL_S = 0.5
+# How often a crew is asked how many trials it has use for, seconds.
+_GROWN_S = 5.0
 _GONE = "the process that tried it has gone"
 
 
@@ -127,7 +129,7 @@ class _Loop:
         try:
             with nullcontext() if pipeline is None else pipeline.aside():
                 while True:
-                    stopped = self._one_by_one() if pipeline is None else self._overlapped(pipeline)
+                    stopped = self._pass()
                     if stopped != "budget" or self._met():
                         return self.outcome(stopped)
         except BaseException as error:
@@ -137,6 +139,12 @@ class _Loop:
             raise
         finally:
             self.heart.close()
+
+    def _pass(self) -> Stop:
+        """Run trials until there is a reason to ask for no more of them."""
+        if self.problem.crew is not None:
+            return self._side_by_side(self.problem.crew)
+        return self._one_by_one() if self.problem.pipeline is None else self._overlapped(self.problem.pipeline)
 
     def _met(self) -> bool:
         """Wait for what others have under way; False if the budget has room again, because some of it came to nothing."""
@@ -166,6 +174,23 @@ class _Loop:
             rule = self._rule()
             evaluate = partial(self.problem.evaluate, begun.config, *([rule] if rule else []))
             self._conclude(begun, self._ended(begun, evaluate))
+
+    def _side_by_side(self, crew: Crew) -> Stop:
+        """As many trials are under way as the crew has use for."""
+        under_way: dict[Future[Measurement], _Begun] = {}
+        while True:
+            reason = None
+            while reason is None and len(under_way) < crew.width():
+                begun, reason = self._asked()
+                if begun is not None:
+                    under_way[crew.submit(begun.config, self._rule())] = begun
+            if not under_way:
+                assert reason is not None
+                return reason
+            # Looked at from time to time all the same: the crew may have grown.
+            for future in wait(under_way, timeout=_GROWN_S, return_when=FIRST_COMPLETED).done:
+                begun = under_way.pop(future)
+                self._conclude(begun, self._ended(begun, future.result))
 
     def _overlapped(self, pipeline: Pipeline) -> Stop:
         """One trial is measured while the one before is written down and the next one asked for and built."""

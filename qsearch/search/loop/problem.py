@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import optuna
 
@@ -12,12 +13,25 @@ from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.constraints import Constraints
+from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 
-__all__ = ["Limits", "Outcome", "SearchProblem", "Stop"]
+__all__ = ["Crew", "Limits", "Outcome", "SearchProblem", "Stop"]
 
 Annotate = Callable[[optuna.Trial, QuantConfig, Measurement], None]
 Stop = Literal["budget", "timeout", "exhausted", "interrupted"]
+
+
+class Crew(Protocol):
+    """Others that build and measure trials, several at a time."""
+
+    def width(self) -> int:
+        """How many trials are worth having under way now, at least 1."""
+        ...
+
+    def submit(self, config: QuantConfig, rule: StoppingRule | None) -> Future[Measurement]:
+        """Build and measure a configuration: a measurement to be, or what `SearchProblem.evaluate` raises."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class SearchProblem:
         early_stopping: Whether trials end as soon as their outcome is certain.
         anchored: Whether plain starting points come first; a sampler that knows the space does without.
         pipeline: Measures a trial while the next one is built, in place of `evaluate`; None for one by one.
+        crew: Builds and measures trials elsewhere, in place of both.
         beat: Called when a trial begins, and when one has ended: whoever watches the process knows that it goes on.
         rest: Called when it waits for other processes.
         device: What kind of device trials are measured on, for their attributes.
@@ -45,6 +60,7 @@ class SearchProblem:
     early_stopping: bool = False
     anchored: bool = True
     pipeline: Pipeline | None = None
+    crew: Crew | None = None
     beat: Callable[[], object] = lambda: None
     rest: Callable[[], object] = lambda: None
     device: str = ""

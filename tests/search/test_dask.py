@@ -1,0 +1,121 @@
+"""A search on a Dask cluster: a scheduler and workers started from the command line, one of them killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_folders import write_classes
+from optuna.trial import FrozenTrial
+from real_search import SMALL, command, refused, start
+
+from qsearch.errors import QSearchError
+from qsearch.search.study import load_study, measured_trials
+
+pytest.importorskip("distributed", reason="needs the extra `dask`")
+ON_CLUSTER = (*SMALL, "--sampler", "random", "--budget", "8", "--restarts", "0", "--json")
+
+
+class Cluster:
+    """A scheduler and its workers, as processes.
+
+    Args:
+        folder: Where they run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+        self.address = self.start("scheduler", "--port", "0", "--host", "127.0.0.1", "--no-dashboard", until=r"(tcp://\S+:\d+)")
+
+    def start(self, *arguments: str, until: str) -> str:
+        """Start a program of Dask; what it says of itself."""
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], *arguments[1:]],
+            cwd=self.folder,
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(until, line):
+                return found[found.lastindex or 0]
+        raise AssertionError(f"dask {arguments[0]} ended with status {process.wait()}")
+
+    def worker(self, **resources: int) -> subprocess.Popen[str]:
+        """Start a worker."""
+        offered = ",".join(f"{name}={count}" for name, count in resources.items())
+        options = ["--nthreads", "1", "--no-dashboard", "--no-nanny", *(["--resources", offered] if offered else [])]
+        self.start("worker", self.address, *options, until="Registered to")
+        return self.processes[-1]
+
+    def close(self) -> None:
+        """End all of them."""
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A scheduler without workers, beside a folder of images."""
+    write_classes(tmp_path / "data")
+    found = Cluster(tmp_path)
+    yield found
+    found.close()
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Configuration -> digest of the outputs that it was scored by."""
+    trials = measured_trials(load_study("small", f"sqlite:///{folder}/studies/small.db").study)
+    return {one.user_attrs["config_hash"]: outputs_of(one) for one in trials}
+
+
+def seen(folder: Path) -> bool:
+    """Whether a trial is measured."""
+    try:
+        return bool(measured(folder))
+    except QSearchError:
+        return False
+
+
+def outputs_of(trial: FrozenTrial) -> str:
+    """Digest of a trial's outputs."""
+    return str(trial.user_attrs["measurement"]["accuracy"]["output_sha256"])
+
+
+def test_a_cluster_measures_what_one_process_measures_though_a_worker_is_killed(tmp_path: Path, cluster: Cluster) -> None:
+    doomed = cluster.worker(compile=1, device=1)
+    cluster.worker(compile=1, device=1)
+    search = start(tmp_path, *ON_CLUSTER, "--dask", cluster.address)
+    while search.poll() is None and not seen(tmp_path):
+        time.sleep(0.05)
+    doomed.send_signal(signal.SIGKILL)
+    out, err = search.communicate(timeout=300)
+    assert search.returncode == 0, err
+    document = json.loads(out)
+    assert document["trials"]["complete"] == 8 and document["trials"]["failed"] == 0
+    write_classes(tmp_path / "serial" / "data")
+    assert command(tmp_path / "serial", *ON_CLUSTER, "--jobs", "1").returncode == 0
+    assert measured(tmp_path) == measured(tmp_path / "serial")
+
+
+def test_what_a_cluster_may_lack(tmp_path: Path, cluster: Cluster) -> None:
+    search = (*ON_CLUSTER, "--dask")
+    refused(command(tmp_path, *search, cluster.address), 2, "'compile': 0, 'device': 0", "--resources compile=1")
+    refused(command(tmp_path, *search, "tcp://127.0.0.1:9"), 2, "no Dask scheduler answers")
+    refused(command(tmp_path, *search, cluster.address, "--jobs", "2"), 2, "leave out --jobs")
