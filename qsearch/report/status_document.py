@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from datetime import datetime
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from qsearch.report.documents import run_of
 from qsearch.search.locks import driving_process
+from qsearch.search.members import MEMBER
 from qsearch.search.study import StudyHandle, finished, measured_trials
 
 __all__ = ["status_document", "status_table"]
@@ -27,7 +29,8 @@ def status_document(handle: StudyHandle) -> dict[str, Any]:
     Returns:
         `trials` by state, `budget` (None where no search has recorded one), `trials_per_minute` and `remaining_s` (None where
         too few trials ended, or nothing remains), `failures` by cause, the most frequent first, `stage_seconds` (median over
-        the completed trials), `running` (number and seconds since it began) and `process`, that which searches.
+        the completed trials), `running` (number and seconds since it began), `process`, that which searches, and `workers`,
+        the number of processes with a trial under way.
     """
     with handle.guard():
         study, run = handle.study, run_of(handle)
@@ -40,6 +43,7 @@ def status_document(handle: StudyHandle) -> dict[str, Any]:
         "study": handle.name,
         "storage": handle.shown_url,
         "process": process,
+        "workers": len({json.dumps(one.user_attrs[MEMBER]) for one in trials if _is_worked_on(one)}),
         "budget": budget,
         "trials": _counts(trials, measured),
         "trials_per_minute": rate,
@@ -64,6 +68,8 @@ def status_table(document: dict[str, Any]) -> Table:
     table.add_row("others", others or "none")
     process = document["process"]
     table.add_row("searched by", "no process on this machine" if process is None else f"process {process}")
+    if document["workers"] > 1:
+        table.add_row("worked on by", f"{document['workers']} processes")
     if (rate := document["trials_per_minute"]) is not None:
         table.add_row("rate", f"{rate:.1f} trials a minute")
     if document["remaining_s"] is not None:
@@ -73,6 +79,10 @@ def status_table(document: dict[str, Any]) -> Table:
     for cause, count in document["failures"].items():
         table.add_row(f"failed {count} times" if count > 1 else "failed once", cause)
     return table
+
+
+def _is_worked_on(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.RUNNING and MEMBER in trial.user_attrs
 
 
 def _counts(trials: list[FrozenTrial], measured: list[FrozenTrial]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from qsearch.search.members import MEMBER, gone, this_member
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, StudyHandle, load_study, measured_trials, reap_trials, study_to_search
+from qsearch.session.local_workers import local_workers
 
 SCRIPT = str(Path(__file__).parents[1] / "analytic.py")
 BUDGET = 24
@@ -129,6 +130,22 @@ def test_a_worker_is_told_what_it_cannot_work_on(tmp_path: Path) -> None:
     assert "model was" in invoke(tmp_path, *WORKER, MODEL="n" * 64).output
     done = invoke(tmp_path, *WORKER, "--json")
     assert json.loads(done.stdout)["measured"] == 3
+
+
+def test_workers_that_a_search_keeps_beside_itself(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    assert start(tmp_path, *SEARCH[:2], "2", *SEARCH[3:], "--storage", url).wait(timeout=60) == 0
+    handle = load_study("shared", url)
+    handle.study.set_user_attr("run", handle.study.user_attrs["run"] | {"budget": 12})
+    said: list[str] = []
+    with chdir(tmp_path), local_workers(handle, 2, (sys.executable, SCRIPT), said.append):
+        wait_for(lambda: len(measured_trials(handle.study)) == 12)
+    check_exact(url, 12)
+    assert not said
+    # What one of them had to say is not lost.
+    with chdir(tmp_path), local_workers(handle, 1, (sys.executable, "-c", "import sys; sys.exit('cannot')"), said.append):
+        time.sleep(1)
+    assert said == ["one of 1 workers ended with status 1: cannot"]
 
 
 def test_a_random_search_is_the_same_whoever_asks(tmp_path: Path) -> None:
