@@ -98,6 +98,7 @@ def outputs_of(trial: FrozenTrial) -> str:
     return str(trial.user_attrs["measurement"]["accuracy"]["output_sha256"])
 
 
+@pytest.mark.slow
 def test_a_cluster_measures_what_one_process_measures_though_a_worker_is_killed(tmp_path: Path, cluster: Cluster) -> None:
     doomed = cluster.worker(compile=1, device=1)
     cluster.worker(compile=1, device=1)

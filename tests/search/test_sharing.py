@@ -108,6 +108,7 @@ def test_workers_share_a_study_in_a_file_and_one_is_killed(tmp_path: Path) -> No
     assert len(measured_by(url)) == 3
 
 
+@pytest.mark.slow
 def test_workers_share_a_study_on_a_server_that_crashes(tmp_path: Path, postgres: Postgres) -> None:
     def crash(members: list[subprocess.Popen[str]]) -> None:
         postgres.stop()
