@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsearch.build.packed import PackedModule
+from qsearch.build.travelling import TravellingModule
 from qsearch.config import QuantConfig
 from qsearch.errors import MeasureError, QSearchError, TrialError, UsageError
 from qsearch.measure.devices.device import Prepared
@@ -27,7 +27,7 @@ from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 if TYPE_CHECKING:
     from qsearch.search.evaluation.model_evaluator import ModelEvaluator
 
-__all__ = ["COMPILE", "DEVICE", "DaskCrew", "TravellingModule", "dask_crew", "require_cluster"]
+__all__ = ["COMPILE", "DEVICE", "DaskCrew", "dask_crew", "require_cluster"]
 
 # What workers offer, one of each for every task that they may be given at a time.
 COMPILE, DEVICE = "compile", "device"
@@ -36,46 +36,6 @@ _HINT = (
     "start workers with what they offer: `dask worker ADDRESS --nthreads 1 --resources compile=1` for each that builds, and "
     "`dask worker ADDRESS --nthreads 1 --resources device=1`, one on each machine, to measure"
 )
-
-
-@dataclass(frozen=True)
-class TravellingModule:
-    """A linked module on its way between machines.
-
-    Attributes:
-        executable: The Relax executable's file; weights are in it.
-        libraries: The kernels' shared libraries, by the names of their files.
-        device: 'cpu' or 'cuda'.
-    """
-
-    executable: bytes
-    libraries: Mapping[str, bytes]
-    device: str
-
-    @classmethod
-    def of(cls, packed: PackedModule) -> TravellingModule:
-        """Take a packed module along, its file with it."""
-        try:
-            libraries = {file.name: file.read_bytes() for file in packed.libraries}
-            return cls(packed.file.read_bytes(), libraries, packed.device)
-        finally:
-            packed.file.unlink(missing_ok=True)
-
-    def unpack(self, folder: Path) -> PackedModule:
-        """Lay it down in a folder; kernels that lie there already are left alone."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [_laid_down(folder, Path(name).stem, ".so", content) for name, content in self.libraries.items()]
-        return PackedModule(_laid_down(folder, "module", ".module", self.executable), tuple(paths), False, self.device)
-
-
-def _laid_down(folder: Path, name: str, suffix: str, content: bytes) -> Path:
-    """A file whose name has the digest of its content."""
-    path = folder / f"{name[:80]}-{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
-    if not path.exists():
-        partial = path.with_name(f"{path.name}.{threading.get_ident()}")
-        partial.write_bytes(content)
-        partial.replace(path)
-    return path
 
 
 @dataclass(frozen=True)
