@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Task",
     "Threads",
+    "Trust",
     "Weights",
     "checked_task",
 ]
@@ -68,6 +69,7 @@ Study = Annotated[str, typer.Option(help="Name of the study.")]
 Storage = Annotated[
     str | None, typer.Option(help="SQLAlchemy URL of the study's database.", show_default="sqlite:///studies/STUDY.db")
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code of what was not made by this user here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
 
 
