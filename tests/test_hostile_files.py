@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from qsearch.errors import UntrustedError
 
+# Pillow and torch have opinions on what they refuse.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 # What files of every kind trip over.
 MORSELS = [b"", b"[" * 2000, b'{"a":' * 2000, b"null", b"-1", b"1e999", b"NaN", b"9" * 5000, b"\xff\xfe", b"\0", b'"', b"\n"]
 MORSELS += [b"../", b"*a", b"&a ", b"<<: ", b"? ", b"!!python/object:os.system", b"true", b"{}", b"[]", b"\x7f\xff\xff\xff"]

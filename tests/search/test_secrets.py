@@ -51,6 +51,7 @@ def test_what_is_shown_of_a_url() -> None:
     assert shown_url("sqlite:///studies/demo.db") == "sqlite:///studies/demo.db"
 
 
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
 def test_a_whole_search_tells_no_secret(tmp_path: Path) -> None:
     """SQLite has no password; its URL may hold one in its query all the same, which the driver is given."""
     url = f"sqlite:///{tmp_path}/study.db?timeout=60&cached_token={SECRET}"

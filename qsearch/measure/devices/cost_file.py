@@ -21,6 +21,7 @@ LEAST_GAIN = 1.03
 LEAST_SHARE = 0.1
 # A kernel takes less than a thousand.
 MOST_BYTES = 1 << 27
+MOST_TILE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def _kernel(record: Mapping[str, Any]) -> KernelTime:
     if seconds is not None and spread is not None and not 0 <= seconds + spread < math.inf:
         raise ValueError(f"a kernel takes {seconds} s, and {spread} s more or less")
     tile = record["tile"]
-    # Hashed as it is read: what cannot be is no tile.
-    hash(None if tile is None else _fields(tile))
+    numbers = (
+        [] if tile is None else [one for _, value in _fields(tile) for one in (value if isinstance(value, tuple) else (value,))]
+    )
+    if not all(type(one) in (bool, str) or (type(one) is int and 0 <= one <= MOST_TILE) for one in numbers):
+        raise ValueError(f"{shortened(tile)} is no register tile")
     words = (str(record["what"]), str(record["operation"]), tile, str(record["tile_group"]))
     return KernelTime(seconds, spread, *words)
