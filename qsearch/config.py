@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
+from qsearch.bounded import read_file, shortened
 from qsearch.errors import SpaceError
 
 __all__ = [
@@ -307,8 +308,8 @@ def validation_message(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{more}"
-    return f"{where}: {first['msg']}, got {first['input']!r}{more}"
+        return f"unknown key {shortened(where)}{more}"
+    return f"{where}: {first['msg']}, got {shortened(first['input'])}{more}"
 
 
 def named_config(name: str) -> QuantConfig:
@@ -332,8 +333,10 @@ def load_config(path: Path) -> QuantConfig:
         SpaceError: The file is missing, is not JSON, or holds an unknown key or an impossible value.
     """
     try:
-        return QuantConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return QuantConfig.model_validate_json(read_file(path))
     except OSError as error:
         raise SpaceError(f"cannot read configuration {path}: {error.strerror}") from error
     except ValidationError as error:
         raise SpaceError(f"configuration {path} is not valid: {validation_message(error)}") from error
+    except ValueError as error:
+        raise SpaceError(f"cannot read configuration {path}: {error}") from error

@@ -20,6 +20,7 @@ __all__ = [
     "ToolchainError",
     "TrialError",
     "UnsupportedModelError",
+    "UntrustedError",
     "UsageError",
 ]
 
@@ -46,6 +47,10 @@ class UnsupportedModelError(UsageError):
 
 class DataError(UsageError):
     """The images or labels cannot be used."""
+
+
+class UntrustedError(UsageError):
+    """Code that this user has not made, a bundle's library for instance, is not run unasked."""
 
 
 class TrialError(QSearchError):

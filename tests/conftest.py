@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,24 @@ REAL = (
     *("tests/commands/test_compare.py", "tests/commands/test_real_search.py"),
     *("tests/export/test_bundle.py", "tests/export/test_cpp_runner.py"),
 )
+STATE = pytest.StashKey[str]()
 # What takes longest for one process, first: the other has the rest to itself meanwhile.
 LONGEST = (*REAL, "tests/commands/", "tests/search/", "tests/export/", "tests/measure/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep torch to one thread where each of several processes tests on a processor of its own."""
+    """Keep torch to one thread where each of several processes tests on a processor of its own; seal with a key of the run's."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
+        # Processes that tests start, and those that share them, inherit it.
+        config.stash[STATE] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="qsearch-state-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Forget the key."""
+    if STATE in config.stash:
+        shutil.rmtree(config.stash[STATE], ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent / "qsearch"
 ROOMS = [
     "__init__",
     "errors",
+    "bounded",
+    "seal",
     "qtype",
     "config",
     "data",

@@ -83,19 +83,21 @@ class Adaptation:
         return facts | {"drifted": self.scales is not None, "values": [asdict(one) for one in self.values], "verdict": verdict}
 
 
-def adapt_bundle(bundle: Path, statistics: Path, trial: Trial | None = None) -> Adaptation:
+def adapt_bundle(bundle: Path, statistics: Path, trial: Trial | None = None, trust: bool = False) -> Adaptation:
     """Compare statistics with the reference, propose scales and try them.
 
     Args:
         bundle: The bundle, which is left as it is.
         statistics: What its monitor has recorded.
         trial: Labelled images to try scales on; None for those that the monitor has kept.
+        trust: Whether a bundle that this user has not made may be run.
 
     Raises:
+        UntrustedError: It may not.
         BundleError: The bundle cannot be used.
         DataError: The statistics cannot be used.
     """
-    manifest, record = read_bundle(bundle)
+    manifest, record = read_bundle(bundle, trust)
     if not any(value["replaceable"] for value in record["values"]):
         raise BundleError(f"{bundle}: {NOTHING}")
     recorded = read_statistics(statistics, bundle, manifest, len(record["values"]))

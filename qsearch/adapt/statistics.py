@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qsearch.bounded import check_archive, check_file, parse_json
 from qsearch.errors import DataError
 from qsearch.export import monitor, runner
+from qsearch.export.verify import read_bundle_preprocessing
 
 __all__ = ["CallStatistics", "read_statistics"]
+
+# As a file and unpacked: 256 images of 3 x 224 x 224 float32 are 154 MB.
+MOST_BYTES = 1 << 30
+_SHOWN = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,28 +52,56 @@ def read_statistics(path: Path, bundle: Path, manifest: dict[str, Any], values: 
     """
     again = "record again with the bundle's monitor.py"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            found, expected = f"{header['format']} {header['version']}", f"{monitor.FORMAT} {monitor.VERSION}"
-            if found != expected:
-                raise DataError(f"{path} has format {found}, expected {expected}; {again}")
-            counts, kept = archive["counts"], archive["kept"]
+        header, counts, kept = _read(path, again)
+        module, digest, batches, images = (header[name] for name in ("module", "digest", "batches", "images"))
+        whole = isinstance(module, str) and all(type(one) is int and one >= 0 for one in (batches, images))
     except OSError as error:
         raise DataError(f"cannot read the statistics {path}: {error.strerror or error}") from error
     except DataError:
         raise
     except Exception as error:  # zipfile, numpy and json raise a dozen kinds on bytes that are not theirs
-        raise DataError(f"{path} holds no statistics of a monitor, or is cut short; {again}") from error
-    if monitor.digest(counts, kept) != header["digest"]:
+        raise DataError(f"{path} holds no statistics of a monitor, is cut short or is too large; {again}") from error
+    if not whole or monitor.digest(counts, kept) != digest or counts.dtype != np.int64 or (counts < 0).any():
         raise DataError(f"{path} is damaged: what it holds is not what was written; {again}")
-    if header["module"] != manifest["sha256"]["model.so"] or counts.shape != (values, monitor.LEVELS):
+    if module != manifest["sha256"]["model.so"] or counts.shape != (values, monitor.LEVELS):
         raise DataError(
-            f"{path} was recorded with another module (SHA-256 {header['module'][:12]}...) than that of {bundle} "
+            f"{path} was recorded with another module (SHA-256 {module[:12]}...) than that of {bundle} "
             f"({manifest['sha256']['model.so'][:12]}...): another model, or another version of it; {again}"
         )
-    if not header["images"]:
+    if not images or not batches:
         raise DataError(f"{path} holds statistics of no image: no call was chosen yet; let the monitor run longer")
-    if kept.dtype == np.uint8 and len(kept) and not runner.takes_pixels(manifest):
-        preprocessing = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8"))
-        kept = runner.normalised(kept, preprocessing)
-    return CallStatistics(counts, header["batches"], header["images"], kept)
+    if len(kept):
+        given = _as_given(kept, bundle, manifest)
+        if given is None:
+            raise DataError(f"{path} is damaged: its images are not what the module of {bundle} takes; {again}")
+        kept = given
+    return CallStatistics(counts, batches, images, kept)
+
+
+def _read(path: Path, again: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Header, counts and images of a file, after a look at how much they are."""
+    check_file(path, MOST_BYTES)
+    with zipfile.ZipFile(path) as archive:
+        check_archive(archive, MOST_BYTES)
+    with np.load(path, allow_pickle=False) as arrays:
+        header = parse_json(arrays["header"].tobytes())
+        found, expected = f"{header['format']} {header['version']}", f"{monitor.FORMAT} {monitor.VERSION}"
+        if found != expected:
+            raise DataError(f"{path} has format {found[:_SHOWN]}, expected {expected}; {again}")
+        both = arrays["counts"], arrays["kept"]
+        # Of a member that is no array NumPy gives the bytes.
+        if not all(isinstance(one, np.ndarray) for one in both):
+            raise ValueError("a member is no array")
+        return header, *both
+
+
+def _as_given(kept: np.ndarray, bundle: Path, manifest: dict[str, Any]) -> np.ndarray | None:
+    """Recorded images as the module takes them; None where they are none of its."""
+    wanted = manifest["input"]
+    if kept.dtype == np.uint8 and kept.ndim == 4 and not runner.takes_pixels(manifest):
+        preprocessing = read_bundle_preprocessing(bundle)
+        if kept.shape[3] != preprocessing.channels:
+            return None
+        kept = runner.normalised(kept, preprocessing.to_json())
+    fits = list(kept.shape[1:]) == wanted["shape"][1:] and str(kept.dtype) == wanted["dtype"]
+    return kept if fits else None

@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 
 from qsearch.adapt.propose import Scales
+from qsearch.bounded import read_json
 from qsearch.calibrate.drift import DriftReference
 from qsearch.errors import BundleCorruptError, BundleError, TargetMismatchError
 from qsearch.export import rescale, runner
+from qsearch.export.bundle_seal import has_own_seal, require_own_bundle, seal_bundle
+from qsearch.seal import SEAL
 
 __all__ = ["read_bundle", "replace_version", "rollback", "version_of", "write_version"]
 
@@ -37,10 +40,15 @@ def version_of(manifest: dict[str, Any]) -> int:
     return int(manifest.get("version", 1))
 
 
-def read_bundle(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_bundle(bundle: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Manifest and record of scales of a bundle, every file checked.
 
+    Args:
+        bundle: The bundle.
+        trust: Whether it may be somebody else's.
+
     Raises:
+        UntrustedError: It is somebody else's.
         BundleCorruptError: It is no bundle, was changed, or has no record of scales.
         TargetMismatchError: It is for another machine.
     """
@@ -51,6 +59,7 @@ def read_bundle(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{bundle} is for a GPU, {manifest['target']['arch']}: scales are replaced in bundles for CPUs only"
             )
         runner.check_machine(manifest)
+        require_own_bundle(bundle, manifest, trust)
         return manifest, rescale.read_record(bundle / rescale.RECORD)
     except (runner.BundleProblem, rescale.ScaleProblem) as problem:
         wrong = getattr(problem, "status", 1) == runner.WRONG_MACHINE
@@ -89,7 +98,11 @@ def write_version(
                 "version": 1 + max([number, *others]),
                 "adapted_from": {"version": number, "self_sha256": manifest["self_sha256"]},
             }
-            _seal(copy, manifest | told, names)
+            _write_manifest(copy, manifest | told, names)
+            (copy / SEAL).unlink(missing_ok=True)
+            if has_own_seal(bundle, manifest):
+                # One that was trusted unasked stays somebody else's: its kernels are.
+                seal_bundle(copy)
             if place.exists():
                 # A version that was never put in its place, or came back from there.
                 os.replace(place, Path(scratch) / "stale")
@@ -109,7 +122,7 @@ def _fill(copy: Path, record: dict[str, Any], made: tuple[bytes, np.ndarray], fa
     _write_json(copy / "metrics.json", metrics)
 
 
-def _seal(copy: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
+def _write_manifest(copy: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
     digests = {name: hashlib.sha256((copy / name).read_bytes()).hexdigest() for name in names}
     made = manifest | {"sha256": manifest["sha256"] | digests, "metrics": manifest["metrics"] | {"remark": REMARK}}
     _write_json(copy / "manifest.json", made | {"self_sha256": runner.own_digest(made)})
@@ -137,7 +150,7 @@ def replace_version(bundle: Path, place: Path) -> None:
 
 
 def rollback(bundle: Path) -> tuple[int, int]:
-    """Put the version back that a bundle was made from.
+    """Put the version back that a bundle was made from; no code of either is run, whoever made them.
 
     Returns:
         The versions that the bundle was and is.
@@ -147,15 +160,17 @@ def rollback(bundle: Path) -> tuple[int, int]:
         BundleCorruptError: Either was changed.
     """
     bundle = bundle.absolute()
-    manifest, _ = read_bundle(bundle)
+    manifest, _ = read_bundle(bundle, trust=True)
     origin = manifest.get("adapted_from")
     if origin is None:
         raise BundleError(f"{bundle.name} is as it was exported: there is no version to go back to")
+    if not isinstance(origin, dict) or not isinstance(origin.get("version"), int):
+        raise BundleCorruptError(f"{bundle}/manifest.json is damaged: adapted_from has no version")
     place = _beside(bundle, origin["version"])
     if not place.exists():
         raise BundleError(f"version {origin['version']} of {bundle.name} is not beside it: {place} is missing")
-    found, _ = read_bundle(place)
-    if found["self_sha256"] != origin["self_sha256"]:
+    found, _ = read_bundle(place, trust=True)
+    if found["self_sha256"] != origin.get("self_sha256"):
         raise BundleError(f"{place} is not what version {version_of(manifest)} of {bundle.name} was made from: it is left alone")
     _exchange(place, bundle)
     aside = _beside(bundle, version_of(manifest))
@@ -171,8 +186,8 @@ def _beside(bundle: Path, number: int) -> Path:
 def _version_at(path: Path) -> int:
     """Version of what lies there; 0 where that is no bundle."""
     try:
-        return version_of(json.loads((path / "manifest.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        return version_of(read_json(path / "manifest.json"))
+    except (OSError, ValueError, AttributeError, TypeError):
         return 0
 
 

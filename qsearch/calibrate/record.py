@@ -11,12 +11,14 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from qsearch.bounded import check_archive, parse_json
 from qsearch.calibrate.histogram import BINS, Histogram, TensorStatistics
 from qsearch.errors import CalibrationError
 
@@ -24,6 +26,8 @@ __all__ = ["StatisticsRecord", "load_record", "save_record"]
 
 _FORMAT = "qsearch-statistics"
 _VERSION = 3
+# Unpacked: a thousand values with histograms take some tens of MB.
+MOST_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +97,10 @@ def load_record(path: Path) -> StatisticsRecord:
         CalibrationError: The file cannot be read, is not a record, is of another version, or is damaged.
     """
     try:
+        with zipfile.ZipFile(path) as declared:
+            check_archive(declared, MOST_BYTES)
         with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
+            header = parse_json(str(archive["header"]))
             if header["format"] != _FORMAT:
                 raise ValueError("wrong format name")
             if header["version"] != _VERSION:
@@ -114,7 +120,7 @@ def load_record(path: Path) -> StatisticsRecord:
         raise CalibrationError(
             f"{path} is not a statistics record, or is damaged; delete it and the statistics are recorded again"
         ) from error
-    if record.content_hash != header["content_hash"]:
+    if record.content_hash != header.get("content_hash"):
         raise CalibrationError(f"statistics record {path} is damaged; delete it and the statistics are recorded again")
     return record
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from qsearch.commands.options import ConvertChannels, Json
+from qsearch.commands.options import ConvertChannels, Json, Trust
 from qsearch.commands.terminal import print_json, print_table, say, stdout_reserved
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def adapt(
     convert_channels: ConvertChannels = False,
     apply: Annotated[bool, typer.Option("--apply", help="Put a version with the new scales in the bundle's place.")] = False,
     back: Annotated[bool, typer.Option("--rollback", help="Put the version back that the bundle was made from.")] = False,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Compare what a deployed module's tensors hold with calibration; propose, try and apply new scales, without a compiler."""
@@ -50,7 +51,7 @@ def adapt(
 
     with stdout_reserved():
         trial: Trial | None = None if data is None else labelled_trial(bundle, data, convert_channels)
-        found = adapt_bundle(bundle, stats, trial)
+        found = adapt_bundle(bundle, stats, trial, trust)
     document = found.to_json()
     if not json:
         print_table(drift_table(found))

@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Task",
     "Threads",
+    "Trust",
     "Weights",
     "checked_task",
 ]
@@ -71,6 +72,7 @@ Storage = Annotated[
         help="SQLAlchemy URL of the study's database.", envvar="QSEARCH_STORAGE", show_default="sqlite:///studies/STUDY.db"
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Run the code of what was not made by this user here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
 
 

@@ -18,6 +18,7 @@ from qsearch.commands.options import (
     Target,
     Task,
     Threads,
+    Trust,
     Weights,
     checked_task,
 )
@@ -65,6 +66,7 @@ def pack(
 def measure_pack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A pack.")],
     out: Annotated[Path | None, typer.Option(help="Cost table to write.", show_default="FILE with .table.json")] = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Check every kernel of a pack on this machine's device and time it; write the cost table for `search --cost-table`."""
@@ -74,7 +76,7 @@ def measure_pack(
     table = out or file.with_suffix(".table.json")
     if table.is_dir() or not table.absolute().parent.is_dir():
         raise UsageError(f"--out: expected a file in a directory that exists, such as table.json, got {table}")
-    found = measure_pack_file(file, table)
+    found = measure_pack_file(file, table, trust)
     for symbol, problem in found["problems"].items():
         say(f"wrong: {symbol}: {problem}")
     say(f"{found['kernels']} kernels on {found['device']}, {found['wrong']} of them wrong -> {table}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qsearch.commands.options import ConvertChannels, Json
+from qsearch.commands.options import ConvertChannels, Json, Trust
 from qsearch.commands.terminal import print_json
 
 __all__ = ["run"]
@@ -20,6 +20,7 @@ def run(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that export wrote.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files.")],
     convert_channels: ConvertChannels = False,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Classify pictures with a bundle; a detector's bundle says what is where on them."""
@@ -31,7 +32,7 @@ def run(
     preprocessing = read_bundle_preprocessing(bundle)
     given = np.stack([decode(path, preprocessing, convert_channels) for path in images])
     head = read_bundle_detection(bundle)
-    rows = predict_images(bundle, given) if head is None else detect_images(bundle, given, head)
+    rows = predict_images(bundle, given, trust) if head is None else detect_images(bundle, given, head, trust)
     if json:
         key = "best" if head is None else "boxes"
         print_json([{"image": str(path), key: row} for path, row in zip(images, rows, strict=True)])

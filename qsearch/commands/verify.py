@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qsearch.commands.options import Json
+from qsearch.commands.options import Json, Trust
 from qsearch.commands.terminal import print_json, say
 
 __all__ = ["verify"]
@@ -15,12 +15,13 @@ __all__ = ["verify"]
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle that export wrote.")],
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Check a bundle's files, replay its recorded outputs bit for bit, time it alone."""
     from qsearch.export.verify import verify_bundle
 
-    result = verify_bundle(bundle)
+    result = verify_bundle(bundle, trust)
     if json:
         print_json(result)
         return

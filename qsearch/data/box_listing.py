@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qsearch.bounded import check_file
 from qsearch.data.boxes import ImageBoxes
 from qsearch.data.dataset import Dataset
 from qsearch.data.decode import image_size
 from qsearch.data.labels import Classes, Labels, map_labels
-from qsearch.data.listing import Listing, check_splits, listing_of, resolve_image
+from qsearch.data.listing import MOST_TABLE_BYTES, Listing, check_splits, listing_of, resolve_image
 from qsearch.data.preprocessing import Preprocessing
 from qsearch.data.split import divide
 from qsearch.errors import DataError
@@ -125,6 +126,7 @@ def _label(image: ImageBoxes) -> int:
 
 def _read_rows(table: Path) -> list[_Row]:
     try:
+        check_file(table, MOST_TABLE_BYTES)
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = [column.strip() for column in reader.fieldnames or ()]
@@ -133,7 +135,7 @@ def _read_rows(table: Path) -> list[_Row]:
                 raise DataError(f"{table} lacks the column {missing[0]!r}; it has {', '.join(columns) or 'none'}")
             reader.fieldnames = columns
             return [_row({name: (row[name] or "").strip() for name in columns}, table, reader.line_num) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"cannot read {table} as a CSV file in UTF-8 ({error})") from error
 
 

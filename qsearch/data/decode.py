@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-import struct
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
-from qsearch.data.preprocessing import Preprocessing
+from qsearch.bounded import check_file
+from qsearch.data.preprocessing import MOST_PIXELS, Preprocessing
 from qsearch.errors import DataError
 
 __all__ = ["convert_channels", "decode", "image_size", "open_image"]
 
 _GREY_MODES = {"1", "L", "LA", "La"}
 _COLOUR_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"}
-# What Pillow's decoders raise on damaged files; SyntaxError is how the PNG reader reports a broken chunk.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# Not all that Pillow reads: it has another program interpret some, PostScript for one.
+_READERS = (
+    BmpImagePlugin.BmpImageFile,
+    GifImagePlugin.GifImageFile,
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    PpmImagePlugin.PpmImageFile,
+    TiffImagePlugin.TiffImageFile,
+    WebPImagePlugin.WebPImageFile,
+)
+# WebP can be left out of Pillow when it is built.
+_FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
+_MOST_BYTES = 1 << 29
+# Of a JPEG, each of which passes over the whole image; encoders write about ten.
+_MOST_SCANS = 100
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 
 def decode(path: Path, preprocessing: Preprocessing, convert: bool = False) -> NDArray[np.float32]:
@@ -55,7 +80,9 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: the file is missing, truncated or not an image.
     """
-    with _readable(path), Image.open(path) as image:
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO") and count_scans(path.read_bytes()) > _MOST_SCANS:
+            raise ValueError(f"it has more than {_MOST_SCANS} scans")
         image.load()
         return image
 
@@ -66,18 +93,35 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: the file is missing or not an image.
     """
-    with _readable(path), Image.open(path) as image:
+    with _opened(path) as image:
         return image.size
 
 
+def count_scans(data: bytes) -> int:
+    """Scans of the first image in a JPEG file."""
+    at, scans = 2, 0
+    while match := _MARKER.search(data, at):
+        kind = match[0][1]
+        if kind == _END_OF_IMAGE:
+            break
+        scans += kind == _START_OF_SCAN
+        # What is between the scans is searched, what is in a segment is skipped: thumbnails are images of their own.
+        at = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return scans
+
+
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Say of what Pillow raises which file it is about."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which the header was read; what Pillow raises is told with the file that it is about."""
     try:
-        yield
+        check_file(path, _MOST_BYTES)
+        with Image.open(path, formats=_FORMATS) as image:
+            if not 0 < image.width * image.height <= MOST_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels, at most {MOST_PIXELS:,} are read")
+            yield image
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; correct the path") from None
-    except _DAMAGED as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise DataError(f"{path} is not a readable image ({error}); replace or remove the file") from error
 
 

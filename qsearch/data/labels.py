@@ -12,6 +12,8 @@ from qsearch.errors import DataError
 
 __all__ = ["Classes", "Labels", "map_labels"]
 
+_MOST_CLASSES, _MOST_DIGITS = 1 << 20, 20
+_SHOWN = 100
 Classes = tuple[str, ...] | int | None
 """Class names of a model, or how many it has, or None where nothing is known."""
 
@@ -64,6 +66,7 @@ def map_labels(
         return _by_name(labels, tuple(sorted(known)), places), names
     if isinstance(classes, tuple):
         stranger, place = next((label, place) for label, place in zip(labels, places, strict=True) if label not in classes)
+        stranger = stranger[:_SHOWN]
         close = difflib.get_close_matches(stranger, classes, 1)
         hint = f"; did you mean {close[0]!r}?" if close else "; use the model's class names or indices"
         raise DataError(f"{place}: {stranger!r} is not one of the model's {len(classes)} classes{hint}")
@@ -86,9 +89,10 @@ def _by_index(labels: Sequence[str], classes: Classes, places: Sequence[str]) ->
     """Read class indices, checking their range."""
     count = len(classes) if isinstance(classes, tuple) else classes
     for label, place in zip(labels, places, strict=True):
-        if int(label) < 0 or (count is not None and int(label) >= count):
-            allowed = "0 or more" if count is None else f"0 to {count - 1}, the classes of the model"
-            raise DataError(f"{place}: label {label} is out of range; expected {allowed}")
+        # By its length first: a number of a thousand digits is not worth reading.
+        if len(label) > _MOST_DIGITS or not 0 <= int(label) < (_MOST_CLASSES if count is None else count):
+            allowed = f"0 to {_MOST_CLASSES - 1}" if count is None else f"0 to {count - 1}, the classes of the model"
+            raise DataError(f"{place}: label {label[:_SHOWN]} is out of range; expected {allowed}")
     indices = tuple(map(int, labels))
     names = classes if isinstance(classes, tuple) else tuple(str(index) for index in range(count or max(indices) + 1))
     return indices, names

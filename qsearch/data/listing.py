@@ -10,14 +10,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from qsearch.bounded import check_file
 from qsearch.data.boxes import ImageBoxes
 from qsearch.data.decode import open_image
 from qsearch.data.labels import Classes, Labels, map_labels
 from qsearch.errors import DataError
 
-__all__ = ["SPLITS", "Listing", "check_splits", "list_csv", "list_folders", "listing_of", "resolve_image"]
+__all__ = ["MOST_TABLE_BYTES", "SPLITS", "Listing", "check_splits", "list_csv", "list_folders", "listing_of", "resolve_image"]
 
 SPLITS = ("calibration", "search", "heldout")
+# Some four million images.
+MOST_TABLE_BYTES = 1 << 28
+_SHOWN = 200
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -111,6 +115,7 @@ def check_splits(splits: Sequence[str], places: Sequence[str]) -> None:
 def _read_rows(table: Path) -> list[dict[str, str]]:
     """Read the used columns, with the line number of each row."""
     try:
+        check_file(table, MOST_TABLE_BYTES)
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns = [column.strip() for column in reader.fieldnames or ()]
@@ -118,7 +123,7 @@ def _read_rows(table: Path) -> list[dict[str, str]]:
             reader.fieldnames = columns
             used = [column for column in ("path", "label", "split") if column in columns]
             rows = [{name: (row[name] or "").strip() for name in used} | {"line": str(reader.line_num)} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"cannot read {table} as a CSV file in UTF-8 ({error})") from error
     incomplete = next((row for row in rows if not row["path"] or not row["label"]), None)
     if incomplete:
@@ -145,12 +150,18 @@ def resolve_image(table: Path, name: str, place: str) -> Path:
     """The file that a table names: relative to the table's folder, or to that folder's parent.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or it lies elsewhere; links in these folders may lead anywhere, they are the user's own.
     """
-    for folder in (table.parent, table.parent.parent):
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{place}: {name} exists neither in {table.parent} nor in its parent; correct the path or remove the row")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{place}: {name[:_SHOWN]} leads out of {table.parent}; name images by their path within it")
+    try:
+        for folder in (table.parent, table.parent.parent):
+            if (folder / name).is_file():
+                return folder / name
+    except OSError as error:
+        raise DataError(f"{place}: {name[:_SHOWN]}: {error.strerror}; correct the path or remove the row") from error
+    shown = name[:_SHOWN]
+    raise DataError(f"{place}: {shown} exists neither in {table.parent} nor in its parent; correct the path or remove the row")
 
 
 def _reject_duplicates(paths: Sequence[Path], rows: Sequence[dict[str, str]], places: Sequence[str]) -> None:

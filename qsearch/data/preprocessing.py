@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qsearch.bounded import parse_json, read_file, shortened
 from qsearch.errors import DataError
 
-__all__ = ["Interpolation", "Preprocessing", "read_preprocessing"]
+__all__ = ["MOST_PIXELS", "Interpolation", "Preprocessing", "read_preprocessing"]
 
 Interpolation = Literal["bicubic", "bilinear"]
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _MODES = {1: "L", 3: "RGB"}
+# Of means and deviations, which are of the size of one.
+_LARGEST, _SMALLEST = 1e6, 1e-6
+# Of an image, before and after resizing; what Pillow itself warns of.
+MOST_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,17 @@ class Preprocessing:
         Raises:
             DataError: a field is out of range or of the wrong length.
         """
-        self._require("channels", self.channels in _MODES, "1 or 3")
-        self._require("interpolation", self.interpolation in _FILTERS, "'bicubic' or 'bilinear'")
+        self._require("channels", type(self.channels) is int and self.channels in _MODES, "1 or 3")
+        self._require("interpolation", self.interpolation in tuple(_FILTERS), "'bicubic' or 'bilinear'")
         self._require("crop", _is_tuple(self.crop, 2, _is_size), "two positive integers, height and width")
         self._require("mean", _is_tuple(self.mean, self.channels, _is_finite), f"{self.channels} finite numbers")
-        positive = _is_tuple(self.std, self.channels, lambda value: _is_finite(value) and value > 0)
+        positive = _is_tuple(self.std, self.channels, lambda value: _is_finite(value) and value > _SMALLEST)
         self._require("std", positive, f"{self.channels} positive numbers")
         self._require("resize", self.resize is None or _is_size(self.resize), "a positive integer or null")
 
     def _require(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise DataError(f"preprocessing: {field} must be {expected}, got {getattr(self, field)!r}")
+            raise DataError(f"preprocessing: {field} must be {expected}, got {shortened(getattr(self, field))}")
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -85,7 +89,7 @@ class Preprocessing:
             float32 (C, H, W).
 
         Raises:
-            DataError: the image is smaller than the crop.
+            DataError: the image is smaller than the crop, or resizing makes it too large.
         """
         # Conversion comes first: palette indices and 1-bit pixels cannot be interpolated.
         image = self._cropped(self._resized(image.convert(_MODES[self.channels])))
@@ -126,6 +130,9 @@ class Preprocessing:
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.resized(*image.size)
+        if size[0] * size[1] > MOST_PIXELS:
+            found = f"the image has {image.width}x{image.height} pixels, and {size[0]}x{size[1]} after resizing"
+            raise DataError(f"{found}; at most {MOST_PIXELS:,} are taken")
         return image if size == image.size else image.resize(size, _FILTERS[self.interpolation])
 
     def _cropped(self, image: Image.Image) -> Image.Image:
@@ -159,7 +166,7 @@ class Preprocessing:
         known = {field.name for field in fields(cls)}
         required = known - {"channels", "interpolation"}
         if not isinstance(data, Mapping) or not required <= set(data) <= known:
-            got = ", ".join(sorted(map(str, data))) if isinstance(data, Mapping) else repr(data)
+            got = ", ".join(sorted(map(str, data)))[:200] if isinstance(data, Mapping) else shortened(data)
             raise DataError(f"preprocessing: expected the keys {', '.join(sorted(known))}; got {got}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         return cls(**cast(dict[str, Any], values))
@@ -172,7 +179,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
         DataError: It is missing, is not JSON or holds an impossible value.
     """
     try:
-        return Preprocessing.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Preprocessing.from_json(parse_json(read_file(path)))
     except OSError as error:
         raise DataError(f"cannot read preprocessing {path}: {error.strerror}") from error
     except ValueError as error:
@@ -184,7 +191,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST and math.isfinite(value)
 
 
 def _is_tuple(value: object, length: int, accepts: Any) -> bool:

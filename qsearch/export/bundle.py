@@ -26,6 +26,7 @@ from qsearch.build.target import Target
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, ToolchainError
 from qsearch.export import monitor, predict, rescale, runner
+from qsearch.export.bundle_seal import seal_bundle
 from qsearch.export.marked_constants import mark_constants
 from qsearch.export.reference_counts import with_reference
 from qsearch.export.scales_record import describe_scales
@@ -59,6 +60,7 @@ It needs Python with NumPy and apache-tvm {tvm} (its runtime is enough).
 | recorded_inputs.npy | pixels of pictures; replayed as they are, mirrored, upside down and inverted |
 | recorded_outputs.npy | the outputs that the module must give for them |
 {scales}| manifest.json | target, versions, SHA-256 of every file |
+| seal | by which the qsearch that made this knows it again; others run it with `--trust` |
 """
 SCALES = "| scales.npz | scales and zero points, where they lie in model.so, and what tensors held on calibration images |\n"
 MONITOR = "    python monitor.py STATS.npz PICTURE...   what tensors hold on pictures, for `qsearch adapt`; see its first lines\n"
@@ -211,6 +213,7 @@ def _fill(directory: Path, linker: Linker, program: Program, content: BundleCont
     layout = "NHWC" if content.takes_pixels else "NCHW"
     of_input = {"dtype": program.input.dtype, "layout": layout, "shape": list(program.input.shape)}
     _write_manifest(directory, linker.target, versions, {"input": of_input, "metrics": content.metrics})
+    seal_bundle(directory)
 
 
 def _write_module(directory: Path, linker: Linker, program: Program, adaptable: Adaptable | None) -> None:

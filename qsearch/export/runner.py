@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import stat
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ WRONG_MACHINE = 3
 DETECTION = "detection.json"
 # Of the manifest and of what the files it lists hold. 2: pictures are recorded as pixels.
 FORMAT = 2
+# No file of a bundle is larger, and none in JSON.
+MOST_BYTES, MOST_JSON_BYTES = 1 << 36, 1 << 24
 ALONE = "timed alone, one inference right after the other"
 
 
@@ -47,20 +50,22 @@ class BundleProblem(Exception):
 def read_manifest(bundle):
     """The manifest, after checking that every file it lists is there and unchanged."""
     try:
-        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-        listed = dict(manifest["sha256"])
+        manifest = read_json(bundle / "manifest.json")
         version = manifest["format"]
+        own = own_digest(manifest)
     except OSError as error:
         raise BundleProblem(f"{bundle} is not a bundle: manifest.json cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleProblem(f"{bundle}/manifest.json is damaged: {error!r}; export the bundle again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleProblem(f"{bundle}/manifest.json is damaged: {repr(error)[:200]}; export the bundle again") from error
     if version != FORMAT:
+        version = str(version)[:20]
         raise BundleProblem(f"{bundle} has format {version}, this runner reads format {FORMAT}; use the bundle's own run.py")
-    if own_digest(manifest) != manifest.get("self_sha256"):
+    if own != manifest.get("self_sha256"):
         raise BundleProblem(f"{bundle}/manifest.json was changed; export the bundle again")
-    for name, expected in listed.items():
+    check_manifest(bundle, manifest)
+    for name, expected in manifest["sha256"].items():
         try:
-            found = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+            found = file_digest(bundle / name)
         except OSError as error:
             raise BundleProblem(f"{bundle}/{name} cannot be read ({error.strerror}); export the bundle again") from error
         if found != expected:
@@ -68,6 +73,45 @@ def read_manifest(bundle):
                 f"{bundle}/{name} was changed (SHA-256 {found[:16]}..., expected {expected[:16]}...); export the bundle again"
             )
     return manifest
+
+
+def check_manifest(bundle, manifest):
+    """Refuse a manifest that lacks something that is read of it, or names a file that does not lie beside it."""
+    try:
+        target, given, listed = manifest["target"], manifest["input"], manifest["sha256"]
+        texts = [target["description"], target.get("arch", ""), *target["cpu_flags"], given["dtype"], *listed, *listed.values()]
+        numbers = [target["threads"], manifest.get("version", 1), *given["shape"]]
+        whole = all(isinstance(one, str) for one in texts) and all(type(one) is int and one > 0 for one in numbers)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BundleProblem(f"{bundle}/manifest.json is damaged: something is missing in it; export the bundle again")
+    unsafe = [name for name in listed if not re.fullmatch(r"\w[\w.-]*", name)]
+    if unsafe:
+        raise BundleProblem(f"{bundle}/manifest.json names a file {unsafe[0][:100]!r}, which is no name of a file beside it")
+
+
+def open_file(path, most=MOST_BYTES):
+    """A regular file, opened to be read: no link, and nothing that reading could wait for."""
+    state = path.lstat()
+    if not stat.S_ISREG(state.st_mode) or state.st_size > most:
+        raise BundleProblem(f"{path} is a link, no file, or larger than {most} bytes: no export has written that")
+    return path.open("rb")
+
+
+def read_json(path):
+    """What a JSON file holds."""
+    with open_file(path, MOST_JSON_BYTES) as file:
+        return json.loads(file.read(MOST_JSON_BYTES).decode("utf-8"))
+
+
+def file_digest(path):
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def own_digest(manifest):
@@ -173,7 +217,7 @@ def recorded_inputs(bundle, manifest):
     stored = np.load(bundle / "recorded_inputs.npy", allow_pickle=False)
     if stored.dtype != np.uint8 or takes_pixels(manifest):
         return stored if stored.dtype != np.uint8 else varied(stored)
-    preprocessing = json.loads((bundle / "preprocessing.json").read_text(encoding="utf-8"))
+    preprocessing = read_json(bundle / "preprocessing.json")
     return normalised(varied(stored), preprocessing)
 
 
@@ -201,7 +245,7 @@ def verify(bundle):
 
 def recorded_timing(bundle):
     """How the latency among a bundle's figures came about: only one that was timed alone compares with what is timed here."""
-    latency = json.loads((bundle / "metrics.json").read_text(encoding="utf-8"))["search"]["latency"]
+    latency = read_json(bundle / "metrics.json")["search"]["latency"]
     if latency.get("source") == "modelled":
         return "added up from the times of its kernels"
     return ALONE if latency.get("ratio") is None else "timed in turns with the float module, on that one's clock"
@@ -246,7 +290,7 @@ def predict(bundle, images, best=5):
     """The best classes of every image, with softmax probabilities; the class alone where that is all the module gives."""
     if (bundle / DETECTION).exists():
         raise BundleProblem(f"{bundle} holds a detector, which classifies nothing: give outputs X.npy Y.npy instead of predict")
-    classes = json.loads((bundle / "classes.json").read_text(encoding="utf-8"))
+    classes = read_json(bundle / "classes.json")
     rows = []
     found = outputs(bundle, images)
     if found.ndim == 1:

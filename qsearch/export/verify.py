@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from qsearch.bounded import read_json
 from qsearch.data import Preprocessing
 from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError, UnsupportedModelError
 from qsearch.export import runner
+from qsearch.export.bundle_seal import require_own_bundle
 from qsearch.measure.boxes import decode_outputs
 from qsearch.models.detection import DetectionHead
 
@@ -30,11 +32,12 @@ __all__ = [
 TIMEOUT_S = 600
 
 
-def verify_bundle(directory: Path) -> dict[str, Any]:
+def verify_bundle(directory: Path, trust: bool = False) -> dict[str, Any]:
     """Check every file, replay every recorded output, time the module.
 
     Args:
         directory: The bundle.
+        trust: Whether a bundle that this user has not made may be run.
 
     Returns:
         bundle, files, outputs, mismatching_bits (0), latency_ms, latency_spread_ms, recorded_latency_ms; timing and
@@ -44,8 +47,9 @@ def verify_bundle(directory: Path) -> dict[str, Any]:
         BundleCorruptError: A file was changed, or an output differs.
         TargetMismatchError: The bundle is for another machine.
         BundleError: The fresh process failed.
+        UntrustedError: The bundle is somebody else's.
     """
-    result = _run_fresh(directory)
+    result = _run_fresh(directory, trust)
     if result["mismatching_bits"]:
         raise BundleCorruptError(
             f"{directory} does not replay: {result['mismatching_bits']} of {result['outputs'] * 32} recorded output bits differ; "
@@ -54,12 +58,13 @@ def verify_bundle(directory: Path) -> dict[str, Any]:
     return result
 
 
-def predict_images(directory: Path, images: np.ndarray) -> list[list[dict[str, Any]]]:
+def predict_images(directory: Path, images: np.ndarray, trust: bool = False) -> list[list[dict[str, Any]]]:
     """The best classes of preprocessed images.
 
     Args:
         directory: The bundle.
         images: float32 (N, C, H, W).
+        trust: As of `verify_bundle`.
 
     Returns:
         Per image, best first: class, name, probability; class and name alone of a module that gives nothing else.
@@ -72,16 +77,17 @@ def predict_images(directory: Path, images: np.ndarray) -> list[list[dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "images.npy"
         np.save(path, images, allow_pickle=False)
-        return _run_fresh(directory, "predict", str(path))
+        return _run_fresh(directory, trust, "predict", str(path))
 
 
-def detect_images(directory: Path, images: np.ndarray, head: DetectionHead) -> list[list[dict[str, Any]]]:
+def detect_images(directory: Path, images: np.ndarray, head: DetectionHead, trust: bool = False) -> list[list[dict[str, Any]]]:
     """What a detector's bundle sees on preprocessed images.
 
     Args:
         directory: The bundle.
         images: float32 (N, C, H, W).
         head: Of `read_bundle_detection`.
+        trust: As of `verify_bundle`.
 
     Returns:
         Per image, best first: class, name, score, box (left, top, right, bottom; pixels of the module's input).
@@ -92,9 +98,9 @@ def detect_images(directory: Path, images: np.ndarray, head: DetectionHead) -> l
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "images.npy", Path(scratch) / "outputs.npy"
         np.save(given, images, allow_pickle=False)
-        _run_fresh(directory, "outputs", str(given), str(found))
+        _run_fresh(directory, trust, "outputs", str(given), str(found))
         outputs = np.load(found, allow_pickle=False)
-    classes = json.loads((directory / "classes.json").read_text(encoding="utf-8"))
+    classes = read_bundle_classes(directory)
     return [
         [
             {"class": int(one), "name": runner.name_of(classes, int(one)), "score": float(score), "box": list(map(float, box))}
@@ -114,7 +120,7 @@ def read_bundle_detection(directory: Path) -> DetectionHead | None:
     if not path.exists():
         return None
     try:
-        return DetectionHead.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return DetectionHead.from_json(read_json(path))
     except (OSError, ValueError, UnsupportedModelError) as error:
         raise BundleCorruptError(f"{path} is damaged: {error}") from error
 
@@ -127,7 +133,7 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
     """
     _manifest(directory)
     try:
-        return Preprocessing.from_json(json.loads((directory / "preprocessing.json").read_text(encoding="utf-8")))
+        return Preprocessing.from_json(read_json(directory / "preprocessing.json"))
     except OSError as error:
         raise BundleError(f"{directory} is not a bundle: preprocessing.json cannot be read ({error.strerror})") from error
     except (ValueError, DataError) as error:
@@ -135,8 +141,19 @@ def read_bundle_preprocessing(directory: Path) -> Preprocessing:
 
 
 def read_bundle_classes(directory: Path) -> tuple[str, ...]:
-    """Names of a bundle's classes in the order of its outputs; may be fewer than these."""
-    return tuple(json.loads((directory / "classes.json").read_text(encoding="utf-8")))
+    """Names of a bundle's classes in the order of its outputs; may be fewer than these.
+
+    Raises:
+        BundleError: The file is damaged.
+    """
+    path = directory / "classes.json"
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise BundleCorruptError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise BundleCorruptError(f"{path} is damaged: it holds no list of names")
+    return tuple(found)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -146,8 +163,9 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise BundleCorruptError(str(problem)) from None
 
 
-def _run_fresh(directory: Path, *arguments: str) -> Any:
+def _run_fresh(directory: Path, trust: bool, *arguments: str) -> Any:
     """Run this package's own runner, never the bundle's copy: a changed bundle must not run code of its own."""
+    require_own_bundle(directory, _manifest(directory), trust)
     environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     command = [sys.executable, str(Path(runner.__file__)), str(directory), *arguments]
     try:

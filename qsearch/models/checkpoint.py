@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qsearch.bounded import check_archive
 from qsearch.errors import UnsupportedModelError
 
 __all__ = ["first_line", "hash_tensors", "load_weights", "read_state", "reject_non_finite"]
@@ -35,6 +37,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch stores tensors as they are: nothing can be larger unpacked.
+                check_archive(archive, path.stat().st_size)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UnsupportedModelError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from qsearch.bounded import shortened
 from qsearch.errors import UnsupportedModelError
 
 __all__ = ["DetectionHead", "Distances"]
@@ -109,7 +110,7 @@ class DetectionHead:
         """
         known = [field.name for field in fields(cls)]
         if not isinstance(data, Mapping) or "strides" not in data or not set(data) <= set(known):
-            got = ", ".join(map(str, data)) if isinstance(data, Mapping) else repr(data)
+            got = ", ".join(map(str, data))[:200] if isinstance(data, Mapping) else shortened(data)
             raise UnsupportedModelError(f"detection record: expected strides and any of {', '.join(known[1:])}; got {got}")
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         return cls(**values)
@@ -117,7 +118,7 @@ class DetectionHead:
 
 def _require(name: str, value: Any, holds: bool, expected: str) -> None:
     if not holds:
-        raise UnsupportedModelError(f"detection record: {name} must be {expected}, got {value!r}")
+        raise UnsupportedModelError(f"detection record: {name} must be {expected}, got {shortened(value)}")
 
 
 def _each(values: Any, accepts: Any) -> bool:

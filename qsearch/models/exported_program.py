@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import zipfile
@@ -14,8 +13,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
 
+from qsearch.bounded import parse_json
 from qsearch.errors import UnsupportedModelError
+from qsearch.models.archive_check import check_program_archive
 from qsearch.models.checkpoint import first_line
 
 __all__ = ["LoadedProgram", "load_exported_program"]
@@ -46,7 +48,7 @@ def load_exported_program(path: Path) -> LoadedProgram:
     """Load a `.pt2` file without running code from it.
 
     Args:
-        path: written by `torch.export.save`.
+        path: written by `torch.export.save`; see `check_program_archive` for what it may hold.
 
     Returns:
         The program and its input's shape.
@@ -58,10 +60,20 @@ def load_exported_program(path: Path) -> LoadedProgram:
         raise UnsupportedModelError(f"{path} does not exist; expected a file written by torch.export.save")
     if not zipfile.is_zipfile(path):
         raise UnsupportedModelError(f"{path} is not a .pt2 archive or is damaged; write it again with torch.export.save")
-    extra = {PREPROCESSING_FILE: "", CLASSES_FILE: "", DETECTION_FILE: ""}
+    try:
+        check_program_archive(path)
+    except Exception as error:  # of whatever a document that is none leads to
+        raise UnsupportedModelError(
+            f"{path} is refused before torch loads it ({first_line(error)}): it may hold ATen operators and tensors, as "
+            "torch.export.save writes them; a network that needs more can be given as package.module:factory"
+        ) from error
     try:
         with _careful_loading():
-            program = torch.export.load(path, extra_files=extra)
+            # Not torch.export.load: what this one cannot read, that tries as an archive of older versions.
+            contents = load_pt2(str(path))
+            program, extra = contents.exported_programs["model"], contents.extra_files
+            # Conditions on sizes, as source: they would be run by whoever runs the program.
+            program._guards_code = []
     except Exception as error:  # torch documents no exceptions for damaged archives, and raises a dozen.
         raise UnsupportedModelError(
             f"{path} cannot be loaded by torch {torch.__version__} ({first_line(error)}); write it again with torch.export.save"
@@ -77,7 +89,7 @@ def load_exported_program(path: Path) -> LoadedProgram:
 @contextmanager
 def _careful_loading() -> Iterator[None]:
     """Keep torch from unpickling objects out of the archive, and from logging tracebacks of damaged ones."""
-    # torch.export.load retries with weights_only=False; this variable is torch's own switch against that.
+    # torch asks for weights_only=False of single tensors and example inputs; this variable is its own switch against that.
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     logger = logging.getLogger("torch.export")
@@ -112,6 +124,6 @@ def _input_shape(path: Path, program: ExportedProgram) -> tuple[int, int, int]:
 def _extra(path: Path, extra: dict[str, Any], name: str) -> Any:
     """Parse one of the archive's extra files; None where it has none."""
     try:
-        return json.loads(extra[name]) if extra[name] else None
+        return parse_json(extra[name]) if extra.get(name) else None
     except ValueError as error:
         raise UnsupportedModelError(f"{path}: the extra file {name} is not JSON ({error})") from error

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StrictBool, ValidationError, model_validator
 
 import qsearch
+from qsearch.bounded import shortened
 from qsearch.config import (
     BiasCorrection,
     Calibration,
@@ -33,6 +34,7 @@ from qsearch.search.yaml_source import YamlSource, read_yaml
 __all__ = ["CalibrationChoices", "PrecisionChoices", "RuleChoices", "SearchSpace", "Start", "load_space", "preset_names"]
 
 VERSION = 1
+_SHOWN = 200
 Choice = TypeVar("Choice")
 
 
@@ -264,7 +266,7 @@ def load_space(path_or_name: str | Path) -> SearchSpace:
     source = read_yaml(path)
     version = source.data.get("version")
     if version != VERSION or isinstance(version, bool):
-        came = "none is given" if version is None else f"got {version!r}"
+        came = "none is given" if version is None else f"got {shortened(version)}"
         raise source.error(("version",), f"this qsearch reads search spaces of 'version: {VERSION}', {came}")
     try:
         space = SearchSpace.model_validate(source.data)
@@ -305,15 +307,15 @@ def _explain(error: ValidationError, source: YamlSource) -> SpaceError:
     """The first problem of a pydantic error, at its line, with the way out."""
     first = error.errors()[0]
     location = tuple(part for part in first["loc"] if part != "[key]" and not _is_union_branch(part))
-    key = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in location)[:_SHOWN]
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         allowed = _keys_beside(location)
-        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        close = difflib.get_close_matches(str(location[-1])[:_SHOWN], allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed here: {', '.join(allowed)}"
         return source.error(location, f"unknown key {key!r}; {hint}{more}")
     message = first["msg"].removeprefix("Value error, ")
-    return source.error(location, f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}{more}")
+    return source.error(location, f"{key}: {message[0].lower()}{message[1:]}, got {shortened(first['input'])}{more}")
 
 
 def _is_union_branch(part: str | int) -> bool:

@@ -42,6 +42,8 @@ BUSY_TIMEOUT_S = 60
 SERVER_TIMEOUT_S = 120
 _BETWEEN_TRIES_S = 1.0
 _log = logging.getLogger(__name__)
+# Names of what a driver takes in the query of a URL.
+_SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -143,10 +145,10 @@ def database_file(url: str) -> Path | None:
     if parsed.get_backend_name() != "sqlite":
         return None
     if not parsed.database or parsed.database == ":memory:":
-        raise UsageError(f"storage {url!r} keeps nothing; give a file: sqlite:///studies/NAME.db")
+        raise UsageError(f"storage {shown_url(url)!r} keeps nothing; give a file: sqlite:///studies/NAME.db")
     file = Path(parsed.database)
     if file.is_dir():
-        raise UsageError(f"storage {url!r} is a directory; give a file in it: sqlite:///{file / 'NAME.db'}")
+        raise UsageError(f"storage {shown_url(url)!r} is a directory; give a file in it: sqlite:///{file / 'NAME.db'}")
     return file
 
 
@@ -200,7 +202,7 @@ def storage_errors(url: str) -> Iterator[None]:
         package = f"the Python package {name!r}" if name else "a database driver that is not installed"
         raise StudyError(f"storage {shown_url(url)} needs {package}; install it") from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as error:
-        raise StudyError(f"cannot use storage {shown_url(url)}: {_reason(error)}") from error
+        raise StudyError(f"cannot use storage {shown_url(url)}: {_masked(_reason(error), url)}") from error
 
 
 @contextmanager
@@ -229,13 +231,30 @@ def _interrupt_held() -> Iterator[None]:
 def _parse(url: str) -> URL:
     try:
         return make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
-        raise UsageError(f"storage {url!r} is not a database URL; expected for example sqlite:///studies/NAME.db") from error
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise UsageError(
+            f"storage {_unparsed(url)} is not a database URL; expected for example sqlite:///studies/NAME.db"
+        ) from None
 
 
 def shown_url(url: str) -> str:
-    """The URL without its password."""
-    return make_url(url).render_as_string(hide_password=True)
+    """The URL without its password, and without what its query says of one."""
+    parsed = make_url(url)
+    query = {name: "hidden" if _SECRET.search(name) else value for name, value in parsed.query.items()}
+    return parsed.set(query=query).render_as_string(hide_password=True)
+
+
+def _masked(text: str, url: str) -> str:
+    """What a driver says, without the secrets of the URL that it was given."""
+    parsed = make_url(url)
+    for secret in (parsed.password, *(value for name, value in parsed.query.items() if _SECRET.search(name))):
+        text = text.replace(str(secret), "***") if secret else text
+    return text
+
+
+def _unparsed(url: str) -> str:
+    """What may be said of a text that is no URL, and may hold a password all the same."""
+    return repr(re.sub(r"//.*@", "//***@", url, flags=re.DOTALL)) if "@" in url else repr(url)
 
 
 def _studies_there_are(folder: Path) -> str:

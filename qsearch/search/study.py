@@ -218,7 +218,7 @@ def _load(name: str, storage: str | None) -> tuple[StudyHandle, optuna.storages.
     with storage_errors(url):
         names = optuna.get_all_study_names(opened)
         if name not in names:
-            raise StudyError(f"{url} has no study {name!r}; it has: {', '.join(names) or 'none'}")
+            raise StudyError(f"{shown_url(url)} has no study {name!r}; it has: {', '.join(names) or 'none'}")
         study = optuna.load_study(study_name=name, storage=opened)
         if len(study.directions) != len(OBJECTIVES):
             raise StudyError(_foreign(name))

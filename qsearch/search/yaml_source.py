@@ -9,11 +9,16 @@ from typing import Any
 
 import yaml
 
+from qsearch.bounded import read_file, shortened
 from qsearch.errors import SpaceError
 
 __all__ = ["YamlSource", "read_yaml"]
 
 Location = tuple[str | int, ...]
+# PyYAML reads some hundred thousand bytes in a second.
+MOST_BYTES = 1 << 18
+# With every alias written out: they multiply.
+MOST_NODES, MOST_DEPTH = 50_000, 20
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,15 @@ def read_yaml(path: Path) -> YamlSource:
         Its content and the lines of its keys.
 
     Raises:
-        SpaceError: The file cannot be read, is not YAML, holds a key twice or is not a mapping.
+        SpaceError: The file cannot be read, is not YAML, holds a key twice, is not a mapping, or is too large.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        loader = yaml.SafeLoader(read_file(path, MOST_BYTES).decode("utf-8"))
+        root = loader.get_single_node()
+        _count_nodes(root, 0, 0)
+        # Before it is constructed, which writes merged mappings into the nodes.
+        lines = _lines(path, root)
+        data = None if root is None else loader.construct_document(root)
     except OSError as error:
         raise SpaceError(
             f"cannot read search space {path}: {error.strerror}; give --space a file or the name of a preset"
@@ -67,29 +75,54 @@ def read_yaml(path: Path) -> YamlSource:
         raise SpaceError(f"{path} is not a text file in UTF-8; a search space is a YAML file") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise SpaceError(f"{path}{_mark(error)}: not valid YAML: {_problem(error)}") from error
-    source = YamlSource(path, data if isinstance(data, dict) else {})
+    except ValueError as error:  # also what is written like a date or a number and is none
+        raise SpaceError(f"{path}: {error}; a search space is a YAML file of a few hundred lines") from error
     if not isinstance(data, dict):
         raise SpaceError(f"{path}: expected a mapping of keys such as 'version: 1', got {type(data).__name__}")
-    _record_lines(root, (), source)
-    return source
+    return YamlSource(path, data, lines)
 
 
-def _record_lines(node: yaml.Node | None, location: Location, source: YamlSource) -> None:
+def _count_nodes(node: yaml.Node | None, depth: int, counted: int) -> int:
+    """How many nodes there are with those below this one, aliases written out.
+
+    Raises:
+        ValueError: They are too many, or nested too deeply.
+    """
+    inner = [] if node is None else node.value
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*location, key.value)
-            line = key.start_mark.line + 1
-            # YAML keeps the last of two equal keys without a word; the first would be lost.
-            if here in source.lines:
-                raise SpaceError(
-                    f"{source.path}, line {line}: key {key.value!r} was given on line {source.lines[here]} already; remove one"
-                )
-            source.lines[here] = line
-            _record_lines(value, here, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            source.lines[(*location, index)] = value.start_mark.line + 1
-            _record_lines(value, (*location, index), source)
+        inner = [one for pair in inner for one in pair]
+    counted += 1
+    if counted > MOST_NODES or depth > MOST_DEPTH:
+        raise ValueError(f"it holds more than {MOST_NODES:,} values, or nests them more than {MOST_DEPTH} deep")
+    for one in inner if isinstance(node, yaml.CollectionNode) else ():
+        counted = _count_nodes(one, depth + 1, counted)
+    return counted
+
+
+def _lines(path: Path, root: yaml.Node | None) -> dict[Location, int]:
+    """The line of every key and list entry."""
+    lines: dict[Location, int] = {}
+
+    def record(node: yaml.Node | None, location: Location) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise SpaceError(f"{path}, line {line}: a key must be a word")
+                here = (*location, key.value)
+                # YAML keeps the last of two equal keys without a word; the first would be lost.
+                if here in lines:
+                    name = shortened(key.value)
+                    raise SpaceError(f"{path}, line {line}: key {name} was given on line {lines[here]} already; remove one")
+                lines[here] = line
+                record(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*location, index)] = value.start_mark.line + 1
+                record(value, (*location, index))
+
+    record(root, ())
+    return lines
 
 
 def _mark(error: Exception) -> str:

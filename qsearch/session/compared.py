@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from qsearch.config import QuantConfig, load_config, validation_message
+from qsearch.bounded import read_file, read_json, shortened
+from qsearch.config import LayerType, QuantConfig, load_config, validation_message
 from qsearch.errors import BundleCorruptError, StudyError, UsageError
 from qsearch.export import runner
-from qsearch.measure.measurement import Accuracy, Latency, Measurement
+from qsearch.measure.measurement import TOP1, Accuracy, Latency, Measurement
 from qsearch.report.documents import baseline_of, run_of, study_document
 from qsearch.search.front import FrontPoint, measurement_from_json, pick, study_front, study_point
 from qsearch.search.study import StudyHandle, load_study, recorded_parts
@@ -47,6 +48,33 @@ class Compared:
     layers: Sequence[Mapping[str, Any]] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
     front: Mapping[str, Any] | None = None
+
+
+class _Layer(BaseModel):
+    name: str
+    type: LayerType
+    weights: int | None = None
+
+
+class _Heldout(BaseModel):
+    latency_ms: float
+    latency_spread_ms: float | None = None
+    top1: float
+    top1_loss_pp: float
+    top1_loss_ci_pp: tuple[float, float]
+    images: int
+    metric: str = TOP1
+
+
+class _Told(BaseModel):
+    """What a bundle's metrics say."""
+
+    search: dict[str, Any]
+    baseline: dict[str, Any] = Field(alias="float")
+    trial: int | None = None
+    heldout: _Heldout | None = None
+    layers: tuple[_Layer, ...] = ()
+    identity: dict[str, str] | None = None
 
 
 def open_compared(given: str, storage: str | None = None) -> Compared:
@@ -102,23 +130,28 @@ def _point(handle: StudyHandle, which: str, baseline: Measurement) -> FrontPoint
 
 
 def _bundle(path: Path) -> Compared:
+    """Read a bundle, which anybody may have made: no code of it is run, and what its documents say is checked."""
     try:
         manifest = runner.read_manifest(path)
-        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        config = QuantConfig.model_validate_json((path / "config.json").read_text(encoding="utf-8"))
-        measured, baseline = measurement_from_json(metrics["search"]), measurement_from_json(metrics["float"])
-        identity = metrics.get("identity") or {"target": manifest["target"]["description"]}
-        found = metrics.get("heldout")
-        heldout = None if found is None else {**found, "latency_spread_ms": found.get("latency_spread_ms")}
+        told = _Told.model_validate(read_json(path / "metrics.json"))
+        config = QuantConfig.model_validate_json(read_file(path / "config.json"))
+        heldout = None if told.heldout is None else told.heldout.model_dump()
+        metrics = _metrics(_measurement(told.search), _measurement(told.baseline), heldout)
+        # Neither NaN nor infinity is JSON, though Python reads them as such.
+        json.dumps(metrics, allow_nan=False)
     except runner.BundleProblem as problem:
         raise BundleCorruptError(str(problem)) from None
     except ValidationError as error:
-        raise BundleCorruptError(f"{path}/config.json is damaged: {validation_message(error)}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleCorruptError(f"{path} is damaged ({error!r}); export the bundle again") from error
-    trial = metrics.get("trial")
-    title = f"bundle {path}, {'float' if trial is None else f'trial {trial}'}"
-    return Compared(title, "bundle", config, _metrics(measured, baseline, heldout), metrics.get("layers") or (), identity)
+        raise BundleCorruptError(f"{path} is damaged: {validation_message(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise BundleCorruptError(f"{path} is damaged ({shortened(error)}); export the bundle again") from error
+    title = f"bundle {path}, {'float' if told.trial is None else f'trial {told.trial}'}"
+    identity = told.identity or {"target": manifest["target"]["description"]}
+    return Compared(title, "bundle", config, metrics, [layer.model_dump() for layer in told.layers], identity)
+
+
+def _measurement(data: dict[str, Any]) -> Measurement:
+    return TypeAdapter(Measurement).validate_python(asdict(measurement_from_json(data)))
 
 
 def _metrics(measured: Measurement, baseline: Measurement, heldout: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +25,15 @@ from adapt_bundles import (
 )
 from PIL import Image
 
-from qsearch.adapt import versions
+from qsearch.adapt import statistics, versions
 from qsearch.adapt.replay import Modules
 from qsearch.adapt.session import adapt_bundle, apply_adaptation, labelled_trial
 from qsearch.adapt.validate import Trial
-from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError
-from qsearch.export import rescale, runner
+from qsearch.errors import BundleCorruptError, BundleError, DataError, TargetMismatchError, UntrustedError
+from qsearch.export import monitor, rescale, runner
+from qsearch.export.bundle_seal import has_own_seal, seal_bundle
 from qsearch.export.verify import verify_bundle
+from qsearch.seal import SEAL
 
 ROOT = Path(__file__).parents[2]
 # The main process of adapting imports neither TVM nor torch; what runs modules is another, with the runtime alone.
@@ -206,6 +210,7 @@ def changed(bundle: Path, change) -> None:
     change(manifest)
     manifest["self_sha256"] = runner.own_digest(manifest)
     (bundle / "manifest.json").write_text(json.dumps(manifest))
+    seal_bundle(bundle)
 
 
 def test_bundles_that_cannot_be_adapted(copy: Path, bright: Path, tmp_path: Path) -> None:
@@ -257,6 +262,58 @@ def test_statistics_that_cannot_be_used(copy: Path, bright: Path, tmp_path: Path
     with pytest.raises(DataError, match="or another version of it"):
         adapt_bundle(copy, bright)
     assert contents(tmp_path / "bundle.v1") == before
+
+
+def test_a_bundle_of_somebody_else_is_run_when_trusted_and_stays_theirs(copy: Path, bright: Path, tmp_path: Path) -> None:
+    assert has_own_seal(copy, runner.read_manifest(copy))
+    (copy / SEAL).write_text("0" * 64)
+    with pytest.raises(UntrustedError, match="its seal is not this user's.*--trust runs it"):
+        adapt_bundle(copy, bright)
+    (copy / SEAL).unlink()
+    with pytest.raises(UntrustedError, match="it has no seal"):
+        adapt_bundle(copy, bright)
+    apply_adaptation(adapt_bundle(copy, bright, trust=True))
+    with pytest.raises(UntrustedError):
+        verify_bundle(copy)
+    # The way back runs nothing.
+    assert versions.rollback(copy) == (2, 1)
+    own = Path(shutil.copytree(copy, tmp_path / "own"))
+    seal_bundle(own)
+    apply_adaptation(adapt_bundle(own, bright))
+    assert has_own_seal(own, runner.read_manifest(own))
+
+
+def test_statistics_made_to_do_harm(copy: Path, bright: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their digest is right: whoever writes a file can compute it."""
+    with np.load(bright) as archive:
+        arrays = dict(archive)
+    header = json.loads(arrays["header"].tobytes())
+
+    def refused(words: str, **changes: Any) -> None:
+        given = {name: changes.get(name, arrays[name]) for name in ("counts", "kept")}
+        known = header | {"digest": monitor.digest(*given.values())} | changes.get("header", {})
+        file = tmp_path / "harm.npz"
+        np.savez_compressed(file, header=np.frombuffer(json.dumps(known).encode(), np.uint8), **given)
+        with pytest.raises(DataError, match=words):
+            adapt_bundle(copy, file)
+
+    counts, kept = arrays["counts"], arrays["kept"]
+    refused("is damaged", counts=-counts)
+    refused("is damaged", counts=counts.astype(np.float64))
+    refused("is damaged", header={"images": "many"})
+    refused("is damaged", header={"module": 7})
+    refused("is damaged", header={"digest": None})
+    refused("no image", header={"batches": 0})
+    refused("not what the module", kept=kept[:, :-1])
+    refused("not what the module", kept=kept.astype(np.float64))
+    refused("holds no statistics", header={"images": [[[]]] * 3, "deep": json.loads("[" * 90 + "]" * 90)})
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("counts.npy", bytes(1 << 24))
+    monkeypatch.setattr(statistics, "MOST_BYTES", 1 << 20)
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="too large"):
+        adapt_bundle(copy, bomb)
 
 
 def test_a_module_without_8_bit_values(bright: Path, tmp_path: Path) -> None:

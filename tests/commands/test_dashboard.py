@@ -112,3 +112,13 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = invoke(tmp_path, "dashboard", "--study", "demo")
     assert result.exit_code == 2
     assert "pip install 'qsearch[dashboard]'" in result.stderr
+
+
+def test_others_are_let_in_with_a_token_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        result = invoke(tmp_path, "dashboard", "--study", "demo", "--host", host)
+        assert result.exit_code == 2 and "QSEARCH_DASHBOARD_TOKEN" in result.stderr
+    monkeypatch.setenv("QSEARCH_DASHBOARD_TOKEN", "short-secret")
+    result = invoke(tmp_path, "dashboard", "--study", "demo", "--host", "0.0.0.0")
+    assert result.exit_code == 2 and "at least 16" in result.stderr
+    assert "short-secret" not in result.stderr + invoke(tmp_path, "dashboard", "--help").output

@@ -22,6 +22,7 @@ from qsearch.data import Preprocessing, decode
 from qsearch.errors import BundleError
 from qsearch.export import predict, runner
 from qsearch.export.bundle import require_vacant
+from qsearch.export.bundle_seal import seal_bundle
 from qsearch.models.demo import load_images
 
 FILES = (
@@ -315,3 +316,4 @@ def rewrite_manifest(bundle: Path, change: Any) -> None:
     del manifest["self_sha256"]
     manifest["self_sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
+    seal_bundle(bundle)

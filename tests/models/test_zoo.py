@@ -200,7 +200,7 @@ def test_efficientnet_lite0_on_photographs(tmp_path: Path) -> None:
         ("pets_model:poisoned", r"3.weight holds 1 NaN or infinite values of 432"),
         ("missing.pt2", r"missing.pt2 does not exist"),
         ("junk.pt2", r"junk.pt2 is not a .pt2 archive"),
-        ("damaged.pt2", r"damaged.pt2 cannot be loaded by torch"),
+        ("damaged.pt2", r"damaged.pt2 is refused before torch loads it"),
     ],
 )
 def test_unusable_models(own_package: Path, source: str, message: str, caplog: pytest.LogCaptureFixture) -> None:

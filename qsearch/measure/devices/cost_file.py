@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qsearch.bounded import parse_json, read_file, shortened
 from qsearch.errors import UsageError
 from qsearch.measure.devices.pack_runner import SCHEMA
 
@@ -18,6 +19,9 @@ __all__ = ["CostFile", "KernelTime", "read_cost_file"]
 LEAST_GAIN = 1.03
 # No call is taken to be faster than this share of the kernel's own time.
 LEAST_SHARE = 0.1
+# A kernel takes less than a thousand.
+MOST_BYTES = 1 << 27
+MOST_TILE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -98,24 +102,35 @@ def read_cost_file(path: Path) -> CostFile:
     """
     how = "give the table that measure-pack, or the pack itself, wrote"
     try:
-        data = path.read_bytes()
-        document = json.loads(data)
+        data = read_file(path, MOST_BYTES)
+        document = parse_json(data)
         if document["schema"] != SCHEMA:
             raise UsageError(
-                f"cost table {path} has schema {document['schema']}, this qsearch reads {SCHEMA}: measure a new pack"
+                f"cost table {path} has schema {shortened(document['schema'])}, this qsearch reads {SCHEMA}: measure a new pack"
             )
         kernels = {symbol: _kernel(record) for symbol, record in document["kernels"].items()}
         overhead_s, inference_s = float(document["call"]["overhead_seconds"]), float(document["inference_seconds"])
+        if not math.isfinite(overhead_s + inference_s):
+            raise ValueError("the times of a call and an inference are no numbers")
         target = document["target"]
         words = (str(document["device"]), target, str(document["model"]), str(document["made_by"]["qsearch"]))
         _ = target["name"], target["description"], int(target["threads"])
     except OSError as error:
         raise UsageError(f"cost table {path} cannot be read: {error.strerror}; {how}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is no cost table ({type(error).__name__}: {error}); {how}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UsageError(f"{path} is no cost table ({type(error).__name__}: {str(error)[:200]}); {how}") from error
     return CostFile(path, hashlib.sha256(data).hexdigest(), *words, overhead_s, inference_s, kernels)
 
 
 def _kernel(record: Mapping[str, Any]) -> KernelTime:
     seconds, spread = (float(record["seconds"]), float(record["spread"])) if record["exact"] else (None, None)
-    return KernelTime(seconds, spread, record["what"], record["operation"], record["tile"], record["tile_group"])
+    if seconds is not None and spread is not None and not 0 <= seconds + spread < math.inf:
+        raise ValueError(f"a kernel takes {seconds} s, and {spread} s more or less")
+    tile = record["tile"]
+    numbers = (
+        [] if tile is None else [one for _, value in _fields(tile) for one in (value if isinstance(value, tuple) else (value,))]
+    )
+    if not all(type(one) in (bool, str) or (type(one) is int and 0 <= one <= MOST_TILE) for one in numbers):
+        raise ValueError(f"{shortened(tile)} is no register tile")
+    words = (str(record["what"]), str(record["operation"]), tile, str(record["tile_group"]))
+    return KernelTime(seconds, spread, *words)

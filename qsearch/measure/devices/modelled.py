@@ -63,7 +63,10 @@ class PackAway:
             )
         self.table, self.target = table, target
         self.linker = Linker(cache_for(folder, target))
-        self.linker.tiles.hold(table.tiles())
+        try:
+            self.linker.tiles.hold(table.tiles())
+        except TypeError as error:
+            raise UsageError(f"{table.path} is no cost table: a kernel has a tile of other fields ({error})") from error
         self.device = ModelledDevice()
         self.description = f"{table.device}, by kernel times of cost table {table.digest[:16]}"
 

@@ -27,6 +27,7 @@ from qsearch.measure.devices import pack_runner
 from qsearch.measure.devices.kernel_cases import KernelCase, as_json, kernel_cases
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
+from qsearch.seal import seal_of
 
 __all__ = ["PackRequest", "chain_program", "target_json", "write_pack"]
 
@@ -162,7 +163,9 @@ class _Writer:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         manifest = manifest | {"sha256": self.digests}
-        own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        own = pack_runner.own_digest(manifest)
+        # A comment is no member: what a pack holds is what its manifest lists.
+        self.archive.comment = (seal_of(pack_runner.KIND, own) or "").encode("ascii")
         self._write("manifest.json", json.dumps(manifest | {"self_sha256": own}, indent=1).encode())
         self.archive.close()
 

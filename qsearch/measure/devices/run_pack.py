@@ -11,13 +11,14 @@ from typing import Any
 
 from qsearch.errors import MeasureError, UsageError
 from qsearch.measure.devices import pack_runner
+from qsearch.seal import require_own
 
-__all__ = ["measure_pack_file"]
+__all__ = ["measure_pack_file", "require_own_pack"]
 
 TIMEOUT_S = 3600
 
 
-def measure_pack_file(pack: Path, out: Path) -> dict[str, Any]:
+def measure_pack_file(pack: Path, out: Path, trust: bool = False) -> dict[str, Any]:
     """Check and time every kernel of a pack, and write the cost table.
 
     This package's own runner does it, never the pack's copy: a changed pack must not run code of its own before its
@@ -26,6 +27,7 @@ def measure_pack_file(pack: Path, out: Path) -> dict[str, Any]:
     Args:
         pack: The pack.
         out: Where the cost table is written.
+        trust: Whether a pack that this user has not made may be run.
 
     Returns:
         device, kernels, wrong (how many), problems: symbol -> what is wrong.
@@ -33,7 +35,9 @@ def measure_pack_file(pack: Path, out: Path) -> dict[str, Any]:
     Raises:
         UsageError: The device is not here, or the pack is for another machine or version.
         MeasureError: The pack is damaged, or the process failed.
+        UntrustedError: The pack is somebody else's.
     """
+    require_own_pack(pack, trust)
     command = [sys.executable, "-I", str(Path(pack_runner.__file__)), str(pack), "--out", str(out)]
     environment = os.environ | {"TVM_USE_RUNTIME_LIB": "1"}
     try:
@@ -46,5 +50,30 @@ def measure_pack_file(pack: Path, out: Path) -> dict[str, Any]:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise MeasureError(f"{pack} cannot be measured: {lines[-1]}") from None
     if "problem" in result:
-        raise (UsageError if done.returncode == pack_runner.ELSEWHERE else MeasureError)(result["problem"])
+        raise _error(result["problem"], done.returncode)
     return result
+
+
+def require_own_pack(pack: Path, trust: bool) -> None:
+    """Check a pack's files, and refuse one that this user has not made.
+
+    Args:
+        pack: The pack.
+        trust: Take it all the same.
+
+    Raises:
+        UntrustedError: It is somebody else's.
+        UsageError: It is for another version.
+        MeasureError: It is damaged, or none.
+    """
+    try:
+        with pack_runner.open_archive(pack) as archive:
+            digest = pack_runner.own_digest(pack_runner.read_manifest(archive))
+            seal = archive.comment.decode("ascii", "replace")
+    except pack_runner.PackProblem as problem:
+        raise _error(str(problem), problem.status) from None
+    require_own(str(pack), pack_runner.KIND, digest, seal, trust)
+
+
+def _error(problem: str, status: int) -> Exception:
+    return (UsageError if status == pack_runner.ELSEWHERE else MeasureError)(problem)
