@@ -20,6 +20,7 @@ import sqlalchemy.exc
 from sqlalchemy.engine import URL, make_url
 
 from qsearch.errors import StudyError, UsageError
+from qsearch.whole_files import make_folder
 
 __all__ = [
     "STUDIES",
@@ -43,7 +44,8 @@ class _Connection(sqlite3.Connection):
     """A SQLite connection that neither blocks readers nor waits for the disk at every parameter.
 
     A trial of 50 layers is some 60 transactions. Without a flush after each they take a third of the time; a
-    killed process loses nothing by it, a power cut at most the last trials.
+    killed process loses nothing by it, a power cut at most the last trials: never one before them, and a study that has
+    ended is on the disk, as its last connection to close waits for that.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -112,7 +114,7 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
             return optuna.storages.RDBStorage(url, skip_compatibility_check=False)
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         connect = {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}
         return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
 
@@ -172,7 +174,7 @@ def driver_lock(study: str, url: str, process: int | None = None) -> Iterator[No
     """
     path = _lock_file(study, url)
     with storage_errors(url):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # Opened without truncation: the text in it names the process that holds the lock.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "r+") as handle:
