@@ -30,8 +30,8 @@ SEARCH = ("search", "--study", "real", "--budget", str(BUDGET), "--no-early-stop
 # What a process killed at another moment would have left.
 STRAYS = (
     "studies/cache/kernels/.batch-dead/kernel.o",
-    "studies/cache/kernels/.time-dead",
-    "studies/cache/images/images-0.partial",
+    "studies/cache/kernels/.dead.time.json.1-0",
+    "studies/cache/images/.images-0.npy.1-0",
     "studies/cache/statistics/.a.npz.x",
 )
 

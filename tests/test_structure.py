@@ -15,6 +15,7 @@ ROOMS = [
     "errors",
     "bounded",
     "seal",
+    "whole_files",
     "qtype",
     "config",
     "data",
@@ -71,6 +72,20 @@ def test_exported_names_exist(path):
     )
     for name in getattr(module, "__all__", ()):
         assert hasattr(module, name), f"{module.__name__}.__all__ names {name}"
+
+
+# What stands alone in bundles and packs, and the one place of all others that renames and waits for the disk. `versions`
+# moves what is on the disk already out of the way.
+RENAMING = {"whole_files.py", "export/monitor.py", "measure/devices/pack_runner.py", "adapt/versions.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_put_in_place_in_one_way(path):
+    if str(path.relative_to(ROOT)) in RENAMING:
+        return
+    found = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)]
+    calls = {f"{node.value.id}.{node.attr}" for node in found if isinstance(node.value, ast.Name)}
+    assert not calls & {"os.replace", "os.rename", "os.fsync", "shutil.move", "tempfile.NamedTemporaryFile"}
 
 
 def test_the_check_sees_a_wrong_import(tmp_path):

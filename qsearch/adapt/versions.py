@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from qsearch.errors import BundleCorruptError, BundleError, TargetMismatchError
 from qsearch.export import rescale, runner
 from qsearch.export.bundle_seal import has_own_seal, require_own_bundle, seal_bundle
 from qsearch.seal import SEAL
+from qsearch.whole_files import put_in_place, remove_strays, scratch_name, sync_folder
 
 __all__ = ["read_bundle", "replace_version", "rollback", "version_of", "write_version"]
 
@@ -89,26 +89,30 @@ def write_version(
     if place.exists() and _version_at(place) == number:
         raise BundleError(f"{place} holds version {number} already, which {bundle.name} is; move it away")
     others = [_version_at(path) for path in bundle.parent.glob(f"{bundle.name}.v*")]
+    copy, stale = scratch_name(place), scratch_name(place)
     try:
-        with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".bundle-{os.getpid()}-") as scratch:
-            copy = Path(shutil.copytree(bundle, Path(scratch) / "bundle"))
-            _fill(copy, record, made, facts)
-            names = ("model.so", "recorded_outputs.npy", "metrics.json", rescale.RECORD)
-            told = {
-                "version": 1 + max([number, *others]),
-                "adapted_from": {"version": number, "self_sha256": manifest["self_sha256"]},
-            }
-            _write_manifest(copy, manifest | told, names)
-            (copy / SEAL).unlink(missing_ok=True)
-            if has_own_seal(bundle, manifest):
-                # One that was trusted unasked stays somebody else's: its kernels are.
-                seal_bundle(copy)
-            if place.exists():
-                # A version that was never put in its place, or came back from there.
-                os.replace(place, Path(scratch) / "stale")
-            os.replace(copy, place)
+        remove_strays(place)
+        shutil.copytree(bundle, copy)
+        _fill(copy, record, made, facts)
+        names = ("model.so", "recorded_outputs.npy", "metrics.json", rescale.RECORD)
+        told = {
+            "version": 1 + max([number, *others]),
+            "adapted_from": {"version": number, "self_sha256": manifest["self_sha256"]},
+        }
+        _write_manifest(copy, manifest | told, names)
+        (copy / SEAL).unlink(missing_ok=True)
+        if has_own_seal(bundle, manifest):
+            # One that was trusted unasked stays somebody else's: its kernels are.
+            seal_bundle(copy)
+        if place.exists():
+            # A version that was never put in its place, or came back from there.
+            os.replace(place, stale)
+        put_in_place(copy, place)
     except OSError as error:
         raise BundleError(f"cannot write a new version of {bundle}: {error.strerror or error}; it is as it was") from error
+    finally:
+        for scratch in (copy, stale):
+            shutil.rmtree(scratch, ignore_errors=True)
     return place
 
 
@@ -175,7 +179,7 @@ def rollback(bundle: Path) -> tuple[int, int]:
     _exchange(place, bundle)
     aside = _beside(bundle, version_of(manifest))
     if not aside.exists():
-        os.replace(place, aside)
+        put_in_place(place, aside)
     return version_of(manifest), version_of(found)
 
 
@@ -203,3 +207,4 @@ def _exchange(first: Path, second: Path) -> None:
             f"this file system cannot exchange {first} and {second} in one step ({os.strerror(code)}): both are whole; exchange "
             "them by hand, or keep bundles on another file system"
         )
+    sync_folder(first.parent)

@@ -28,6 +28,7 @@ from qsearch.build.digests import is_whole, objects_are_whole, record_digests, r
 from qsearch.build.target import Target
 from qsearch.errors import BuildError, ToolchainError, UsageError
 from qsearch.kernels.description import Kernel
+from qsearch.whole_files import make_folder, put_in_place
 
 __all__ = ["FOREIGN", "CompiledKernel", "KernelCache", "compile_kernel", "kernel_symbol", "link_shared", "static_modules"]
 
@@ -97,7 +98,7 @@ class KernelCache:
         self._loaded: dict[str, CompiledKernel] = {}
         self._libraries: dict[str, Any] = {}
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_folder(directory)
         except OSError as error:
             raise UsageError(
                 f"cannot create the kernel cache {directory}: {error.strerror}; run qsearch in a folder you can write to"
@@ -178,7 +179,7 @@ class KernelCache:
             record_digests(scratch / f"{symbol}.lib", [scratch / name])
         # Pointers go last: whoever finds one finds everything it points to.
         for file in (name, *(f"{symbol}.{kind}" for kind in (*kinds, "sha256", "lib") for symbol in symbols)):
-            os.replace(scratch / file, self.directory / file)
+            put_in_place(scratch / file, self.directory / file, durable=False)
 
 
 def static_modules(objects: dict[str, Path], on_gpu: dict[str, Any]) -> Any:

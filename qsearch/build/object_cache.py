@@ -14,6 +14,7 @@ from qsearch.build.digests import objects_are_whole, record_digests
 from qsearch.build.target import Target, host_architecture
 from qsearch.errors import BuildError, ToolchainError
 from qsearch.kernels.description import Kernel
+from qsearch.whole_files import put_in_place
 
 __all__ = ["ObjectCache", "cache_for", "compiler_for", "link_for"]
 
@@ -44,7 +45,7 @@ class ObjectCache(KernelCache):
             for symbol in kernels:
                 record_digests(scratch / f"{symbol}.sha256", [scratch / f"{symbol}.o"])
                 for kind in ("o", "sha256"):
-                    os.replace(scratch / f"{symbol}.{kind}", self.directory / f"{symbol}.{kind}")
+                    put_in_place(scratch / f"{symbol}.{kind}", self.directory / f"{symbol}.{kind}", durable=False)
                 self._load(symbol)
 
 

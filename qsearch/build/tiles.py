@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ import tvm
 
 from qsearch.build.target import Target, Tile
 from qsearch.quantize.program import OpKey
+from qsearch.whole_files import write_whole
 
 __all__ = ["TileChoices"]
 
@@ -58,6 +58,5 @@ class TileChoices:
         """Remember a tile."""
         name = self.name(key)
         self._known[name] = tile
-        scratch = self.directory / f".{name}-{os.getpid()}"
-        scratch.write_text(json.dumps(asdict(tile)), encoding="utf-8")
-        os.replace(scratch, self.directory / f"{name}.json")
+        with write_whole(self.directory / f"{name}.json") as stream:
+            stream.write(json.dumps(asdict(tile)).encode())

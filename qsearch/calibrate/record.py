@@ -1,7 +1,6 @@
 """The statistics record: what one float pass leaves behind, enough for every calibration mode.
 
-On disk it is a NumPy archive of plain arrays and one JSON header, never pickle. Writing goes to a temporary
-file that is renamed, so that a reader sees the old record or the new one.
+On disk it is a NumPy archive of plain arrays and one JSON header, never pickle.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +18,7 @@ import numpy as np
 from qsearch.bounded import check_archive, parse_json
 from qsearch.calibrate.histogram import BINS, Histogram, TensorStatistics
 from qsearch.errors import CalibrationError
+from qsearch.whole_files import make_folder, write_whole
 
 __all__ = ["StatisticsRecord", "load_record", "save_record"]
 
@@ -72,22 +70,14 @@ def save_record(record: StatisticsRecord, path: Path) -> None:
         "reads": {name: mean.shape for name, mean in record.reads.items()},
         "content_hash": record.content_hash,
     }
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        make_folder(path.parent)
+        with write_whole(path) as file:
             np.savez_compressed(file, allow_pickle=False, header=np.array(json.dumps(header)), **_arrays(record))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise CalibrationError(
             f"cannot write the statistics record {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load_record(path: Path) -> StatisticsRecord:

@@ -84,12 +84,14 @@ def _check_files(plot: Path | None, save: Path | None) -> None:
 
 def _write(found: Diagnosis, title: str, plot: Path | None, save: Path | None) -> None:
     from qsearch.errors import UsageError
+    from qsearch.whole_files import write_whole
 
     if plot is not None:
         from qsearch.report.diagnosis_pictures import draw_diagnosis
 
         try:
-            draw_diagnosis(found, title).save(plot, format="PNG", optimize=True)
+            with write_whole(plot) as stream:
+                draw_diagnosis(found, title).save(stream, format="PNG", optimize=True)
         except OSError as error:
             raise UsageError(f"--plot: {plot} cannot be written: {error.strerror or error}; give another file") from error
         say(f"picture of the diagnosis -> {plot}")
@@ -100,7 +102,8 @@ def _write(found: Diagnosis, title: str, plot: Path | None, save: Path | None) -
 
         text = json.dumps(found.first.candidate.config.to_json(), indent=1) + "\n"
         try:
-            save.write_text(text, encoding="utf-8")
+            with write_whole(save) as stream:
+                stream.write(text.encode())
         except OSError as error:
             raise UsageError(f"--save: {save} cannot be written: {error.strerror or error}; give another file") from error
         say(f"configuration with {found.first.candidate.name} -> {save}")

@@ -88,9 +88,11 @@ def tables(
 def _draw(model: str, rows: list[dict[str, Any]], file: Path) -> None:
     from qsearch.errors import UsageError
     from qsearch.report.table_pictures import draw_tables
+    from qsearch.whole_files import write_whole
 
     try:
-        draw_tables(rows, f"{model}: cost and sensitivity of every layer").save(file, format="PNG", optimize=True)
+        with write_whole(file) as stream:
+            draw_tables(rows, f"{model}: cost and sensitivity of every layer").save(stream, format="PNG", optimize=True)
     except OSError as error:
         raise UsageError(f"--plot: {file} cannot be written: {error.strerror or error}; give another file") from error
     say(f"picture of the tables -> {file}")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qsearch.whole_files import write_whole
+
 __all__ = ["images_are_whole", "mapped_images", "write_images"]
 
 _CHUNK = 1 << 22
@@ -35,7 +37,7 @@ def mapped_images(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | N
 
 
 def write_images(final: Path, shape: tuple[int, ...], rows: Iterable[NDArray[np.float32]]) -> None:
-    """Write a file row by row under another name, then rename it.
+    """Write a file row by row.
 
     Plain writes instead of a writable memory map: on a full disk a write raises OSError, a map kills the process.
 
@@ -44,20 +46,16 @@ def write_images(final: Path, shape: tuple[int, ...], rows: Iterable[NDArray[np.
         shape: (N, C, H, W).
         rows: N arrays, float32 (C, H, W).
     """
-    partial, checksum = final.with_suffix(".partial"), 0
-    try:
-        with partial.open("wb") as stream:
-            header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for data in chain([header.getvalue()], (row.astype("<f4", copy=False).tobytes() for row in rows)):
-                checksum = zlib.crc32(data, checksum)
-                stream.write(data)
+    checksum = 0
+    with write_whole(final, durable=False) as stream:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for data in chain([header.getvalue()], (row.astype("<f4", copy=False).tobytes() for row in rows)):
+            checksum = zlib.crc32(data, checksum)
+            stream.write(data)
         # First the checksum: images without one are decoded again.
-        _checksum_path(final).write_text(f"{checksum:08x}\n", encoding="ascii")
-        partial.replace(final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        with write_whole(_checksum_path(final), durable=False) as beside:
+            beside.write(f"{checksum:08x}\n".encode())
 
 
 def _checksum_path(path: Path) -> Path:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from qsearch.export.scales_record import describe_scales
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
 from qsearch.search.provenance import package_versions
+from qsearch.whole_files import make_folder, put_in_place, remove_strays, scratch_name
 
 __all__ = ["Adaptable", "BundleContent", "require_vacant", "write_bundle"]
 
@@ -133,38 +133,20 @@ def write_bundle(directory: Path, linker: Linker, program: Program, content: Bun
         BuildError: The module does not link.
     """
     require_vacant(directory)
+    directory = directory.absolute()
+    scratch = scratch_name(directory)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        _remove_strays(directory.parent)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".bundle-{os.getpid()}-") as scratch_name:
-            scratch = Path(scratch_name) / "bundle"
-            scratch.mkdir()
-            _fill(scratch, linker, program, content)
-            if directory.exists():
-                directory.rmdir()
-            os.replace(scratch, directory)
+        make_folder(directory.parent)
+        remove_strays(directory)
+        scratch.mkdir()
+        _fill(scratch, linker, program, content)
+        put_in_place(scratch, directory)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "free some space or choose another --out" if full else "choose another --out"
         raise BundleError(f"cannot write bundle {directory}: {error.strerror or error}; {way_out}") from error
-
-
-def _remove_strays(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote a bundle have left."""
-    for stray in folder.glob(".bundle-*-*"):
-        pid = stray.name.split("-")[1]
-        if not pid.isdigit() or not _is_running(int(pid)):
-            shutil.rmtree(stray, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def require_vacant(directory: Path) -> None:

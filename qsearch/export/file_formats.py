@@ -23,6 +23,7 @@ from qsearch.export.interchange.translate import translate
 from qsearch.export.interchange.writer import Rounding
 from qsearch.models.detection import DetectionHead
 from qsearch.search.evaluation.objective import ModelEvaluator
+from qsearch.whole_files import put_in_place
 
 __all__ = ["BAR", "Agreement", "FileFormat", "agreement", "export_file", "require_writable"]
 
@@ -120,7 +121,7 @@ def export_file(
                 evaluator.progress(f"that is less than {100 * BAR} %{'' if rounding == ROUNDINGS[kind][-1] else NEXT}")
             if found is not None:
                 _require_agreement(found, kind, force)
-            os.replace(written, path)
+            put_in_place(written, path)
     except OSError as error:
         raise BundleError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     document = None

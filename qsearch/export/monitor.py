@@ -203,6 +203,8 @@ def write_statistics(path, statistics, preprocessing):
     try:
         with scratch.open("wb") as file:
             np.savez_compressed(file, header=content, counts=statistics.counts, kept=kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ machine's instrument around every call, and without it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule
 from qsearch.measure.latency import PAUSE_S
+from qsearch.whole_files import write_whole
 
 __all__ = ["KernelTimes", "time_kernels"]
 
@@ -56,10 +56,9 @@ class KernelTimes:
         """Remember times."""
         for symbol, seconds in times.items():
             self._known[symbol] = seconds
-            scratch = self.directory / f".time-{symbol}-{os.getpid()}"
             record = {"seconds": seconds, "processor": _processor(), "method": METHOD}
-            scratch.write_text(json.dumps(record), encoding="utf-8")
-            os.replace(scratch, self._path(symbol))
+            with write_whole(self._path(symbol), durable=False) as stream:
+                stream.write(json.dumps(record).encode())
 
     def _path(self, symbol: str) -> Path:
         return self.directory / f"{symbol}.time.json"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from qsearch.models.checkpoint import first_line, hash_tensors, reject_non_finit
 from qsearch.models.detection import DetectionHead
 from qsearch.models.exported_program import CLASSES_FILE, DETECTION_FILE, PREPROCESSING_FILE
 from qsearch.models.import_torch import export_module
+from qsearch.whole_files import make_folder, remove_strays, write_whole
 
 __all__ = ["keep_module"]
 
@@ -71,10 +70,9 @@ def keep_module(
 
 def _write(program: torch.export.ExportedProgram, file: Path, extra: dict[str, Any]) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".module-") as scratch:
-            whole = Path(scratch) / file.name
-            torch.export.save(program, whole, extra_files=extra)
-            os.replace(whole, file)
+        make_folder(file.parent)
+        remove_strays(file)
+        with write_whole(file) as stream:
+            torch.export.save(program, stream, extra_files=extra)  # type: ignore[arg-type]
     except (OSError, RuntimeError) as error:
         raise UnsupportedModelError(f"the model cannot be kept as {file} ({first_line(error)}); see to the disk") from error

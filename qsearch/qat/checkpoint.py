@@ -1,6 +1,6 @@
-"""Checkpoints of a training: one folder, tensors as safetensors, the rest as JSON, both written beside and renamed.
+"""Checkpoints of a training: one folder, tensors as safetensors, the rest as JSON.
 
-The JSON file is the last to be renamed and names the tensors' file with its digest: a process that is killed at any moment
+The JSON file is the last to be written and names the tensors' file with its digest: a process that is killed at any moment
 leaves the checkpoint before or the one after.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qsearch.errors import StudyError, StudyMismatchError
+from qsearch.whole_files import make_folder, remove_strays, write_whole
 
 __all__ = ["Checkpoint", "CheckpointFolder", "Epoch"]
 
@@ -79,7 +79,7 @@ class CheckpointFolder:
             StudyError: One is at work there, or the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout:
@@ -138,9 +138,11 @@ class CheckpointFolder:
             "sha256": hashlib.sha256(content).hexdigest(),
         }
         try:
-            _replace(self.path / name, content)
-            _replace(self.path / _TABLE, (json.dumps(document, indent=1) + "\n").encode())
-            for other in self.path.glob("epoch-*.safetensors*"):
+            for file, written in ((name, content), (_TABLE, (json.dumps(document, indent=1) + "\n").encode())):
+                remove_strays(self.path / file)
+                with write_whole(self.path / file) as stream:
+                    stream.write(written)
+            for other in self.path.glob("epoch-*.safetensors"):
                 if other.name != name:
                     other.unlink(missing_ok=True)
         except OSError as error:
@@ -148,19 +150,6 @@ class CheckpointFolder:
                 f"cannot write the checkpoint in {self.path}: {error.strerror or error}; free some space and run the same "
                 "command again, it goes on after the last epoch that was kept"
             ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _short(value: str | None) -> str:

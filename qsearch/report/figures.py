@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from qsearch.errors import UsageError
 from qsearch.report.figure_pictures import draw_front, draw_heldout, draw_history, draw_map
 from qsearch.report.table_pictures import draw_tables
+from qsearch.whole_files import make_folder, write_whole
 
 __all__ = ["write_figures"]
 
@@ -50,11 +52,13 @@ def write_figures(document: Document, folder: Path) -> list[Path]:
     """
     written = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for figure in _figures(document):
             picture, table = folder / f"{figure.name}.png", folder / f"{figure.name}.csv"
-            figure.draw().save(picture, format="PNG", optimize=True)
-            _write_rows(table, figure.rows)
+            with write_whole(picture) as stream:
+                figure.draw().save(stream, format="PNG", optimize=True)
+            with write_whole(table) as stream:
+                stream.write(_csv(figure.rows))
             written += [picture, table]
     except OSError as error:
         raise UsageError(f"--figures: {folder} cannot be written to: {error.strerror or error}; give another folder") from error
@@ -123,8 +127,9 @@ def _heldout_row(point: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_rows(file: Path, rows: Rows) -> None:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: Rows) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

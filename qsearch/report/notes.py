@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.models.graph import Graph
 from qsearch.qtype import UNSCALED
+from qsearch.report.artifacts import attach_picture, remove_orphans
 from qsearch.report.pictures import byte_text, draw_precisions, layer_bars
 from qsearch.search.storage import artifact_folder
 from qsearch.search.study import StudyHandle
+from qsearch.whole_files import make_folder
 
 __all__ = ["TrialNotes", "calibration_text", "note_text", "write_note", "write_study_note"]
 
@@ -28,7 +25,6 @@ __all__ = ["TrialNotes", "calibration_text", "note_text", "write_note", "write_s
 PIECE = 2045
 # Tells a note written here from one that the study's user has written or changed.
 _OWN_NOTE = "qsearch:note_sha256"
-_ARTIFACT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class TrialNotes:
@@ -47,33 +43,19 @@ class TrialNotes:
         """
         self._graph = graph
         self._baseline = baseline
-        folder = artifact_folder(handle.name, handle.url)
+        self._folder = artifact_folder(handle.name, handle.url)
         with handle.guard():
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(folder, handle.study)
-        self._store = FileSystemArtifactStore(folder)
+            make_folder(self._folder)
+            remove_orphans(self._folder, handle.study)
 
     def __call__(self, trial: optuna.Trial, config: QuantConfig, measurement: Measurement) -> None:
         """Upload the picture and write the note of one trial."""
         study = trial.study
         bars = layer_bars(self._graph, config)
         title = f"{study.study_name}, trial {trial.number}: {trial.user_attrs.get('anchor', calibration_text(config))}"
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "precisions.png"
-            draw_precisions(bars, title).save(file)
-            artifact = upload_artifact(artifact_store=self._store, file_path=str(file), study_or_trial=trial)
+        artifact = attach_picture(trial, self._folder, "precisions.png", draw_precisions(bars, title))
         picture = f"![precision of every layer](/artifacts/{study._study_id}/{trial._trial_id}/{artifact})"
         write_note(trial, note_text(config, measurement, self._baseline) + "\n\n" + picture)
-
-
-def _remove_orphans(folder: Path, study: optuna.Study) -> None:
-    """Remove pictures that a killed process wrote without telling the study; the caller is the study's only driver."""
-    owners = [study._storage.get_study_system_attrs(study._study_id)]
-    owners += [trial.system_attrs for trial in study.get_trials(deepcopy=False)]
-    known = {key.removeprefix(ARTIFACTS_ATTR_PREFIX) for attributes in owners for key in attributes}
-    for file in folder.iterdir():
-        if _ARTIFACT.fullmatch(file.name) and file.name not in known:
-            file.unlink(missing_ok=True)
 
 
 def note_text(config: QuantConfig, measurement: Measurement, baseline: Measurement) -> str:

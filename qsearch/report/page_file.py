@@ -10,15 +10,14 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qsearch.errors import UsageError
+from qsearch.whole_files import remove_strays, write_whole
 
 __all__ = ["page_text", "write_page"]
 
@@ -60,10 +59,9 @@ def write_page(document: Mapping[str, Any], file: Path) -> None:
         raise UsageError(f"--out: expected a file in a directory that exists, such as report.html, got {file}")
     text = page_text(document)
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".report-") as folder:
-            whole = Path(folder) / "report.html"
-            whole.write_text(text, encoding="utf-8")
-            os.replace(whole, file)
+        remove_strays(file)
+        with write_whole(file) as stream:
+            stream.write(text.encode())
     except OSError as error:
         raise UsageError(f"--out: {file} cannot be written: {error.strerror or error}; give another file") from error
 

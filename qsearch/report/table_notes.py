@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-
+from qsearch.report.artifacts import attach_picture
 from qsearch.report.notes import write_study_note
 from qsearch.report.pictures import byte_text
 from qsearch.report.table_pictures import draw_tables
 from qsearch.search.storage import artifact_folder
 from qsearch.search.study import StudyHandle
+from qsearch.whole_files import make_folder
 
 __all__ = ["attach_tables", "table_rows"]
 
@@ -41,11 +39,9 @@ def attach_tables(handle: StudyHandle, rows: Sequence[Mapping[str, Any]]) -> Non
         if not kept or table_rows(handle) == kept:
             return
         folder = artifact_folder(handle.name, handle.url)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "tables.png"
-            draw_tables(kept, f"{handle.name}: cost and sensitivity of every layer").save(file, optimize=True)
-            artifact = upload_artifact(artifact_store=FileSystemArtifactStore(folder), file_path=str(file), study_or_trial=study)
+        make_folder(folder)
+        picture = draw_tables(kept, f"{handle.name}: cost and sensitivity of every layer")
+        artifact = attach_picture(study, folder, "tables.png", picture)
         write_study_note(study, _note(kept, f"/artifacts/{study._study_id}/{artifact}"))
         study.set_user_attr(_TABLES, kept)
 

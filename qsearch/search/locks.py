@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from qsearch.errors import StudyError
 from qsearch.search.storage import SERVER_TIMEOUT_S, STUDIES, database_file, shown_url, storage_errors
+from qsearch.whole_files import make_folder
 
 __all__ = ["TurnLost", "Turns", "driver_lock", "driving_process", "lane_file", "lane_held"]
 
@@ -58,7 +59,7 @@ class _FileLock:
     """A file that is locked."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # Opened without truncation: the text in it may name the process that holds the lock.
         self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
 

@@ -24,6 +24,7 @@ from sqlalchemy.engine import URL, make_url
 
 from qsearch.errors import StudyError, UsageError
 from qsearch.search.members import GRACE_S, HEARTBEAT_S
+from qsearch.whole_files import make_folder
 
 __all__ = [
     "STUDIES",
@@ -51,7 +52,8 @@ class _Connection(sqlite3.Connection):
     """A SQLite connection that neither blocks readers nor waits for the disk at every parameter.
 
     A trial of 50 layers is some 60 transactions. Without a flush after each they take a third of the time; a
-    killed process loses nothing by it, a power cut at most the last trials.
+    killed process loses nothing by it, a power cut at most the last trials: never one before them, and a study that has
+    ended is on the disk, as its last connection to close waits for that.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -184,7 +186,7 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
             return _ServerStorage(url, engine_kwargs=ping, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         connect = {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}}
         return optuna.storages.RDBStorage(url, engine_kwargs=connect, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
 

@@ -38,6 +38,9 @@ class TrialLog:
             return
         try:
             self._stream = path.open("ab", buffering=0)
+            if path.read_bytes()[-1:] not in (b"", b"\n"):
+                # A power cut has left half a line: it shall not take the next one with it.
+                self._stream.write(b"\n")
         except OSError as error:
             raise UsageError(f"cannot write the log {path}: {error.strerror}; give --log-json another file") from error
 

@@ -137,7 +137,7 @@ def test_a_process_that_dies_before_the_exchange_leaves_the_bundle(
         versions.rollback(copy)
     assert apply_adaptation(found)["version"] == 3
     assert versions.rollback(copy) == (3, 1) and contents(copy) == before
-    assert not list(tmp_path.glob(".bundle-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_file_system_that_exchanges_nothing(copy: Path, bright: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_every_bundle_replays_bit_for_bit(real: RealSearch, bundles: list[Path])
         assert result["mismatching_bits"] == 0
         assert result["outputs"] == 16 * 10
         assert tuple(sorted(file.name for file in bundle.iterdir())) == FILES
-    assert not list(bundles[0].parent.glob(".bundle-*"))
+    assert not list(bundles[0].parent.glob(".*"))
 
 
 def test_picks_and_trials(small: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_picks_and_trials(small: Path, tmp_path: Path) -> None:
     # By the held-out measurement, dominated points aside.
     kept = [point for point in front if point["heldout"]["dominated_by"] is None] or front
     assert fastest == min(kept, key=lambda point: point["heldout"]["latency_ms"])["trial"]
-    dead = tmp_path / ".bundle-999999999-dead"
+    dead = tmp_path / ".zero.999999999-dead"
     dead.mkdir()
     assert exported(small, tmp_path / "zero", "--trial", "0") == 0
     assert json.loads((tmp_path / "zero" / "metrics.json").read_text())["trial"] == 0

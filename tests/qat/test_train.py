@@ -87,7 +87,7 @@ def test_a_kill_between_the_two_files_leaves_the_checkpoint_before(plan: QatPlan
     folder = checkpoint_folder(plan, IMAGES, replace(SETTINGS, epochs=1), tmp_path)
     before = folder.load()
     (tmp_path / "epoch-2.safetensors").write_bytes(b"whole, but the table does not know it yet")
-    (tmp_path / "checkpoint.json.partial").write_bytes(b"half")
+    (tmp_path / ".checkpoint.json.999999999-dead").write_bytes(b"half")
     after = folder.load()
     assert before is not None and after is not None and after.epochs == before.epochs
     folder.save(replace(after, epochs=(*after.epochs, after.epochs[-1], after.epochs[-1])))

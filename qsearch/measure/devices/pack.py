@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from qsearch.measure.devices.kernel_cases import KernelCase, as_json, kernel_cas
 from qsearch.quantize.lower_nodes import scalars
 from qsearch.quantize.program import Op, OpKey, Program, Value
 from qsearch.seal import seal_of
+from qsearch.whole_files import put_in_place
 
 __all__ = ["PackRequest", "chain_program", "target_json", "write_pack"]
 
@@ -83,7 +83,7 @@ def write_pack(request: PackRequest, file: Path, progress: Callable[[str], None]
             writer = _Writer(zipfile.ZipFile(scratch / "pack.zip", "w", zipfile.ZIP_DEFLATED))
             manifest = _fill(writer, request, kept, chain, scratch)
             writer.finish(manifest)
-            os.replace(scratch / "pack.zip", file)
+            put_in_place(scratch / "pack.zip", file.absolute())
     except OSError as error:
         raise UsageError(f"cannot write the pack {file}: {error.strerror or error}; give another --out") from error
     return {"kernels": len(kept), "bytes": file.stat().st_size, "left_out": len(cases) - len(kept)}

@@ -240,6 +240,19 @@ def measure_pack(file):
     }
 
 
+def write_table(path, table):
+    """Write the table; an earlier one is replaced once the new one has reached the disk."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(table, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def main(file, out):
     """Print one JSON line of how it went, write the table; the exit status."""
     try:
@@ -250,7 +263,7 @@ def main(file, out):
         return problem.status
     problems = {symbol: f"{one['what']}: {one['problem']}" for symbol, one in table["kernels"].items() if not one["exact"]}
     if out:
-        Path(out).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        write_table(Path(out), table)
     counts = {"device": table["device"], "kernels": len(table["kernels"]), "wrong": len(problems), "problems": problems}
     print(json.dumps({"pack": file, **counts, "table": out}))
     return 1 if problems else 0

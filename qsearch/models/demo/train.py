@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qsearch.models.demo.images import read_images_and_labels
 from qsearch.models.demo.network import DemoNet
+from qsearch.whole_files import write_whole
 
 __all__ = ["Recipe", "augment", "divide", "main", "train"]
 
@@ -205,15 +206,14 @@ def train(images: np.ndarray, labels: np.ndarray, recipe: Recipe, out: Path) -> 
 
 
 def save(network: nn.Module, out: Path) -> None:
-    """Write a network's weights, through a temporary file so that `out` is never half-written.
+    """Write a network's weights; `out` is never half-written.
 
     Args:
         network: its state is written in contiguous memory order.
         out: the safetensors file.
     """
-    temporary = out.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary)
-    temporary.replace(out)
+    with write_whole(out) as stream:
+        stream.write(serialize({name: value.contiguous() for name, value in network.state_dict().items()}))
 
 
 def main() -> None:

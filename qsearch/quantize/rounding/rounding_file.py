@@ -1,15 +1,12 @@
 """Rounded weights on disk, one file per layer, named after everything that they depend on.
 
-A NumPy archive of plain arrays and one JSON header, never pickle. Writing goes to a temporary file that is renamed, so
-that a reader sees a whole file or none.
+A NumPy archive of plain arrays and one JSON header, never pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 
 from qsearch.errors import StudyError
 from qsearch.quantize.weights import QuantizedWeight
+from qsearch.whole_files import make_folder, write_whole
 
 __all__ = ["load_rounding", "rounding_path", "save_rounding"]
 
@@ -42,22 +40,14 @@ def save_rounding(weight: QuantizedWeight, path: Path, shift: np.ndarray | None 
     arrays = {"values": weight.values, "scale": weight.scale, "group": np.array(weight.group), **weight.tables}
     arrays |= {} if shift is None else {"shift": shift}
     header = json.dumps({"format": _FORMAT, "sha256": _checksum(arrays)})
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        make_folder(path.parent)
+        with write_whole(path) as file:
             np.savez_compressed(file, allow_pickle=False, header=np.array(header), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise StudyError(
             f"cannot write the rounded weights {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load_rounding(path: Path) -> tuple[QuantizedWeight, np.ndarray | None] | None:

@@ -11,19 +11,20 @@ from pathlib import Path
 
 from qsearch.errors import StudyError, UsageError
 from qsearch.search.evaluation.cache_entries import cache_entries, evict
+from qsearch.whole_files import make_folder
 
 __all__ = ["CacheFolder", "cache_to_itself", "most_bytes"]
 
 MOST_BYTES = 20 * 1024**3
 
-# Scratch names of the kernel cache, kernel times, statistics, sensitivities, roundings, decoded images and modules.
+# Scratch names of the kernel cache, kernel times and tiles, statistics, sensitivities, roundings, decoded images and modules.
 STRAYS = (
     "kernels/.batch-*",
-    "kernels/.time-*",
+    "kernels/.*.json.*",
     "statistics/.*.npz.*",
     "sensitivity/.*.npz.*",
     "roundings/.*.npz.*",
-    "images/*.partial",
+    "images/.images-*",
     "modules/*",
 )
 
@@ -77,7 +78,7 @@ class CacheFolder:
         """
         self.path = path
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             self._descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise StudyError(

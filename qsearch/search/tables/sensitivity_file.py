@@ -1,15 +1,12 @@
 """The sensitivity table on disk: measured once per model, images and choices, and found again by their content.
 
-A NumPy archive of plain arrays and one JSON header, never pickle. Writing goes to a temporary file that is renamed, so
-that a reader sees a whole table or none.
+A NumPy archive of plain arrays and one JSON header, never pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 from qsearch.errors import StudyError
 from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
 from qsearch.search.tables.sensitivity_table import Sensitivity
+from qsearch.whole_files import make_folder, write_whole
 
 __all__ = ["kept_sensitivity", "load_sensitivity", "save_sensitivity", "sensitivity_path"]
 
@@ -73,22 +71,14 @@ def save_sensitivity(table: Sensitivity, path: Path) -> None:
         StudyError: The file cannot be written.
     """
     header = json.dumps({"version": _VERSION, "sha256": _checksum(table), "choices": _choices(table)})
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        make_folder(path.parent)
+        with write_whole(path) as file:
             np.savez(file, allow_pickle=False, header=np.array(header), activation=table.activation, weight=table.weight)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise StudyError(
             f"cannot write the sensitivity table {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load_sensitivity(path: Path) -> Sensitivity | None:
