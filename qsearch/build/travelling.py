@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qsearch.build.packed import PackedModule
+from qsearch.whole_files import write_whole
 
 __all__ = ["TravellingModule"]
 
@@ -47,7 +47,6 @@ def _laid_down(folder: Path, name: str, suffix: str, content: bytes) -> Path:
     """A file whose name has the digest of its content."""
     path = folder / f"{name[:80]}-{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
     if not path.exists():
-        partial = path.with_name(f"{path.name}.{threading.get_ident()}")
-        partial.write_bytes(content)
-        partial.replace(path)
+        with write_whole(path, durable=False) as stream:
+            stream.write(content)
     return path

@@ -23,7 +23,8 @@ from qsearch.search.front import (
     measurement_from_json,
     study_front,
 )
-from qsearch.search.study import StudyHandle, finished, measured_trials, objective_names, recorded_parts
+from qsearch.search.study import StudyHandle, objective_names, recorded_parts
+from qsearch.search.study_trials import finished, measured_trials
 
 if TYPE_CHECKING:
     # Loads torch and TVM, which reading a study needs neither of.

@@ -22,7 +22,8 @@ from qsearch.search.constraints import is_feasible, limits_text
 from qsearch.search.front import Pick, pick, study_front
 from qsearch.search.history import hypervolume_history
 from qsearch.search.storage import database_file
-from qsearch.search.study import LOSS_BOUND_PP, StudyHandle, finished, recorded_labels, recorded_parts
+from qsearch.search.study import LOSS_BOUND_PP, StudyHandle, recorded_labels, recorded_parts
+from qsearch.search.study_trials import finished
 
 __all__ = ["export_command", "layers_of", "page_document"]
 

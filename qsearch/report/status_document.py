@@ -15,7 +15,8 @@ from rich.table import Table
 from qsearch.report.documents import run_of
 from qsearch.search.locks import driving_process
 from qsearch.search.members import MEMBER
-from qsearch.search.study import StudyHandle, finished, measured_trials
+from qsearch.search.study import StudyHandle
+from qsearch.search.study_trials import finished, measured_trials
 
 __all__ = ["status_document", "status_table"]
 

@@ -15,7 +15,8 @@ from qsearch.config import QuantConfig
 from qsearch.errors import StudyError, UsageError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.constraints import is_feasible, violation
-from qsearch.search.study import LOSS_BOUND_PP, finished
+from qsearch.search.study import LOSS_BOUND_PP
+from qsearch.search.study_trials import finished
 
 __all__ = [
     "FLOAT_TRIAL",

@@ -23,7 +23,8 @@ from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import OBJECTIVES, finished
+from qsearch.search.study import OBJECTIVES
+from qsearch.search.study_trials import finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.errors import StudyError, StudyMismatchError
 from qsearch.measure.measurement import MEAN_AVERAGE_PRECISION
 from qsearch.search.locks import Turns, driver_lock
-from qsearch.search.members import gone
 from qsearch.search.storage import checked_name, database_file, open_storage, shown_url, storage_errors, storage_url
+from qsearch.search.study_trials import reap_trials
 
 __all__ = [
     "DEVICE",
@@ -26,16 +24,10 @@ __all__ = [
     "OBJECTIVE_VERSION",
     "Identity",
     "StudyHandle",
-    "finished",
-    "is_measured",
-    "known_configurations",
     "load_study",
-    "measured_trials",
     "objective_names",
-    "reap_trials",
     "recorded_labels",
     "recorded_parts",
-    "requeue",
     "study_has_begun",
     "study_to_join",
     "study_to_search",
@@ -46,14 +38,9 @@ OBJECTIVES = ("latency_ms", "peak_bytes", "top1_loss_pp")
 LOSS_BOUND_PP = 10.0
 # Raised whenever the same module would be given other numbers than before.
 OBJECTIVE_VERSION = "3"
-# Once more than the first time.
-MOST_ATTEMPTS = 2
-# Attribute of a trial whose configuration is not tried again.
-GIVEN_UP = "given_up"
 # The part of an identity that says what kind of device is measured on, where it is this machine's own.
 DEVICE = "device_kind"
 _IDENTITY = "identity"
-_JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)
 _DIGEST = re.compile(r"\w{32,}")
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -258,82 +245,6 @@ def recorded_parts(study: optuna.Study) -> dict[str, str]:
 def recorded_labels(study: optuna.Study) -> dict[str, str]:
     """Name of a part -> how the user wrote it, for those that the study keeps so."""
     return dict(study.user_attrs.get(_IDENTITY, {}).get("labels", {}))
-
-
-def finished(study: optuna.Study, state: TrialState = TrialState.COMPLETE) -> list[FrozenTrial]:
-    """The study's trials in one state, by number; shared with the storage, not to be changed."""
-    return study.get_trials(deepcopy=False, states=(state,))
-
-
-def measured_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that count against a budget, by number: the completed ones, and those stopped early.
-
-    A stopped trial was built, timed and run on some images, and need not be tried again. A duplicate was not measured.
-    """
-    return [trial for trial in study.get_trials(deepcopy=False, states=_JUDGED) if is_measured(trial)]
-
-
-def is_measured(trial: FrozenTrial) -> bool:
-    """Whether a trial counts against a budget, see `measured_trials`."""
-    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.PRUNED and "bound" in trial.user_attrs)
-
-
-def known_configurations(trials: Iterable[FrozenTrial]) -> dict[str, int]:
-    """Content hash -> number of the trial, for what was measured, is under way or was given up."""
-    known = [
-        trial for trial in trials if is_measured(trial) or trial.state == TrialState.RUNNING or trial.user_attrs.get(GIVEN_UP)
-    ]
-    return {trial.user_attrs["config_hash"]: trial.number for trial in known if "config_hash" in trial.user_attrs}
-
-
-def requeue(study: optuna.Study, trial: FrozenTrial, blamed: bool = False) -> bool:
-    """Enqueue the parameters of a trial that did not end by its own doing.
-
-    A configuration that takes the process down each time would keep a study from ever going on, so it is tried once more and
-    then given up.
-
-    Args:
-        study: Driven by nobody else.
-        trial: The trial.
-        blamed: Whether it may be what ended the process; an interrupt or a full disk is nobody's attempt.
-
-    Returns:
-        Whether it was enqueued.
-    """
-    attempt = int(trial.user_attrs.get("attempt", 1)) + blamed
-    # A trial killed while it was being proposed has only its first parameters; a planned one knows the others.
-    values: dict[str, Any] = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    if attempt > MOST_ATTEMPTS or not values:
-        return False
-    kept = {key: trial.user_attrs[key] for key in ("anchor",) if key in trial.user_attrs}
-    study.enqueue_trial(values, user_attrs={**kept, "retry_of": trial.number, "attempt": attempt})
-    return True
-
-
-def reap_trials(study: optuna.Study, reason: str = "the process was killed") -> int:
-    """Fail the trials that killed processes left running, and enqueue their configurations again; to be called in a turn.
-
-    Args:
-        study: The study.
-        reason: What happened to the process.
-
-    Returns:
-        Number of such trials.
-    """
-    running = finished(study, TrialState.RUNNING)
-    heard = getattr(study._storage, "_get_stale_trial_ids", None)
-    silent = set(heard(study._study_id)) if heard is not None and running else set()
-    left = [trial for trial in running if gone(trial, silent)]
-    for trial in left:
-        # Enqueued before it is failed: a second kill in between gives a duplicate, which is recognised, not a loss.
-        again = requeue(study, trial, blamed=True)
-        storage, trial_id = study._storage, trial._trial_id
-        given_up = "" if again else f"; given up after {trial.user_attrs.get('attempt', 1)} attempts"
-        if given_up:
-            storage.set_trial_user_attr(trial_id, GIVEN_UP, True)
-        storage.set_trial_user_attr(trial_id, "error", reason + given_up)
-        study.tell(trial.number, state=TrialState.FAIL)
-    return len(left)
 
 
 def _create_or_load(name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:

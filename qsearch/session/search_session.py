@@ -40,7 +40,8 @@ from qsearch.search.planner import PlannerSampler
 from qsearch.search.profile import Profile
 from qsearch.search.provenance import layer_facts, machine_facts, package_versions
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
-from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, measured_trials, study_to_search
+from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, study_to_search
+from qsearch.search.study_trials import measured_trials
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.session.local_workers import local_workers
 from qsearch.session.search_finetune import finetune_front, wished_images

@@ -18,7 +18,8 @@ from qsearch.search.evaluation.named_target import named_target
 from qsearch.search.locks import lane_file
 from qsearch.search.loop.processors import check_jobs
 from qsearch.search.space import SearchSpace
-from qsearch.search.study import StudyHandle, load_study, measured_trials, study_to_join
+from qsearch.search.study import StudyHandle, load_study, study_to_join
+from qsearch.search.study_trials import measured_trials
 from qsearch.session.search_request import SearchRequest
 from qsearch.session.supervisor import Watch
 from qsearch.session.trial_log import TrialLog

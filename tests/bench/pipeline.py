@@ -41,7 +41,8 @@ from qsearch.search.loop.processors import check_jobs
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.samplers import PLANNER, make_sampler
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, StudyHandle, finished, study_to_search
+from qsearch.search.study import Identity, StudyHandle, study_to_search
+from qsearch.search.study_trials import finished
 
 MODES = ("serial", "jobs1", "pipelined")
 

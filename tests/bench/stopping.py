@@ -30,7 +30,7 @@ from qsearch.search.front import hypervolume
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.samplers import PLANNER
-from qsearch.search.study import measured_trials
+from qsearch.search.study_trials import measured_trials
 
 
 def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from qsearch.search.bound_space import bind_space
 from qsearch.search.front import study_front
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, finished, study_to_search
+from qsearch.search.study import Identity, study_to_search
+from qsearch.search.study_trials import finished
 
 
 def test_picture_shows_every_layer_in_its_colour() -> None:

@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial
 from real_search import SMALL, command, refused, start
 
 from qsearch.errors import QSearchError
-from qsearch.search.study import load_study, measured_trials
+from qsearch.search.study import load_study
+from qsearch.search.study_trials import measured_trials
 
 pytest.importorskip("distributed", reason="needs the extra `dask`")
 ON_CLUSTER = (*SMALL, "--sampler", "random", "--budget", "8", "--restarts", "0", "--json")

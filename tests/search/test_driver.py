@@ -20,7 +20,8 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
-from qsearch.search.study import Identity, StudyHandle, finished, known_configurations, reap_trials, study_to_search
+from qsearch.search.study import Identity, StudyHandle, study_to_search
+from qsearch.search.study_trials import finished, known_configurations, reap_trials
 
 IDENTITY = Identity({"model": "a"})
 # Three layers of two precisions and one calibration: eight configurations.

@@ -20,7 +20,8 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.early_stopping import EarlyStop, StoppingRule
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, StudyHandle, finished, load_study, measured_trials, study_to_search
+from qsearch.search.study import Identity, StudyHandle, load_study, study_to_search
+from qsearch.search.study_trials import finished, measured_trials
 
 LABELS = np.random.default_rng(5).integers(0, 7, 900)
 # Right on nine images of ten, by a margin of about two.

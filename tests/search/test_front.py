@@ -27,7 +27,8 @@ from qsearch.search.front import (
 )
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, finished, study_to_search
+from qsearch.search.study import Identity, study_to_search
+from qsearch.search.study_trials import finished
 
 
 def measurement(latency_ms: float, peak_bytes: int, loss_pp: float) -> Measurement:

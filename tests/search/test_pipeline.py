@@ -28,7 +28,8 @@ from qsearch.search.loop.processors import Processors, check_jobs, default_jobs,
 from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
-from qsearch.search.study import Identity, StudyHandle, finished, measured_trials, study_to_search
+from qsearch.search.study import Identity, StudyHandle, study_to_search
+from qsearch.search.study_trials import finished, measured_trials
 
 # Long enough for anything but a deadlock, seconds.
 PATIENCE_S = 60.0

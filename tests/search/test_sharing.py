@@ -28,7 +28,8 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.members import MEMBER, gone, this_member
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
-from qsearch.search.study import Identity, StudyHandle, load_study, measured_trials, reap_trials, study_to_search
+from qsearch.search.study import Identity, StudyHandle, load_study, study_to_search
+from qsearch.search.study_trials import measured_trials, reap_trials
 from qsearch.session.local_workers import local_workers
 
 SCRIPT = str(Path(__file__).parents[1] / "analytic.py")

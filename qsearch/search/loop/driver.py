@@ -30,7 +30,8 @@ from qsearch.search.loop.problem import Crew, Limits, Outcome, SearchProblem, St
 from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
 from qsearch.search.members import MEMBER, Heartbeat, this_member
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import StudyHandle, finished, is_measured, known_configurations, measured_trials, reap_trials, requeue
+from qsearch.search.study import StudyHandle
+from qsearch.search.study_trials import finished, is_measured, known_configurations, measured_trials, reap_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
