@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(handle: StudyHandle, monke
     # SQLite keeps the limit per connection, and the pool has several.
     sqlalchemy.event.listen(engine, "checkout", lambda one, *_: one.execute(f"PRAGMA max_page_count={most[0]}"))
     with monkeypatch.context() as patch:
-        patch.setattr("qsearch.search.loop.driver.trial_attributes", lambda *_: {"filler": "x" * 10_000_000})
+        patch.setattr("qsearch.search.loop.trial_attributes.trial_attributes", lambda *_: {"filler": "x" * 10_000_000})
         with engine.connect() as connection:
             most[0] = connection.exec_driver_sql("PRAGMA page_count").scalar() + 200
         with pytest.raises(StudyError, match="disk is full"):

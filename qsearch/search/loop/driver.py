@@ -22,12 +22,11 @@ from qsearch.config import QuantConfig
 from qsearch.errors import StudyError, TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.search.anchors import enqueue_anchors
-from qsearch.search.constraints import mark_feasibility
 from qsearch.search.locks import TurnLost
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Limits, Outcome, SearchProblem, Stop
-from qsearch.search.loop.trial_attributes import checked, objective_values, stopped_attributes, trial_attributes
+from qsearch.search.loop.trial_attributes import checked, objective_values, write_end
 from qsearch.search.members import MEMBER, Heartbeat, this_member
 from qsearch.search.proposals import unseen_values
 from qsearch.search.study import StudyHandle
@@ -317,57 +316,26 @@ class _Loop:
 
     def _conclude(self, begun: _Begun, ended: Measurement | Bound | TrialError) -> None:
         """Write down how a trial ended."""
+        trial = begun.trial
         try:
-            if isinstance(ended, Bound):
-                self._stop(begun, ended)
-            elif isinstance(ended, TrialError):
-                self._fail(begun, ended)
-            else:
-                self._complete(begun, ended)
+            with self.handle.guard():
+                write_end(self.handle.study, self.problem, (trial, begun.config), ended)
+                self.failures = self.failures + 1 if isinstance(ended, TrialError) else 0
+                self.completed += isinstance(ended, Measurement)
+                self.stopped_early += isinstance(ended, Bound)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-            if not self._frozen(begun.trial.number).state.is_finished():
+            if not self._frozen(trial.number).state.is_finished():
                 raise
             # Others had not heard of this process for so long that they took the trial over: it is theirs.
-            self._leave(begun.trial)
-
-    def _complete(self, begun: _Begun, measurement: Measurement) -> None:
-        trial, values = begun.trial, objective_values(measurement)
-        with self.handle.guard():
-            for name, value in trial_attributes(begun.config, measurement).items():
-                trial.set_user_attr(name, value)
-            mark_feasibility(trial, self.problem.constraints, values)
-            if self.problem.annotate is not None:
-                self.problem.annotate(trial, begun.config, measurement)
-            self.handle.study.tell(trial, values)
-            self.failures = 0
-            self.completed += 1
+            self._leave(trial)
+            return
+        if isinstance(ended, TrialError):
+            self.failed[begun.config.content_hash()] = trial.number
         self._finish(trial)
-
-    def _stop(self, begun: _Begun, bound: Bound) -> None:
-        """Record a trial that was stopped early: pruned, with what is known of it, and without objective values."""
-        trial = begun.trial
-        with self.handle.guard():
-            for name, value in stopped_attributes(begun.config, bound).items():
-                trial.set_user_attr(name, value)
-            if bound.infeasible:
-                mark_feasibility(trial, self.problem.constraints, bound.least)
-            self.handle.study.tell(trial, state=TrialState.PRUNED)
-            self.failures = 0
-            self.stopped_early += 1
-        self._finish(trial)
-
-    def _fail(self, begun: _Begun, error: TrialError) -> None:
-        trial = begun.trial
-        with self.handle.guard():
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            self.handle.study.tell(trial, state=TrialState.FAIL)
-        self.failures += 1
-        self.failed[begun.config.content_hash()] = trial.number
-        self._finish(trial)
-        if self.failures >= MOST_FAILURES_IN_A_ROW:
+        if isinstance(ended, TrialError) and self.failures >= MOST_FAILURES_IN_A_ROW:
             raise StudyError(
-                f"{self.failures} trials in a row failed, so the search has stopped; the last one: {error}"
-            ) from error
+                f"{self.failures} trials in a row failed, so the search has stopped; the last one: {ended}"
+            ) from ended
 
     def _finish(self, trial: optuna.Trial) -> None:
         self._leave(trial)
