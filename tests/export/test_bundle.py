@@ -24,6 +24,7 @@ from qsearch.export import predict, runner
 from qsearch.export.bundle import require_vacant
 from qsearch.export.bundle_seal import seal_bundle
 from qsearch.models.demo import load_images
+from qsearch.seal import SEAL
 
 FILES = (
     "README.md",
@@ -98,7 +99,7 @@ def test_every_bundle_replays_bit_for_bit(real: RealSearch, bundles: list[Path])
         result = real.json("verify", str(bundle))
         assert result["mismatching_bits"] == 0
         assert result["outputs"] == 16 * 10
-        assert tuple(sorted(file.name for file in bundle.iterdir())) == FILES
+        assert tuple(sorted(file.name for file in bundle.iterdir())) == (*FILES, SEAL)
     assert not list(bundles[0].parent.glob(".*"))
 
 
