@@ -40,6 +40,8 @@ def said_once(progress: Progress, clause: str) -> Callable[[int, int], None]:
     return report
 
 
+# Images that are known by a name, from any folder.
+_BUILT_IN = Path("demo")
 _PATHS = ("weights", "data", "preprocessing", "cache_dir", "cost_table")
 
 
@@ -83,6 +85,8 @@ class Settings:
         """Plain types, with absolute paths, so that a study can be exported from any folder."""
         data = asdict(self)
         paths = {name: None if data[name] is None else str(data[name].resolve()) for name in _PATHS}
+        if self.data == _BUILT_IN:
+            paths["data"] = str(_BUILT_IN)
         model = str(Path(self.model).resolve()) if self.model.endswith(".pt2") else self.model
         return data | paths | {"model": model}
 
