@@ -92,5 +92,8 @@ def check_archive(archive: zipfile.ZipFile, most_bytes: int) -> None:
 
 def shortened(value: Any) -> str:
     """A value for a message, in a line of moderate length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or what holds one
+        text = type(value).__name__
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

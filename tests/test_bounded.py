@@ -53,3 +53,4 @@ def test_what_an_archive_unpacks_to(tmp_path: Path) -> None:
 def test_values_in_messages_are_short() -> None:
     assert shortened("a") == "'a'"
     assert len(shortened("a" * 10**6)) < 300
+    assert shortened([10**5000]) == "list"

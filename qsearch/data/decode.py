@@ -42,7 +42,7 @@ _READERS = (
 _FORMATS = tuple(reader.format for reader in _READERS if reader.format in Image.OPEN)
 _MOST_BYTES = 1 << 29
 # Of a JPEG, each of which passes over the whole image; encoders write about ten.
-_MOST_SCANS = 100
+_MOST_SCANS, _MOST_SCANNED = 100, 12 * MOST_PIXELS
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
@@ -81,8 +81,9 @@ def open_image(path: Path) -> Image.Image:
         DataError: the file is missing, truncated or not an image.
     """
     with _opened(path) as image:
-        if image.format in ("JPEG", "MPO") and count_scans(path.read_bytes()) > _MOST_SCANS:
-            raise ValueError(f"it has more than {_MOST_SCANS} scans")
+        most = min(_MOST_SCANS, _MOST_SCANNED // (image.width * image.height))
+        if image.format in ("JPEG", "MPO") and count_scans(path.read_bytes()) > most:
+            raise ValueError(f"it has more than {most} scans")
         image.load()
         return image
 

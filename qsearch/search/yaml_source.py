@@ -19,6 +19,8 @@ Location = tuple[str | int, ...]
 MOST_BYTES = 1 << 18
 # With every alias written out: they multiply.
 MOST_NODES, MOST_DEPTH = 50_000, 20
+# Of a key or a value; a number that is written 1:1:1:... takes long to add up.
+MOST_TEXT = 1000
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ def _count_nodes(node: yaml.Node | None, depth: int, counted: int) -> int:
     counted += 1
     if counted > MOST_NODES or depth > MOST_DEPTH:
         raise ValueError(f"it holds more than {MOST_NODES:,} values, or nests them more than {MOST_DEPTH} deep")
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_TEXT:
+        raise ValueError(
+            f"line {node.start_mark.line + 1} holds a text of {len(node.value):,} characters, at most {MOST_TEXT:,} are read"
+        )
     for one in inner if isinstance(node, yaml.CollectionNode) else ():
         counted = _count_nodes(one, depth + 1, counted)
     return counted
