@@ -160,12 +160,13 @@ def artifact_folder(study: str, url: str) -> Path:
     return (file.parent if file else STUDIES) / f"{study}.artifacts"
 
 
-def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
+def open_storage(url: str, *, create: bool, patient: bool = False) -> optuna.storages.RDBStorage:
     """Open the database of a study.
 
     Args:
         url: SQLAlchemy URL.
         create: Make the database if it is not there; else a missing one is an error.
+        patient: Wait for a server that does not answer, because it did a moment ago.
 
     Returns:
         The storage. SQLite is put into write-ahead mode, which lets the dashboard read while a search writes,
@@ -181,14 +182,24 @@ def open_storage(url: str, *, create: bool) -> optuna.storages.RDBStorage:
         warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
         warnings.filterwarnings("ignore", ".*heartbeat_interval.*", optuna.exceptions.ExperimentalWarning)
         if file is None:
-            # Connections that a restart of the server has broken are found before they are used.
-            ping = {"pool_pre_ping": True}
-            return _ServerStorage(url, engine_kwargs=ping, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+            return _open_server(url, time.monotonic() + (SERVER_TIMEOUT_S if patient else 0))
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
         make_folder(file.parent)
         connect = {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}}
         return optuna.storages.RDBStorage(url, engine_kwargs=connect, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+
+
+def _open_server(url: str, deadline: float) -> optuna.storages.RDBStorage:
+    # Connections that a restart of the server has broken are found before they are used.
+    ping = {"pool_pre_ping": True}
+    while True:
+        try:
+            return _ServerStorage(url, engine_kwargs=ping, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+        except (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError) as error:
+            if not _disconnected(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_BETWEEN_TRIES_S)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def study_to_join(name: str, identity: Identity, storage: str | None = None) -> 
         StudyMismatchError: It was made by another search, or on another kind of device.
         StudyError: There is no such study, or it cannot be used.
     """
-    handle, opened = _load(name, storage)
+    handle, opened = _load(name, storage, patient=True)
     with _closing(opened):
         with handle.guard():
             _check_identity(handle.study, identity)
@@ -199,9 +199,9 @@ def load_study(name: str, storage: str | None = None) -> StudyHandle:
     return _load(name, storage)[0]
 
 
-def _load(name: str, storage: str | None) -> tuple[StudyHandle, optuna.storages.RDBStorage]:
+def _load(name: str, storage: str | None, patient: bool = False) -> tuple[StudyHandle, optuna.storages.RDBStorage]:
     url = storage_url(checked_name(name), storage)
-    opened = open_storage(url, create=False)
+    opened = open_storage(url, create=False, patient=patient)
     with storage_errors(url):
         names = optuna.get_all_study_names(opened)
         if name not in names:

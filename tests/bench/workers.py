@@ -71,6 +71,8 @@ def campaign(folder: Path, url: str, server: Postgres | None, options: argparse.
         time.sleep(0.5)
     members += [start(folder, "worker") for _ in range(options.workers - 1)]
     sessions = [one.pid for one in members]
+    while search.poll() is None and len(_at_work(url)) < options.workers:
+        time.sleep(0.5)
     seen: dict[int, Any] = {}
     lost = kills = restarts = 0
     while any(one.poll() is None for one in members):
@@ -114,6 +116,7 @@ def campaign(folder: Path, url: str, server: Postgres | None, options: argparse.
         "duplicates_recognised": sum("duplicate_of" in one.user_attrs for one in trials),
         "orphans": sum(bool(left_in(session)) for session in sessions),
         "exit_statuses": [one.returncode for one in members],
+        "errors": [line for line in (folder / "stderr.txt").read_text().splitlines() if line.startswith("error")],
         "seconds": time.monotonic() - begin,
     }
 
@@ -124,6 +127,11 @@ def begun(url: str) -> bool:
         return bool(load_study(STUDY, url).study.get_trials(deepcopy=False))
     except Exception:
         return False
+
+
+def _at_work(url: str) -> set[int]:
+    """The processes that have begun a trial so far."""
+    return _processes(load_study(STUDY, url).study.get_trials(deepcopy=False))
 
 
 def _process(trial: optuna.trial.FrozenTrial) -> int | None:

@@ -160,7 +160,7 @@ def test_spaces(folder: Path, text: str | None, words: tuple[str, ...]) -> None:
     [
         ("foo", 2, ("not a database URL",)),
         ("sqlite:////", 2, ("is a directory",)),
-        ("postgresql://u:secret@h/d", 1, ("psycopg",)),
+        ("postgresql+pg8000://u:secret@h/d", 1, ("pg8000",)),
     ],
 )
 def test_storages(folder: Path, storage: str, code: int, words: tuple[str, ...]) -> None:
