@@ -29,6 +29,7 @@ from qsearch.data.image_file import mapped_images, write_images
 from qsearch.export import bundle as bundle_module
 from qsearch.export import rescale, runner
 from qsearch.export.bundle import BundleContent, write_bundle
+from qsearch.export.bundle_seal import seal_bundle
 from qsearch.measure.devices.pack import chain_program
 from qsearch.measure.kernel_times import KernelTimes
 from qsearch.models import module_file
@@ -184,7 +185,8 @@ def sealed(folder: Path, version: int = 1) -> None:
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     manifest: dict[str, Any] = {
         "format": runner.FORMAT,
-        "target": {"arch": "", "cpu_flags": []},
+        "target": {"arch": "", "cpu_flags": [], "description": "llvm", "threads": 1},
+        "input": {"dtype": "float32", "shape": [1, 1, 28, 28]},
         "metrics": {},
         "sha256": digests,
     }
@@ -224,6 +226,7 @@ def test_versions_of_a_bundle(tmp_path: Path) -> None:
     work = tmp_path / "work"
     (work / "b").mkdir(parents=True)
     sealed(work / "b")
+    seal_bundle(work / "b")
     first = (work / "b" / "manifest.json").read_bytes()
     with watched(work) as journal:
         apply(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,10 @@ def this_member() -> dict[str, Any]:
     return {"machine": _machine(), "process": os.getpid(), "started": _started(os.getpid())}
 
 
+# Of this process: a search that ended in an error may have left a trial running, and another be begun after it.
+_runs: set[str] = set()
+
+
 def gone(trial: FrozenTrial, silent: set[int]) -> bool:
     """Whether nobody works any more on a trial that is running.
 
@@ -39,20 +44,28 @@ def gone(trial: FrozenTrial, silent: set[int]) -> bool:
     if member is None:
         return True
     if member["machine"] == _machine():
-        return bool(_started(member["process"]) != member["started"])
+        if _started(member["process"]) != member["started"]:
+            return True
+        if member["process"] == os.getpid():
+            return member.get("run") not in _runs
     return trial._trial_id in silent
 
 
 class Heartbeat:
-    """Tells the storage from time to time that the process that has trials under way is alive.
+    """Tells the storage from time to time that a run of the search, which has trials under way, is alive.
 
     Args:
         storage: The study's.
+
+    Attributes:
+        member: What says of a trial whose it is.
     """
 
     def __init__(self, storage: BaseStorage) -> None:
         self._storage, self._trials, self._end = storage, set[int](), threading.Event()
         self._thread: threading.Thread | None = None
+        self.member = this_member() | {"run": secrets.token_hex(8)}
+        _runs.add(self.member["run"])
 
     def begin(self, trial: optuna.Trial) -> None:
         """From now on a trial is under way."""
@@ -68,6 +81,7 @@ class Heartbeat:
 
     def close(self) -> None:
         """Be silent."""
+        _runs.discard(self.member["run"])
         self._end.set()
         if self._thread is not None:
             self._thread.join()

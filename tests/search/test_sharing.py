@@ -19,13 +19,14 @@ import optuna
 import pytest
 import sqlalchemy
 from analytic import AnalyticEvaluator, invoke
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 from postgres import Postgres, running_postgres
 
 from qsearch.search.bound_space import bind_space
 from qsearch.search.locks import TurnLost, Turns, lane_file, lane_held
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
-from qsearch.search.members import MEMBER, gone, this_member
+from qsearch.search.members import MEMBER, Heartbeat, gone, this_member
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
 from qsearch.search.study import Identity, StudyHandle, load_study, study_to_search
@@ -244,7 +245,15 @@ def test_who_is_gone() -> None:
         return SimpleNamespace(user_attrs={MEMBER: mine | member} if member else {}, _trial_id=5)
 
     assert gone(trial(), set())
-    assert not gone(trial(process=os.getpid()), {5})
+    # This process lives, but none of its searches has it.
+    assert gone(trial(process=os.getpid()), set())
+    heart = Heartbeat(InMemoryStorage())
+    assert not gone(trial(**heart.member), {5})
+    heart.close()
+    assert gone(trial(**heart.member), set())
+    parent = {"process": os.getppid(), "started": Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]}
+    assert not gone(trial(**parent), set())
+    assert gone(trial(**parent), {5})
     assert gone(trial(started="1"), set())
     assert gone(trial(process=2**22 + 1), set())
     assert not gone(trial(machine="another"), {4})

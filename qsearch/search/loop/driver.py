@@ -27,7 +27,7 @@ from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Limits, Outcome, SearchProblem, Stop
 from qsearch.search.loop.trial_attributes import checked, objective_values, write_end
-from qsearch.search.members import MEMBER, Heartbeat, this_member
+from qsearch.search.members import MEMBER, Heartbeat
 from qsearch.search.proposals import unseen_values
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished, is_measured, known_configurations, measured_trials, reap_trials, requeue
@@ -274,7 +274,7 @@ class _Loop:
         trial = study.ask(self.problem.space.distributions())
         # Within the guard, whose end an interrupt may fall on.
         self.in_flight.append(trial)
-        trial.set_user_attr(MEMBER, this_member())
+        trial.set_user_attr(MEMBER, self.heart.member)
         self.heart.begin(trial)
         config = self.problem.space.config(trial.params)
         digest = config.content_hash()
