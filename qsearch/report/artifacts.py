@@ -47,7 +47,7 @@ def attach_picture(owner: optuna.Study | optuna.Trial, folder: Path, name: str, 
 
 
 def remove_orphans(folder: Path, study: optuna.Study) -> None:
-    """Remove pictures that a killed process wrote without telling the study; the caller is the study's only driver."""
+    """Remove pictures that a killed process wrote without telling the study; to be called while nobody else writes any."""
     owners = [study._storage.get_study_system_attrs(study._study_id)]
     owners += [trial.system_attrs for trial in study.get_trials(deepcopy=False)]
     known = {key.removeprefix(ARTIFACTS_ATTR_PREFIX) for attributes in owners for key in attributes}

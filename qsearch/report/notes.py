@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
@@ -15,8 +17,10 @@ from qsearch.models.graph import Graph
 from qsearch.qtype import UNSCALED
 from qsearch.report.artifacts import attach_picture, remove_orphans
 from qsearch.report.pictures import byte_text, draw_precisions, layer_bars
+from qsearch.search.locks import TurnLost
 from qsearch.search.storage import artifact_folder
 from qsearch.search.study import StudyHandle
+from qsearch.search.study_trials import finished
 from qsearch.whole_files import make_folder
 
 __all__ = ["TrialNotes", "calibration_text", "note_text", "write_note", "write_study_note"]
@@ -44,9 +48,11 @@ class TrialNotes:
         self._graph = graph
         self._baseline = baseline
         self._folder = artifact_folder(handle.name, handle.url)
-        with handle.guard():
+        # In a turn, nobody begins a trial meanwhile; where none is under way, nobody else writes pictures.
+        with suppress(TurnLost), handle.turn():
             make_folder(self._folder)
-            remove_orphans(self._folder, handle.study)
+            if not finished(handle.study, TrialState.RUNNING):
+                remove_orphans(self._folder, handle.study)
 
     def __call__(self, trial: optuna.Trial, config: QuantConfig, measurement: Measurement) -> None:
         """Upload the picture and write the note of one trial."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from analytic import AnalyticEvaluator, make_graph
+from optuna.trial import TrialState
 from PIL import Image
 from rich.console import Console
 
@@ -109,6 +110,20 @@ def test_calibration_text() -> None:
     assert calibration_text(QuantConfig(precision=int8, calibration=Calibration(mode="global_scale"))).startswith(
         "global_scale 8"
     )
+
+
+def test_pictures_that_others_are_writing_are_left_alone(tmp_path: Path) -> None:
+    evaluator = AnalyticEvaluator()
+    with study_to_search("demo", Identity({"model": "a"}), f"sqlite:///{tmp_path}/a.db") as handle:
+        TrialNotes(handle, evaluator.graph, evaluator.baseline)
+        stray = tmp_path / "demo.artifacts" / "00000000-0000-0000-0000-000000000000"
+        stray.write_bytes(b"half a picture")
+        trial = handle.study.ask()
+        TrialNotes(handle, evaluator.graph, evaluator.baseline)
+        assert stray.exists()
+        handle.study.tell(trial, state=TrialState.FAIL)
+        TrialNotes(handle, evaluator.graph, evaluator.baseline)
+        assert not stray.exists()
 
 
 def text_of(table: object) -> str:
