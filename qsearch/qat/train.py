@@ -97,7 +97,7 @@ def _train(
     means: tuple[Callable[[str], None], Gradients],
 ) -> tuple[Epoch, ...]:
     progress = means[0]
-    optimizer = torch.optim.Adam(network.trained.values(), lr=settings.rate, fused=True)
+    optimizer = torch.optim.Adam(network.trained.values(), lr=settings.rate)
     kept = folder.load()
     if kept is None:
         start = time.process_time()
