@@ -65,6 +65,7 @@ WAYS_OUT = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see to its permissions"),
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 

@@ -63,7 +63,8 @@ BAD = {
     "no PNG": (2, ("--plot", "tables.jpeg"), "tables.png"),
     "no such folder": (2, ("--plot", "nowhere/tables.png"), "directory that exists"),
     "a directory": (2, ("--plot", "folder.png"), "PNG file"),
-    "not writable": (2, ("--plot", f"{'n' * 300}.png"), "cannot be written"),
+    "not writable": (2, ("--plot", "/proc/tables.png"), "cannot be written"),
+    "a long name": (1, ("--plot", f"{'n' * 300}.png"), "give a shorter name"),
     "nothing to choose": (2, ("--space", "fixed.yaml"), "leaves no layer"),
     "no images": (2, ("--model", "efficientnet_lite0"), "--data"),
 }
