@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
@@ -19,8 +20,8 @@ __all__ = ["COMMAND_LINE", "local_workers"]
 
 # The command line from Python; commands give the words that they were started with.
 COMMAND_LINE = (sys.executable, "-c", "from qsearch.commands.app import main; main()")
-# How long a worker has to give its trial back once it is told to end, seconds.
-_FAREWELL_S = 20.0
+# How long a worker has to notice that the study is finished, and to give its trial back once it is told to end, seconds.
+_BY_ITSELF_S, _FAREWELL_S = 3.0, 20.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,9 +48,12 @@ def local_workers(handle: StudyHandle, count: int, command: Sequence[str], say: 
             started.append((process, errors))
         yield
     finally:
+        deadline = time.monotonic() + _BY_ITSELF_S
         for process, _ in started:
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+            # Where the budget is met it leaves by itself.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.send_signal(signal.SIGINT)
         for process, errors in started:
             try:
                 status = process.wait(_FAREWELL_S)
@@ -58,7 +62,7 @@ def local_workers(handle: StudyHandle, count: int, command: Sequence[str], say: 
                 status = process.wait()
             errors.seek(0)
             told = errors.read().decode(errors="replace").strip().splitlines()
-            if status not in (0, 130) and told:
+            if status not in (0, 130, -signal.SIGINT) and told:
                 say(f"one of {count} workers ended with status {status}: {told[-1]}")
             errors.close()
 
