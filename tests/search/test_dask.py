@@ -116,6 +116,7 @@ def test_a_cluster_measures_what_one_process_measures_though_a_worker_is_killed(
     assert measured(tmp_path) == measured(tmp_path / "serial")
 
 
+@pytest.mark.slow
 def test_what_a_cluster_may_lack(tmp_path: Path, cluster: Cluster) -> None:
     search = (*ON_CLUSTER, "--dask")
     refused(command(tmp_path, *search, cluster.address), 2, "'compile': 0, 'device': 0", "--resources compile=1")

@@ -88,6 +88,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
     check_whole(tmp_path, before)
 
 
+@pytest.mark.slow
 def test_interrupt_is_130_and_the_same_command_continues(tmp_path: Path) -> None:
     first = run(tmp_path, TROUBLE="interrupt", TROUBLE_AT="5")
     assert first.returncode == 130, first.stderr
@@ -100,6 +101,7 @@ def test_interrupt_is_130_and_the_same_command_continues(tmp_path: Path) -> None
     check_whole(tmp_path, before)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_interrupted_and_then_killed(tmp_path: Path) -> None:
     first = run(tmp_path, PIPELINE="1", TROUBLE="interrupt", TROUBLE_AT="5")
     assert first.returncode == 130, first.stderr

@@ -101,6 +101,7 @@ def kill_a_worker(members: list[subprocess.Popen[str]]) -> None:
     members[1].send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_share_a_study_in_a_file_and_one_is_killed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/shared.db"
     assert search_with_workers(tmp_path, url, kill_a_worker) == [0, -signal.SIGKILL, 0]

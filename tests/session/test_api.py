@@ -126,6 +126,7 @@ def test_refusals_are_errors_of_qsearch(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_module_is_searched_exported_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "data")
