@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["is_whole", "objects_are_whole", "record_digests", "recorded_digests"]
+__all__ = ["is_as_named", "is_whole", "objects_are_whole", "record_digests", "recorded_digests", "short_digest"]
 
 
 def record_digests(path: Path, files: Iterable[Path]) -> None:
@@ -35,6 +35,19 @@ def objects_are_whole(directory: Path, symbol: str) -> bool:
     """Whether a kernel's object file is there, and machine code for a GPU where it has some, as they were written."""
     recorded = recorded_digests(directory / f"{symbol}.sha256")
     return f"{symbol}.o" in recorded and all(is_whole(directory / name, digest) for name, digest in recorded.items())
+
+
+def short_digest(content: bytes) -> str:
+    """What is put at the end of the name of a file that holds this, after a hyphen."""
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def is_as_named(path: Path) -> bool:
+    """Whether a file is there and holds what the digest in its name says."""
+    try:
+        return path.stem.rpartition("-")[2] == short_digest(path.read_bytes())
+    except OSError:
+        return False
 
 
 def _sha256(path: Path) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qsearch.build.digests import is_as_named, short_digest
 from qsearch.build.packed import PackedModule
 from qsearch.whole_files import write_whole
 
@@ -45,8 +45,9 @@ class TravellingModule:
 
 def _laid_down(folder: Path, name: str, suffix: str, content: bytes) -> Path:
     """A file whose name has the digest of its content."""
-    path = folder / f"{name[:80]}-{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
-    if not path.exists():
+    path = folder / f"{name[:80]}-{short_digest(content)}{suffix}"
+    # What a power cut has left of one would be loaded as code.
+    if not is_as_named(path):
         with write_whole(path, durable=False) as stream:
             stream.write(content)
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from qsearch.search.evaluation.evaluator import Progress
 from qsearch.search.study import StudyHandle
+from qsearch.session.supervisor import die_with_parent
 
 __all__ = ["COMMAND_LINE", "local_workers"]
 
@@ -22,7 +22,6 @@ __all__ = ["COMMAND_LINE", "local_workers"]
 COMMAND_LINE = (sys.executable, "-c", "from qsearch.commands.app import main; main()")
 # How long a worker has to notice that the study is finished, and to give its trial back once it is told to end, seconds.
 _BY_ITSELF_S, _FAREWELL_S = 3.0, 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -69,6 +68,6 @@ def local_workers(handle: StudyHandle, count: int, command: Sequence[str], say: 
 
 def _end_with_parent() -> None:
     """Between fork and exec: be killed when the process that searches is."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # A search in the background of a shell has it ignored, and so would have its workers.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qsearch.errors import UsageError
 
-__all__ = ["ProcessLimits", "Watch", "process_limits", "supervised"]
+__all__ = ["ProcessLimits", "Watch", "die_with_parent", "process_limits", "supervised"]
 
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -188,10 +188,15 @@ def _resident(process: int) -> int:
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """End this process with its parent, however that ends."""
+def die_with_parent() -> None:
+    """Have the system kill this process when the thread that started it ends, where it has a signal for that."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent, however that ends."""
+    die_with_parent()
 
     def look() -> None:
         while os.getppid() == parent:

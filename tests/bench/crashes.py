@@ -44,15 +44,19 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
 
 
-def left_in(session: int) -> list[int]:
-    """Living processes of a session."""
+# Which number of /proc/N/stat, counted from the state of the process.
+PARENT, SESSION = 1, 3
+
+
+def processes_of(field: int, number: int) -> list[int]:
+    """Living processes that have this number for their PARENT or SESSION."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
+        if int(fields[field]) == number and fields[0] != "Z":
             found.append(int(entry.name))
     return found
 
@@ -91,7 +95,7 @@ def troubles(folder: Path, before: dict[int, Any], session: int) -> tuple[dict[i
     """What is measured now, and what went wrong since."""
     orphaned = True
     for _ in range(int(ORPHANS_S / 0.1)):
-        orphaned = bool(left_in(session))
+        orphaned = bool(processes_of(SESSION, session))
         if not orphaned:
             break
         time.sleep(0.1)

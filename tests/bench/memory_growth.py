@@ -23,6 +23,7 @@ from typing import Any
 import small_network
 import torch
 import yaml
+from crashes import PARENT, processes_of
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SETTLED, AROUND = 50, 11
@@ -51,19 +52,6 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
-def children(process: int) -> list[int]:
-    """Processes that another one has started."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == process:
-            found.append(int(entry.name))
-    return found
-
-
 def resident(process: int) -> dict[str, int]:
     """Bytes of a process: all that is resident, and what of it is no file's."""
     try:
@@ -88,8 +76,8 @@ def sampled(folder: Path, search: subprocess.Popen[bytes]) -> dict[str, list[dic
         lines = log.read_bytes().count(b'"event": "trial"') if log.exists() else 0
         if lines == seen:
             continue
-        searching = largest(children(search.pid))
-        measuring = largest(children(searching)) if searching else 0
+        searching = largest(processes_of(PARENT, search.pid))
+        measuring = largest(processes_of(PARENT, searching)) if searching else 0
         for name, process in (("searching", searching), ("measuring", measuring)):
             found[name] += [{"process": process, **resident(process)}] * (lines - seen)
         seen = lines

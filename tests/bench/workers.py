@@ -30,10 +30,11 @@ from typing import Any
 
 import optuna
 from analytic import AnalyticEvaluator
-from crashes import MEASURED, left_in
+from crashes import MEASURED, SESSION, processes_of
 from optuna.trial import TrialState
 from postgres import Postgres, running_postgres
 
+from qsearch.errors import StudyError
 from qsearch.search.bound_space import bind_space
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.samplers import make_sampler
@@ -114,7 +115,7 @@ def campaign(folder: Path, url: str, server: Postgres | None, options: argparse.
         "left_running": sum(one.state == TrialState.RUNNING for one in trials),
         "tried_again": sum("retry_of" in one.user_attrs for one in trials),
         "duplicates_recognised": sum("duplicate_of" in one.user_attrs for one in trials),
-        "orphans": sum(bool(left_in(session)) for session in sessions),
+        "orphans": sum(bool(processes_of(SESSION, session)) for session in sessions),
         "exit_statuses": [one.returncode for one in members],
         "errors": [line for line in (folder / "stderr.txt").read_text().splitlines() if line.startswith("error")],
         "seconds": time.monotonic() - begin,
@@ -125,7 +126,7 @@ def begun(url: str) -> bool:
     """Whether the search has a trial."""
     try:
         return bool(load_study(STUDY, url).study.get_trials(deepcopy=False))
-    except Exception:
+    except StudyError:
         return False
 
 

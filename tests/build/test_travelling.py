@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qsearch.build.packed import PackedModule
 from qsearch.build.travelling import TravellingModule
+from qsearch.search.evaluation.cache_entries import TRAVELLED, cache_entries, is_entry_whole
 
 
 def packed(folder: Path, kernel: bytes) -> PackedModule:
@@ -28,6 +29,17 @@ def test_a_module_arrives_as_it_left(tmp_path: Path) -> None:
     # A library that was loaded is not written again under the one who uses it.
     before = there.libraries[0].stat().st_ino
     assert travelling.unpack(tmp_path / "there").libraries[0].stat().st_ino == before
+    # One that a power cut has left half of is.
+    there.libraries[0].write_bytes(b"ker")
+    assert travelling.unpack(tmp_path / "there").libraries[0].read_bytes() == b"kernel"
+
+
+def test_kernels_that_travelled_count_for_the_cache(tmp_path: Path) -> None:
+    module = TravellingModule.of(packed(tmp_path / "here", b"kernel")).unpack(tmp_path / TRAVELLED)
+    (entry,) = cache_entries(tmp_path)
+    assert (entry.kind, entry.files, entry.bytes) == (TRAVELLED, module.libraries, 6) and is_entry_whole(entry)
+    module.libraries[0].write_bytes(b"ker")
+    assert not is_entry_whole(entry)
 
 
 def test_kernels_of_the_same_name_do_not_take_each_others_place(tmp_path: Path) -> None:

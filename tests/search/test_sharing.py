@@ -23,6 +23,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 from postgres import Postgres, running_postgres
 
+from qsearch.errors import StudyError
 from qsearch.search.bound_space import bind_space
 from qsearch.search.locks import TurnLost, Turns, lane_file, lane_held
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -66,7 +67,7 @@ def trials(url: str, study: str = "shared") -> list[FrozenTrial]:
     """All of a study; none before there is one."""
     try:
         return load_study(study, url).study.get_trials()
-    except Exception:
+    except StudyError:
         return []
 
 
@@ -194,7 +195,7 @@ def two_takes(turns: Turns) -> bool:
     try:
         with turns.turn():
             return True
-    except locks.StudyError as error:
+    except StudyError as error:
         assert "has kept study" in str(error)
         return False
     finally:

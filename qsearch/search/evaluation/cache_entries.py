@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsearch.build.digests import is_whole, objects_are_whole, recorded_digests
+from qsearch.build.digests import is_as_named, is_whole, objects_are_whole, recorded_digests
 from qsearch.data.image_file import images_are_whole
 
-__all__ = ["KINDS", "CacheEntry", "cache_entries", "evict", "is_entry_whole"]
+__all__ = ["KINDS", "TRAVELLED", "CacheEntry", "cache_entries", "evict", "is_entry_whole"]
 
 # Folders of NumPy archives, which have checksums of their own.
 _ARCHIVES = ("statistics", "sensitivity", "roundings")
-KINDS = ("kernels", "images", *_ARCHIVES)
+# Kernel libraries that came with modules from other machines.
+TRAVELLED = "travelled"
+KINDS = ("kernels", "images", *_ARCHIVES, TRAVELLED)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def cache_entries(folder: Path) -> list[CacheEntry]:
     """All entries of a cache folder, the one that was used longest ago first; what vanishes meanwhile is left out."""
     found = [*_kernels(folder / "kernels"), *_images(folder / "images")]
     found += [("kernels", path, [path]) for path in _unowned(folder / "kernels", found)]
+    found += [(TRAVELLED, path, [path]) for path in (folder / TRAVELLED).glob("*.so")]
     found += [(kind, path, [path]) for kind in _ARCHIVES for path in (folder / kind).glob("*.npz")]
     entries = (_entry(kind, main, files) for kind, main, files in found)
     return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.used)
@@ -49,6 +52,8 @@ def is_entry_whole(entry: CacheEntry) -> bool:
     """Whether an entry is as it was written."""
     if entry.kind == "images":
         return images_are_whole(entry.main)
+    if entry.kind == TRAVELLED:
+        return is_as_named(entry.main)
     if entry.kind != "kernels":
         return _archive_is_whole(entry.main)
     folder = entry.main.parent

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from qsearch.build.travelling import TravellingModule
 from qsearch.config import QuantConfig
-from qsearch.errors import MeasureError, QSearchError, TrialError, UsageError
+from qsearch.errors import MeasureError, QSearchError, StudyError, TrialError, UsageError
 from qsearch.measure.devices.device import Prepared
 from qsearch.measure.measurement import Measurement
+from qsearch.search.evaluation.cache_entries import TRAVELLED
 from qsearch.search.evaluation.evaluator import CACHE, Evaluator, Progress, Settings
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 
@@ -129,7 +130,7 @@ def measure(
         return built
     evaluator = _opened.evaluator(errand)
     module, prepared = built
-    packed = module.unpack(evaluator.settings.cache_dir / "travelled")
+    packed = module.unpack(evaluator.settings.cache_dir / TRAVELLED)
     try:
         with _opened.lock:
             return evaluator.measurer.measure(replace(prepared, open=packed.open), rule)
@@ -172,7 +173,8 @@ class DaskCrew:
 
     def __exit__(self, *error: object) -> None:
         """Cancel what is under way, and leave."""
-        with suppress(Exception):
+        with suppress(OSError, TimeoutError):
+            # The scheduler may have gone before.
             self._client.close()
 
     def width(self) -> int:
@@ -234,15 +236,21 @@ def _offered(client: Any) -> dict[str, int]:
 
 
 def _answer(done: Any, result: Future[Measurement]) -> None:
-    """Hand over what a task has answered."""
+    """Hand over what a task has answered; what it raised is a defect, or no matter of one configuration, and passes through."""
+    from distributed import KilledWorker
+    from distributed.client import FutureCancelledError
+
     try:
         found = done.result()
-    except BaseException as error:
-        kind = type(error).__name__
-        found = MeasureError(f"the workers that tried this configuration did not survive it ({kind}: {str(error)[:200]})")
+    except KilledWorker as error:
+        found = MeasureError(f"the workers that tried this configuration died of it: {str(error)[:200]}")
+    except FutureCancelledError:
+        found = StudyError("the Dask cluster is gone; start it and run the same command again, every finished trial is kept")
+    except Exception as error:
+        found = error
     if isinstance(found, Bound):
-        result.set_exception(EarlyStop(found))
-    elif isinstance(found, TrialError):
+        found = EarlyStop(found)
+    if isinstance(found, Exception):
         result.set_exception(found)
     else:
         result.set_result(found)
