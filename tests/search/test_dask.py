@@ -117,6 +117,24 @@ def test_a_cluster_measures_what_one_process_measures_though_a_worker_is_killed(
 
 
 @pytest.mark.slow
+def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.worker(compile=1, device=1)
+    search = start(tmp_path, *ON_CLUSTER, "--budget", "60", "--dask", cluster.address)
+    while search.poll() is None and not seen(tmp_path):
+        time.sleep(0.05)
+    cluster.processes[0].kill()
+    out, err = search.communicate(timeout=300)
+    assert search.returncode == 1 and out == ""
+    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "the Dask cluster is gone" in message and 'Traceback (most recent call last):\n  File "/' not in err.split(message)[1]
+    kept = measured(tmp_path)
+    assert kept
+    again = command(tmp_path, *SMALL, "--sampler", "random", "--budget", str(len(kept) + 1), "--jobs", "1", "--json")
+    assert again.returncode == 0, again.stderr
+    assert kept.items() <= measured(tmp_path).items()
+
+
+@pytest.mark.slow
 def test_what_a_cluster_may_lack(tmp_path: Path, cluster: Cluster) -> None:
     search = (*ON_CLUSTER, "--dask")
     refused(command(tmp_path, *search, cluster.address), 2, "'compile': 0, 'device': 0", "--resources compile=1")

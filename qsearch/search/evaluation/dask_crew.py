@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,18 @@ _HINT = (
     "start workers with what they offer: `dask worker ADDRESS --nthreads 1 --resources compile=1` for each that builds, and "
     "`dask worker ADDRESS --nthreads 1 --resources device=1`, one on each machine, to measure"
 )
+
+
+_GONE = "the Dask cluster is gone; start it and run the same command again, every finished trial is kept"
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """Say of a scheduler that does not answer any more what to do."""
+    try:
+        yield
+    except (OSError, TimeoutError) as error:
+        raise StudyError(_GONE) from error
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,9 @@ class DaskCrew:
         self._client, offered = connect(self._address)
         try:
             self._say(f"{offered[COMPILE]} builders and {offered[DEVICE]} devices at {self._address} open the model")
-            for worker, problem in self._client.run(check_worker, self._errand).items():
+            with _cluster():
+                problems = self._client.run(check_worker, self._errand)
+            for worker, problem in problems.items():
                 if problem is not None:
                     raise UsageError(f"Dask worker {worker}: {problem}")
         except BaseException:
@@ -179,7 +193,8 @@ class DaskCrew:
 
     def width(self) -> int:
         """Trials worth having under way: one for every builder and every device there is now."""
-        return max(1, sum(_offered(self._client).values()))
+        with _cluster():
+            return max(1, sum(_offered(self._client).values()))
 
     def submit(self, config: QuantConfig, rule: StoppingRule | None) -> Future[Measurement]:
         """Build and measure a configuration somewhere.
@@ -245,7 +260,7 @@ def _answer(done: Any, result: Future[Measurement]) -> None:
     except KilledWorker as error:
         found = MeasureError(f"the workers that tried this configuration died of it: {str(error)[:200]}")
     except FutureCancelledError:
-        found = StudyError("the Dask cluster is gone; start it and run the same command again, every finished trial is kept")
+        found = StudyError(_GONE)
     except Exception as error:
         found = error
     if isinstance(found, Bound):
