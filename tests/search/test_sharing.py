@@ -225,6 +225,26 @@ def test_a_trial_asked_for_in_a_lost_turn_is_asked_for_again(tmp_path: Path) -> 
         assert failed and all("TurnLost" in one.user_attrs["error"] for one in failed)
 
 
+def test_a_trial_that_others_failed_while_it_was_asked_for_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is restarted gives a turn to two: to the second, what the first has just begun is nobody's."""
+    with study_to_search("demo", Identity({"model": "a"}), f"sqlite:///{tmp_path}/a.db") as handle:
+        handle.study.sampler = make_sampler("random", 0, 0)
+        evaluator, ask, asked = AnalyticEvaluator(), handle.study.ask, []
+
+        def ask_beside_another(*arguments: Any) -> Any:
+            asked.append(ask(*arguments))
+            if len(asked) in (2, 5):
+                assert reap_trials(handle.study) == 1
+            return asked[-1]
+
+        monkeypatch.setattr(handle.study, "ask", ask_beside_another)
+        run_search(handle, SearchProblem(ANALYTIC, evaluator.evaluate), Limits(6))
+        assert len(evaluator.measured) == len(set(evaluator.measured)) == len(measured_trials(handle.study)) == 6
+        assert not [one for one in handle.study.get_trials() if one.state == TrialState.RUNNING]
+
+
 class LosingTurns:
     """Turns of which every third is lost."""
 

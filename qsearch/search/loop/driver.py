@@ -43,6 +43,8 @@ _POLL_S = 0.5
 # How often a crew is asked how many trials it has use for, seconds.
 _GROWN_S = 5.0
 _GONE = "the process that tried it has gone"
+# A server that is restarted takes a turn back: its end tells it, or what another one has done with the same trial meanwhile.
+_SHARED_TURN = (TurnLost, optuna.exceptions.UpdateFinishedTrialError)
 
 
 def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_trial: OnTrial | None = None) -> Outcome:
@@ -152,7 +154,7 @@ class _Loop:
         self.problem.rest()
         while True:
             # A turn that is lost meanwhile harms nothing.
-            with suppress(TurnLost), self.handle.turn():
+            with suppress(*_SHARED_TURN), self.handle.turn():
                 reap_trials(study, _GONE)
                 measured = len(measured_trials(study))
                 running = len(finished(study, TrialState.RUNNING))
@@ -219,6 +221,7 @@ class _Loop:
         """The next trial; or why there is none for now."""
         while True:
             begun: _Begun | None = None
+            before = list(self.in_flight)
             try:
                 with self.handle.turn():
                     reap_trials(self.handle.study, _GONE)
@@ -226,11 +229,11 @@ class _Loop:
                     reason = self._reason_to_stop(trials)
                     if reason is None:
                         begun = self._begin(self.failed | known_configurations(trials))
-            except TurnLost as error:
-                # Somebody else may have asked for the same meanwhile.
-                if begun is not None:
-                    self._abandon(begun.trial, error)
-                    self._leave(begun.trial)
+            except _SHARED_TURN as error:
+                # Somebody else may have asked for the same meanwhile, or have failed what was nobody's yet.
+                for trial in [one for one in self.in_flight if one not in before]:
+                    self._abandon(trial, error)
+                    self._leave(trial)
                 continue
             if begun is not None or reason is not None:
                 return begun, reason
@@ -354,8 +357,8 @@ class _Loop:
                 requeue(self.handle.study, frozen)
                 trial.set_user_attr("error", reason)
                 self.handle.study.tell(trial, state=TrialState.FAIL)
-        except StudyError:
-            # The database is what failed. The trial stays running and the next run reaps it.
+        except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
+            # The database is what failed, and the trial stays running until the next run reaps it; or others just did.
             return
 
     def _frozen(self, number: int) -> FrozenTrial:
