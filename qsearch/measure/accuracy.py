@@ -14,7 +14,16 @@ from qsearch.errors import MeasureError
 from qsearch.measure.measurement import Accuracy
 from qsearch.measure.processors import available_processors
 
-__all__ = ["compare_accuracy", "divergences", "mean_divergence", "output_digest", "paired_interval", "run_blocks", "run_images"]
+__all__ = [
+    "compare_accuracy",
+    "divergences",
+    "mean_divergence",
+    "output_digest",
+    "paired_interval",
+    "run_batches",
+    "run_blocks",
+    "run_images",
+]
 
 # Normal quantile of a 95 % interval.
 Z95 = 1.959963984540054
@@ -82,7 +91,7 @@ def run_blocks(
     with ThreadPoolExecutor(workers) as pool:
         for block in blocks:
             # More shares than workers: where something else is busy on one processor too, the others take its share.
-            rows = np.pad(block, (0, -len(block) % batch), "edge").reshape(-1, batch)
+            rows = _rows(block, batch)
             parts = list(pool.map(run_share, np.array_split(rows, min(SHARES * workers, len(rows)))))
             logits = np.concatenate(parts)[: len(block)]
             if not np.isfinite(logits).all():
@@ -90,6 +99,16 @@ def run_blocks(
                     "the module's output holds NaN or infinity; keep the layer before it in fp32 or widen its range"
                 )
             yield logits
+
+
+def run_batches(machine: Any, images: np.ndarray, batch: int = 1) -> np.ndarray:
+    """Run a virtual machine on images in the calling thread; arguments and result as of `run_images`, nothing is checked."""
+    return _run_share(machine, images, _rows(np.arange(len(images)), batch))[: len(images)]
+
+
+def _rows(block: np.ndarray, batch: int) -> np.ndarray:
+    """Positions of images, batch by batch, the last one filled up with its last image."""
+    return np.pad(block, (0, -len(block) % batch), "edge").reshape(-1, batch)
 
 
 def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:

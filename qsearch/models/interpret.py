@@ -145,7 +145,7 @@ def _value(node: Node, inputs: list[Tensor], parameters: Parameters) -> Tensor:
     if node.residual:
         value = value + inputs[-1]
     # An activation applies its own clip; everywhere else a clip is fused and comes last.
-    value = value if node.op == "activation" else _clipped(value, node.clip)
+    value = value if node.op == "activation" else _clipped(value, node.clip, node.residual or node.op in ("conv2d", "linear"))
     return value if node.clip_high is None else torch.minimum(value, _clip_high(node, parameters))
 
 
@@ -155,11 +155,12 @@ def _clip_high(node: Node, parameters: Parameters) -> Tensor:
     return high.view(-1, 1, 1) if node.op == "conv2d" else high
 
 
-def _clipped(value: Tensor, clip: tuple[float, float] | None) -> Tensor:
+def _clipped(value: Tensor, clip: tuple[float, float] | None, fresh: bool) -> Tensor:
+    """A value within bounds; in its own memory if nobody else has it."""
     if clip is None:
         return value
-    # The same values; its gradient takes one pass over memory instead of four.
-    return F.hardtanh(value, *clip) if value.requires_grad else value.clamp(*clip)
+    # The same values as of clamp; its gradient takes one pass over memory instead of four.
+    return F.hardtanh(value, *clip, inplace=fresh)
 
 
 def _tensor(array: np.ndarray | Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def _activation(node: Node, inputs: list[Tensor], parameters: Parameters) -> Ten
     if node.activation in _POINTWISE:
         return _POINTWISE[node.activation](inputs[0])
     if node.activation == "clip":
-        return _clipped(inputs[0], node.clip)
+        return _clipped(inputs[0], node.clip, fresh=False)
     known = ", ".join(["clip", *_POINTWISE])
     raise UnsupportedModelError(f"node {node.name!r} has the unknown activation {node.activation!r}; known are {known}")
 

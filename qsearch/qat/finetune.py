@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qsearch.config import QuantConfig
 from qsearch.errors import BundleError, UsageError
+from qsearch.measure.accuracy import run_batches
 from qsearch.measure.measurement import Measurement
 from qsearch.qat.checkpoint import CheckpointFolder, Epoch
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.plan import QatPlan, plan_finetuning
-from qsearch.qat.train import TrainSettings, threads_for, train
+from qsearch.qat.train import Teacher, TrainSettings, threads_for, train
 from qsearch.qat.training_images import Judged, TrainingImages, builtin_images, directory_images
 from qsearch.quantize.program import Program
 from qsearch.search.front import Heldout
@@ -164,7 +167,7 @@ def finetune(
     network, folder = FakeQuantizedNetwork(plan), checkpoint_folder(plan, images, settings, path)
     with folder.taken():
         progress(f"fine-tuning on {len(images.training)} images, checkpoints in {folder.path}")
-        epochs = train(network, images, settings, folder, progress)
+        epochs = train(network, images, settings, folder, progress, _teacher(evaluator))
     program = network.tuned().lower()
     progress("compiling and measuring what was trained")
     prepared = evaluator.prepare_program(program)
@@ -175,6 +178,24 @@ def finetune(
         same = sum(_agreeing(network, evaluator.images(part), evaluator.logits(prepared, part)) for part in parts)
     agreement = Agreement(same, sum(len(evaluator.images(part)) for part in parts))
     return Finetuned(config, program, measurement, Heldout(*verdict), agreement, epochs, len(images.training))
+
+
+def _teacher(evaluator: ModelEvaluator) -> Teacher | None:
+    """The compiled float module, which takes a fraction of torch's time; None where it does not run on a processor.
+
+    Every thread has a virtual machine of its own.
+    """
+    target = evaluator.run_target
+    if target.device != "cpu" or target.threads != 1:
+        return None
+    module, own = evaluator.compile(QuantConfig(default_precision="fp32")), threading.local()
+
+    def logits(inputs: Tensor) -> Tensor:
+        if not hasattr(own, "machine"):
+            own.machine = module.open()
+        return torch.from_numpy(run_batches(own.machine, inputs.numpy(), evaluator.batch))
+
+    return logits
 
 
 @torch.no_grad()

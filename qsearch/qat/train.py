@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsearch.errors import QuantizeError
-from qsearch.models.interpret import forward, one_thread
+from qsearch.models.interpret import interpret, one_thread
 from qsearch.qat.checkpoint import Checkpoint, CheckpointFolder, Epoch
 from qsearch.qat.network import FakeQuantizedNetwork
 from qsearch.qat.training_images import TrainingImages
@@ -35,6 +36,8 @@ LEAST_VALUES = 2**19
 # The least time between two words on an epoch under way, seconds.
 PATIENCE_S = 60.0
 VALIDATION_BATCH = 250
+# Images, float32 (N, C, H, W) -> the float network's logits, float32 (N, classes); called by two threads at a time.
+Teacher = Callable[[Tensor], Tensor]
 # Network, inputs, labels -> the mean loss and its gradients.
 Gradients = Callable[[FakeQuantizedNetwork, Tensor, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 
@@ -63,6 +66,7 @@ def train(
     settings: TrainSettings,
     folder: CheckpointFolder,
     progress: Callable[[str], None],
+    teacher: Teacher | None = None,
 ) -> tuple[Epoch, ...]:
     """Train a network, from its last checkpoint on.
 
@@ -72,6 +76,7 @@ def train(
         settings: How to.
         folder: Where checkpoints are kept.
         progress: Called with what is to be known, line by line.
+        teacher: Computes what the float network does, faster than torch.
 
     Returns:
         What was seen before the first epoch, and in every one since.
@@ -81,10 +86,11 @@ def train(
         DataError: An image cannot be used.
         StudyError: A checkpoint cannot be read or written, or is of another training.
     """
+    gradients = partial(_gradients, teacher or partial(interpret, network.plan.model))
     if torch.get_num_threads() != 2:
         with threads_for(network, settings.batch):
-            return _train(network, images, settings, folder, (progress, _gradients))
-    halves = _Halves()
+            return _train(network, images, settings, folder, (progress, gradients))
+    halves = _Halves(gradients)
     with one_thread(), halves.pool:
         return _train(network, images, settings, folder, (progress, halves))
 
@@ -179,10 +185,11 @@ def _require_finite(value: float, number: int, settings: TrainSettings) -> None:
         )
 
 
-def _gradients(network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _gradients(
+    teacher: Teacher, network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The mean loss of some images, and its gradients with respect to all that is trained."""
-    with torch.no_grad():
-        expected = forward(network.plan.model, inputs).softmax(1)
+    expected = teacher(inputs).softmax(1)
     logits = network(inputs)
     loss = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits, expected))
     return loss.detach(), torch.autograd.grad(loss, list(network.trained.values()))
@@ -192,18 +199,22 @@ class _Halves:
     """Both halves of a batch at a time, each in a thread of its own.
 
     Two threads of torch within one operation of a small network gain a tenth; an operation on each of two processors, a half.
+
+    Args:
+        gradients: Of one half.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients = gradients
         self.pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, network: FakeQuantizedNetwork, inputs: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `_gradients`; sums of the halves, the first one's first, whichever is ready sooner."""
+        """As of one thread; sums of the halves, the first one's first, whichever is ready sooner."""
         if len(inputs) < 2:
-            return _gradients(network, inputs, labels)
+            return self._gradients(network, inputs, labels)
         halves = zip(inputs.chunk(2), labels.chunk(2), strict=True)
         shares = [len(half) / len(inputs) for half in inputs.chunk(2)]
-        begun = [self.pool.submit(_gradients, network, *half) for half in halves]
+        begun = [self.pool.submit(self._gradients, network, *half) for half in halves]
         (loss, of_first), (other, of_second) = (half.result() for half in begun)
         first, second = shares
         sums = tuple(first * one + second * two for one, two in zip(of_first, of_second, strict=True))

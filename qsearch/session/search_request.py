@@ -91,7 +91,8 @@ def checked_request(request: SearchRequest) -> SearchRequest:
         raise UsageError(f"the timeout is a number of seconds, 0 or more, got {request.timeout_s}")
     if request.settings.batch < 1:
         raise UsageError(f"the batch is a number of images, 1 or more, got {request.settings.batch}")
-    check_jobs(request.jobs, request.settings.threads)
+    if request.settings.rpc is None:
+        check_jobs(request.jobs, request.settings.threads)
     if request.dask is not None and (request.jobs or request.settings.rpc or request.settings.cost_table):
         raise UsageError("--dask says where trials are built and measured: leave out --jobs, --rpc and --cost-table")
     return replace(request, settings=named_target(request.settings))

@@ -93,7 +93,8 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         # A study has one float module to compare with, that of its first run.
         baseline = baseline_of(handle) or evaluator.baseline
         evaluator.refer_to(baseline)
-        more = max(0, (request.jobs or 0) - 2)
+        # One of the jobs is the measuring process; devices of a tracker are measured on by every process itself.
+        more = max(0, (request.jobs or 0) - (2 if request.settings.rpc is None else 1))
         evaluator.keep_to(lane_file(handle.name, handle.url), crowded=more > 0)
         with local_workers(handle, more, request.command, say):
             run_trials(handle, request, bound, evaluator, (say, console, log))

@@ -98,7 +98,8 @@ def _search_of(handle: StudyHandle, request: WorkerRequest) -> SearchRequest:
         raise StudyError(f"study {handle.name!r} was begun by another version of qsearch: its space is not understood") from error
     # The search's own cache may lie on another machine.
     settings: Settings = replace(settings_of(handle), cache_dir=CACHE, **request.places)
-    check_jobs(request.jobs, settings.threads)
+    if settings.rpc is None:
+        check_jobs(request.jobs, settings.threads)
     return SearchRequest(
         named_target(settings),
         space,

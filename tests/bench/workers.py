@@ -55,9 +55,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
 
 
-def finished(url: str) -> dict[int, tuple[str, Any, str]]:
+def finished(url: str, study: str = STUDY) -> dict[int, tuple[str, Any, str]]:
     """Number -> state, values and configuration of what is measured."""
-    found = load_study(STUDY, url).study.get_trials(deepcopy=False, states=MEASURED)
+    found = load_study(study, url).study.get_trials(deepcopy=False, states=MEASURED)
     kept = [one for one in found if one.state == TrialState.COMPLETE or "bound" in one.user_attrs]
     return {one.number: (one.state.name, one.values, one.user_attrs["config_hash"]) for one in kept}
 

@@ -25,6 +25,7 @@ CONNECT_S = 5.0
 # A device that has not answered by then is given up, and the trial with it. Others may be using it before.
 ANSWER_S, FREE_S = 60.0, 120.0
 POLL_S = 1.0
+ATTEMPTS = 2
 
 T = TypeVar("T")
 # A library must not be replaced while it is loaded: names are used once.
@@ -98,19 +99,21 @@ class RpcDevice:
     """Devices under one key of a tracker; a handle is the file of an exported module.
 
     A session is asked for anew for every measurement: between two, others may have the device, and one that went away is
-    replaced by the next that has its key.
+    replaced by the next that has its key. Where a tracker has several devices, so many may be in use at a time.
 
     Attributes:
         address: Of the tracker.
         kind: 'cpu' or 'cuda'.
         threads: Threads that modules were compiled for.
         answer_s: Seconds that a measurement may take.
+        free_s: Seconds that a device is waited for: others may have it, or it may come back.
     """
 
     address: RpcAddress
     kind: str = "cpu"
     threads: int = 1
     answer_s: float = ANSWER_S
+    free_s: float = FREE_S
 
     def handle(self, prepared: Prepared) -> Any:
         """Its file."""
@@ -144,10 +147,10 @@ class RpcDevice:
         return self.session(run)
 
     def session(self, run: Callable[[Any], T]) -> T:
-        """Run something with a session of a device.
+        """Run something with a session of a device; where it fails once more, as the device may have gone away meanwhile.
 
         Raises:
-            MeasureError: No device is to be had, it failed, or it did not answer in time.
+            MeasureError: No device is to be had, two failed, or one did not answer in time.
         """
         where = f"the device under key {self.address.key!r} of the tracker {self.address.shown}"
 
@@ -155,11 +158,14 @@ class RpcDevice:
             # The session ends, and its device is free again, when nothing refers to it any more.
             return run(self._request())
 
-        try:
-            return within(connected, FREE_S + self.answer_s, where)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise MeasureError(f"{where} failed: {reason[:300]}; see what its rpc_server says") from error
+        for attempt in range(ATTEMPTS):
+            try:
+                return within(connected, self.free_s + self.answer_s, where)
+            except (RuntimeError, OSError, ValueError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                failure = MeasureError(f"{where} failed {attempt + 1} times: {reason[:300]}; see what its rpc_server says")
+                failure.__cause__ = error
+        raise failure
 
     def require(self) -> None:
         """Refuse a tracker that is not there, or that knows no device under the key.
@@ -174,13 +180,17 @@ class RpcDevice:
 
     def _request(self) -> Any:
         """A session, once a device is free."""
-        deadline = time.monotonic() + FREE_S
+        deadline = time.monotonic() + self.free_s
         while True:
-            tracker = self._tracker()
-            if free_devices(tracker.summary(), self.address.key):
-                return tracker.request(self.address.key, session_timeout=self.answer_s, max_retry=1)
+            reason: Exception = MeasureError(f"no device under key {self.address.key!r} became free within {self.free_s:.0f} s")
+            try:
+                tracker = self._tracker()
+                if free_devices(tracker.summary(), self.address.key):
+                    return tracker.request(self.address.key, session_timeout=self.answer_s, max_retry=1)
+            except (MeasureError, RuntimeError, OSError, ValueError) as error:
+                reason = error
             if time.monotonic() > deadline:
-                raise MeasureError(f"no device under key {self.address.key!r} became free within {FREE_S:.0f} s")
+                raise reason
             time.sleep(POLL_S)
 
     def _tracker(self) -> Any:

@@ -182,7 +182,11 @@ class ModelEvaluator:
             lane: See `lane_file`.
             crowded: Whether others work on this machine: what is done here besides measuring then keeps off the processors
                 that they measure on.
+
+        Devices of an RPC tracker are given to one at a time by it, and what else is done here does not disturb them.
         """
+        if self.settings.rpc is not None:
+            return
         threads = self.run_target.threads
         self._processors = split_processors(default_jobs(threads), threads) if crowded else None
         self._lane, self._measurer = lane, None

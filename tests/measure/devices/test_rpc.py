@@ -125,7 +125,7 @@ def test_no_tracker(small: Path) -> None:
 
 
 def test_a_device_that_fails_or_does_not_answer_fails_the_trial() -> None:
-    device = RpcDevice(RpcAddress("127.0.0.1", free_port(), KEY))
+    device = RpcDevice(RpcAddress("127.0.0.1", free_port(), KEY), free_s=0.0)
     with pytest.raises(MeasureError, match="no RPC tracker answers"):
         device.session(lambda session: None)
     with pytest.raises(MeasureError, match="it has not answered for 0 s"):
