@@ -12,21 +12,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState
 from packs import programs
-from real_search import SMALL, fails, trials, within
+from real_search import SMALL, fails, start, trials, within
 
 from qsearch.build.target import open_target
 from qsearch.errors import MeasureError, UsageError
 from qsearch.measure.devices.device import Prepared
-from qsearch.measure.devices.rpc import RpcAddress, RpcDevice, free_devices, parse_address, registered_keys
+from qsearch.measure.devices.rpc import RpcAddress, RpcDevice, free_devices, open_tracker, parse_address, registered_keys
 from qsearch.measure.devices.rpc import within as bounded
 from qsearch.measure.devices.rpc_away import RpcAway
 from qsearch.measure.latency import TimingSettings
 from qsearch.measure.measurement import Memory
+from qsearch.search.members import MEMBER
 
 KEY = "small-device"
 MODEL = SMALL[1:5]
@@ -112,6 +114,52 @@ def test_a_small_network_is_searched_there(address: RpcAddress, small: Path) -> 
         assert trial.user_attrs["measurement"]["latency"]["ratio"] > 0
     other = (*SMALL[:6], "--study", "rpc", "--target", "portable", "--budget", "2", "--sampler", "random")
     fails(small, 1, ("made by another search", "device was"), *other)
+
+
+@pytest.mark.slow
+def test_two_devices_are_measured_on_side_by_side(address: RpcAddress, small: Path) -> None:
+    where = ("--rpc", address.shown, "--key", KEY, "--target", "portable")
+    given = (*SMALL[:6], "--study", "pool", *where, "--budget", "16", "--sampler", "random", "--jobs", "2", "--json")
+    tracker, free = open_tracker(address), set[int]()
+    with running("tvm.exec.rpc_server", "--host", address.host, "--tracker", address.shown, "--key", KEY):
+        wait_for(lambda: has_free(tracker, 2))
+        search = start(small, *given)
+        while search.poll() is None:
+            free.add(free_devices(tracker.summary(), KEY))
+            time.sleep(0.1)
+    out, told = search.communicate()
+    assert search.returncode == 0, told
+    assert json.loads(out)["trials"]["complete"] == 16
+    measured = [trial for trial in trials(small, "pool") if trial.state == TrialState.COMPLETE]
+    assert len({trial.user_attrs[MEMBER]["process"] for trial in measured}) == 2
+    assert free == {0, 1, 2}
+
+
+def has_free(tracker: Any, count: int) -> None:
+    """Fail if a tracker has not so many free devices."""
+    if free_devices(tracker.summary(), KEY) != count:
+        raise UsageError("not yet")
+
+
+def test_a_session_that_breaks_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, tried = RpcDevice(RpcAddress("127.0.0.1", 1, KEY)), []
+    monkeypatch.setattr(RpcDevice, "_request", lambda self: "session")
+
+    def breaking(times: int) -> Any:
+        tried.clear()
+
+        def run(session: str) -> str:
+            tried.append(session)
+            if len(tried) <= times:
+                raise RuntimeError("socket closed")
+            return "measured"
+
+        return run
+
+    assert device.session(breaking(1)) == "measured"
+    with pytest.raises(MeasureError, match="failed 2 times: socket closed"):
+        device.session(breaking(2))
+    assert len(tried) == 2
 
 
 def test_no_device_under_the_key(address: RpcAddress, small: Path) -> None:
