@@ -2,11 +2,11 @@
 
     sudo python tests/bench/two_machines.py --rounds 3
 
-Each machine is a network namespace with an address of its own, one processor, its own /tmp and its own folder for caches; only
-sockets lead from one to another. A worker on each builds and measures; scheduler and search run beside them, on the same
-processors, as this computer has no others: what they take is missing from two machines more than from one. The study is
-build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and two take turns, each with a
-cache of its own that begins empty.
+Each machine is a network namespace with an address, one processor and a /tmp of its own; sockets lead from one to another, and
+a folder that all see, as of a file server, holds model, images and kernels. A worker on each builds and measures; scheduler and
+search run beside them, on the same processors, as this computer has no others: what they take is missing from two machines more
+than from one. The study is build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and
+two take turns, each with kernels of its own, none at the beginning.
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def lay_out(folder: Path, seed: int) -> None:
     """A network and images."""
-    folder.mkdir()
     (folder / "deep.py").write_text(NETWORK)
     rng = np.random.default_rng(seed)
     for index in range(20):
@@ -122,9 +121,8 @@ def lay_out(folder: Path, seed: int) -> None:
 
 def measured(place: Path, count: int, budget: int, seed: int) -> dict[str, Any]:
     """A search on so many machines."""
-    url = f"sqlite:///{place}/search/studies/{STUDY}.db"
-    for name in ("search", *ADDRESSES):
-        lay_out(place / name, seed)
+    url = f"sqlite:///{place}/studies/{STUDY}.db"
+    lay_out(place, seed)
     with ExitStack() as undo:
         python = [
             sys.executable,
@@ -136,16 +134,16 @@ def measured(place: Path, count: int, budget: int, seed: int) -> dict[str, Any]:
             str(PORT),
             "--no-dashboard",
         ]
-        undo.callback(kill, start(place / "search", *python))
+        undo.callback(kill, start(place, *python))
         for processor, name in enumerate(list(ADDRESSES)[:count]):
-            undo.callback(kill, worker(place / name, name, processor))
+            undo.callback(kill, worker(place, name, processor))
         time.sleep(8)
         words = ["search", "--model", "deep:Net", "--data", "data", "--study", STUDY, "--storage", url, "--sampler", "random"]
         words += ["--budget", str(budget), "--seed", str(seed), "--dask", f"tcp://{SCHEDULER}:{PORT}", "--no-early-stopping"]
-        search = start(place / "search", sys.executable, str(CLI), *words, "--restarts", "0")
+        search = start(place, sys.executable, str(CLI), *words, "--restarts", "0")
         undo.callback(kill, search)
         if search.wait():
-            sys.exit((place / "search" / "stderr.txt").read_text()[-2000:])
+            sys.exit((place / "stderr.txt").read_text()[-2000:])
     try:
         trials = load_study(STUDY, url).study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     except StudyError as error:
@@ -164,7 +162,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=60)
+    parser.add_argument("--budget", type=int, default=40)
     options = parser.parse_args()
     runs = []
     # Not under /tmp, which every machine has for itself.
