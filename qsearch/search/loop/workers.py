@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -10,13 +11,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.backend.reduction import dumps
 from joblib.externals.loky.backend.resource_tracker import ensure_running
 
-from qsearch.measure.measurement import Measurement
-from qsearch.search.loop.early_stopping import StoppingRule
+if TYPE_CHECKING:
+    # A process that begins looks after its parent as soon as it has this module: what measures is imported after it.
+    from qsearch.measure.measurement import Measurement
+    from qsearch.search.loop.early_stopping import StoppingRule
 
 __all__ = ["Measure", "Worker"]
 
@@ -24,7 +28,7 @@ __all__ = ["Measure", "Worker"]
 ORPHAN_S = 0.5
 
 # Measures what was packed for it; a TrialError or an EarlyStop is pickled as well.
-Measure = Callable[[Any, StoppingRule | None], Measurement]
+Measure = Callable[[Any, "StoppingRule | None"], "Measurement"]
 
 
 class Worker:
@@ -43,7 +47,7 @@ class Worker:
     def start(self) -> None:
         """Start the process; it gets ready by itself."""
         with _interrupt_blocked():
-            self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(self._open_device, os.getpid()))
+            self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(bytes(dumps(self._open_device)), os.getpid()))
             # Whatever goes wrong here goes wrong again, and is said, at the first thing to measure.
             self._executor.submit(_device)
 
@@ -80,16 +84,15 @@ def _interrupt_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_open_device: Callable[[], Measure] | None = None
+_pickled: list[bytes] = []
 _opened: list[Measure] = []
 
 
-def _begin(open_device: Callable[[], Measure], parent: int) -> None:
+def _begin(open_device: bytes, parent: int) -> None:
     """Make this process a worker."""
-    global _open_device
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _open_device = open_device
+    _pickled.append(open_device)
 
 
 def _end_with(parent: int) -> None:
@@ -99,9 +102,8 @@ def _end_with(parent: int) -> None:
 
 
 def _device() -> None:
-    assert _open_device is not None
     if not _opened:
-        _opened.append(_open_device())
+        _opened.append(pickle.loads(_pickled[0])())
 
 
 def _measure(packed: Any, rule: StoppingRule | None) -> Measurement:
