@@ -36,7 +36,7 @@ from qsearch.search.study import load_study
 
 STUDY, KEY = "s", "device"
 # Seconds between two kills, at least and at most; a Dask worker opens its model first.
-PAUSES_S = {"dask": (6.0, 14.0), "rpc": (1.0, 8.0)}
+PAUSES_S = {"dask": (8.0, 20.0), "rpc": (1.0, 8.0)}
 BUDGET, MORE = 40, 20
 HELPERS = 2
 ORPHANS_S = 10.0

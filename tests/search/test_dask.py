@@ -117,6 +117,20 @@ def test_a_cluster_measures_what_one_process_measures_though_a_worker_is_killed(
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_while_it_opens_the_model_is_not_waited_for(tmp_path: Path, cluster: Cluster) -> None:
+    doomed = cluster.worker(compile=1, device=1)
+    cluster.worker(compile=1, device=1)
+    search = start(tmp_path, *ON_CLUSTER, "--dask", cluster.address)
+    assert search.stderr is not None
+    while "open the model" not in (line := search.stderr.readline()):
+        assert line, "it ended"
+    doomed.send_signal(signal.SIGKILL)
+    out, err = search.communicate(timeout=300)
+    assert search.returncode == 0, err
+    assert json.loads(out)["trials"]["complete"] == 8
+
+
+@pytest.mark.slow
 def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path, cluster: Cluster) -> None:
     cluster.worker(compile=1, device=1)
     search = start(tmp_path, *ON_CLUSTER, "--budget", "60", "--dask", cluster.address)

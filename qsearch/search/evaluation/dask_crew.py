@@ -176,9 +176,13 @@ class DaskCrew:
         try:
             self._say(f"{offered[COMPILE]} builders and {offered[DEVICE]} devices at {self._address} open the model")
             with _cluster():
-                problems = self._client.run(check_worker, self._errand)
+                problems = self._client.run(check_worker, self._errand, on_error="return")
             for worker, problem in problems.items():
-                if problem is not None:
+                if isinstance(problem, Exception):
+                    # One that went away meanwhile will measure nothing.
+                    if not isinstance(problem, OSError):
+                        raise problem
+                elif problem is not None:
                     raise UsageError(f"Dask worker {worker}: {problem}")
         except BaseException:
             self._client.close()
