@@ -2,10 +2,9 @@
 
     sudo python tests/bench/two_machines.py --rounds 3
 
-Each machine is a network namespace with an address, one processor and a /tmp of its own; sockets lead from one to another, and
-a folder that all see, as of a file server, holds model, images and kernels. A worker on each builds and measures; scheduler and
-search run beside them, on the same processors, as this computer has no others: what they take is missing from two machines more
-than from one. The study is build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and
+Each machine is a network namespace with an address, a /tmp and half a processor of its own (the kernel's bandwidth control, both on
+the first processor); sockets lead from one to another, and a folder that all see, as of a file server, holds model, images and
+kernels. A worker on each builds and measures; scheduler and search have the second processor to themselves. The study is build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and
 two take turns, each with kernels of its own, none at the beginning.
 """
 
@@ -37,6 +36,10 @@ STUDY, PORT, CLASSES = "s", 8786, 2
 SCHEDULER = "10.77.0.1"
 ADDRESSES = {"qsearch-a": "10.77.0.2", "qsearch-b": "10.77.0.3"}
 BRIDGE = "qsearch-br"
+# Of a machine: microseconds of a processor in so many.
+QUOTA_US, PERIOD_US = 50_000, 100_000
+# Where scheduler and search run.
+ASIDE = ("taskset", "-c", "1")
 NETWORK = """
 import torch
 from torch import nn
@@ -86,6 +89,25 @@ def machines() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def processors() -> Iterator[dict[str, Path]]:
+    """A control group for each machine: its name -> where processes are written that are to belong to it."""
+    first = Path("/sys/fs/cgroup/cpu")
+    found = {}
+    with ExitStack() as undo:
+        for name in ADDRESSES:
+            group = (first if first.is_dir() else first.parent) / name
+            group.mkdir()
+            undo.callback(group.rmdir)
+            if first.is_dir():
+                (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (group / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
+            else:
+                (group / "cpu.max").write_text(f"{QUOTA_US} {PERIOD_US}")
+            found[name] = group / "cgroup.procs"
+        yield found
+
+
 def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
     """A program in a session of its own."""
     with (folder / "stderr.txt").open("ab") as errors:
@@ -94,11 +116,13 @@ def start(folder: Path, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
 
 
-def worker(folder: Path, name: str, processor: int) -> subprocess.Popen[bytes]:
+def worker(folder: Path, name: str, group: Path) -> subprocess.Popen[bytes]:
     """A machine's worker."""
     dask = f"{sys.executable} -m distributed.cli.dask_worker tcp://{SCHEDULER}:{PORT} --nthreads 1 --no-dashboard --no-nanny"
-    words = f"mount -t tmpfs tmpfs /tmp && exec taskset -c {processor} {dask} --resources 'compile=1 device=1'"
-    return start(folder, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", words)
+    words = f"mount -t tmpfs tmpfs /tmp && exec taskset -c 0 {dask} --resources 'compile=1 device=1'"
+    process = start(folder, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", words)
+    group.write_text(str(process.pid))
+    return process
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -119,8 +143,8 @@ def lay_out(folder: Path, seed: int) -> None:
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(place / f"{index}.png")
 
 
-def measured(place: Path, count: int, budget: int, seed: int) -> dict[str, Any]:
-    """A search on so many machines."""
+def measured(place: Path, groups: dict[str, Path], budget: int, seed: int) -> dict[str, Any]:
+    """A search on some machines."""
     url = f"sqlite:///{place}/studies/{STUDY}.db"
     lay_out(place, seed)
     with ExitStack() as undo:
@@ -134,13 +158,13 @@ def measured(place: Path, count: int, budget: int, seed: int) -> dict[str, Any]:
             str(PORT),
             "--no-dashboard",
         ]
-        undo.callback(kill, start(place, *python))
-        for processor, name in enumerate(list(ADDRESSES)[:count]):
-            undo.callback(kill, worker(place, name, processor))
-        time.sleep(8)
+        undo.callback(kill, start(place, *ASIDE, *python))
+        for name, group in groups.items():
+            undo.callback(kill, worker(place, name, group))
+        time.sleep(10)
         words = ["search", "--model", "deep:Net", "--data", "data", "--study", STUDY, "--storage", url, "--sampler", "random"]
         words += ["--budget", str(budget), "--seed", str(seed), "--dask", f"tcp://{SCHEDULER}:{PORT}", "--no-early-stopping"]
-        search = start(place, sys.executable, str(CLI), *words, "--restarts", "0")
+        search = start(place, *ASIDE, sys.executable, str(CLI), *words, "--restarts", "0")
         undo.callback(kill, search)
         if search.wait():
             sys.exit((place / "stderr.txt").read_text()[-2000:])
@@ -155,7 +179,12 @@ def measured(place: Path, count: int, budget: int, seed: int) -> dict[str, Any]:
         for stage, seconds in one.user_attrs["measurement"]["seconds"].items():
             stages[stage] = stages.get(stage, 0.0) + seconds / len(trials)
     minutes = (ends[-1] - ends[0]).total_seconds() / 60
-    return {"machines": count, "trials": len(ends), "trials_per_minute": (len(ends) - 1) / minutes, "seconds_of_a_trial": stages}
+    return {
+        "machines": len(groups),
+        "trials": len(ends),
+        "trials_per_minute": (len(ends) - 1) / minutes,
+        "seconds_of_a_trial": stages,
+    }
 
 
 def main() -> None:
@@ -166,12 +195,12 @@ def main() -> None:
     options = parser.parse_args()
     runs = []
     # Not under /tmp, which every machine has for itself.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name, machines():
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name, machines(), processors() as groups:
         for turn in range(options.rounds):
             for count in (1, 2):
                 place = Path(name) / f"{turn}-{count}"
                 place.mkdir()
-                runs.append(measured(place, count, options.budget, turn))
+                runs.append(measured(place, dict(list(groups.items())[:count]), options.budget, turn))
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     rates = [[run["trials_per_minute"] for run in runs if run["machines"] == count] for count in (1, 2)]
     ratios = [two / one for one, two in zip(*rates, strict=True)]
