@@ -2,10 +2,11 @@
 
     sudo python tests/bench/two_machines.py --rounds 3
 
-Each machine is a network namespace with an address, a /tmp and half a processor of its own (the kernel's bandwidth control, both on
-the first processor); sockets lead from one to another, and a folder that all see, as of a file server, holds model, images and
-kernels. A worker on each builds and measures; scheduler and search have the second processor to themselves. The study is build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and
-two take turns, each with kernels of its own, none at the beginning.
+Each machine is a network namespace with an address, a /tmp and half a processor of its own (the kernel's bandwidth control, both
+on the first processor); sockets lead from one to another, and a folder that all see, as of a file server, holds model, images
+and kernels. A worker on each builds and measures; scheduler and search have the second processor to themselves. The study is
+build-bound: 40 convolutions, no two alike, on 16x16 pixels and 20 images. Rounds of one machine and two take turns, each with
+kernels of its own, none at the beginning.
 """
 
 from __future__ import annotations
