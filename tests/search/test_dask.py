@@ -138,7 +138,7 @@ def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path,
         time.sleep(0.05)
     cluster.processes[0].kill()
     out, err = search.communicate(timeout=300)
-    assert search.returncode == 1 and out == ""
+    assert search.returncode == 1 and out == "", err
     (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "the Dask cluster is gone" in message and 'Traceback (most recent call last):\n  File "/' not in err.split(message)[1]
     kept = measured(tmp_path)

@@ -233,7 +233,8 @@ def connect(address: str) -> tuple[Any, dict[str, int]]:
         client = distributed.Client(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {address}: {error}; start one with `dask scheduler`") from error
-    offered = _offered(client)
+    with _cluster():
+        offered = _offered(client)
     if not offered[COMPILE] or not offered[DEVICE]:
         client.close()
         raise UsageError(f"the workers at {address} offer {offered}; {_HINT}")
@@ -250,8 +251,11 @@ def require_cluster(address: str) -> None:
 
 
 def _offered(client: Any) -> dict[str, int]:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return {name: int(sum(one.get("resources", {}).get(name, 0) for one in workers)) for name in (COMPILE, DEVICE)}
+    workers = client.scheduler_info(n_workers=-1).get("workers")
+    if workers is None:
+        # It is trying to reach it again.
+        raise ConnectionError("the scheduler does not answer")
+    return {name: int(sum(one.get("resources", {}).get(name, 0) for one in workers.values())) for name in (COMPILE, DEVICE)}
 
 
 def _answer(done: Any, result: Future[Measurement]) -> None:
