@@ -61,9 +61,9 @@ CostTable = Annotated[
     typer.Option(help="Kernel times of a device that is not here, from measure-pack: latency is then modelled, not measured."),
 ]
 Rpc = Annotated[
-    str | None, typer.Option(help="HOST:PORT of a TVM RPC tracker: modules are timed on its device under --key. Needs --target.")
+    str | None, typer.Option(help="HOST:PORT of a TVM RPC tracker: modules are timed on its devices under --key. Needs --target.")
 ]
-RpcKey = Annotated[str | None, typer.Option("--key", help="Key of the device that --rpc's tracker is asked for.")]
+RpcKey = Annotated[str | None, typer.Option("--key", help="Key of the devices that --rpc's tracker is asked for.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 Study = Annotated[str, typer.Option(help="Name of the study.")]
 Storage = Annotated[

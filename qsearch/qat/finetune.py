@@ -181,9 +181,9 @@ def finetune(
 
 
 def _teacher(evaluator: ModelEvaluator) -> Teacher | None:
-    """The compiled float module, which takes a fraction of torch's time; None where it does not run on a processor.
+    """The compiled float module, which takes a fraction of torch's time, a virtual machine for each thread that asks it.
 
-    Every thread has a virtual machine of its own.
+    None where it runs on a GPU, or on several threads: those of the trainer keep all processors busy.
     """
     target = evaluator.run_target
     if target.device != "cpu" or target.threads != 1:

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,14 @@ def processes_of(field: int, number: int) -> list[int]:
         if int(fields[field]) == number and fields[0] != "Z":
             found.append(int(entry.name))
     return found
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """A process that leads a session, and all that it has started in it."""
+    for one in {process.pid, *processes_of(SESSION, process.pid)}:
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    process.wait()
 
 
 def trials(folder: Path) -> dict[int, tuple[str, Any, str | None]]:
@@ -153,18 +163,23 @@ def campaign(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Kill and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(parser: argparse.ArgumentParser, kill_all: Callable[[Path, argparse.Namespace], dict[str, Any]], kills: int) -> None:
+    """Read the command line, kill in a folder that is gone afterwards, and print what came of it."""
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--budget", type=int, default=200, help="trials of the study; raised where a search ends before its kill")
-    parser.add_argument("--longest", type=float, default=25.0, help="kills come after so many seconds at most, evenly drawn")
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(campaign(Path(name), options), indent=1))
+        print(json.dumps(kill_all(Path(name), options), indent=1))
+
+
+def main() -> None:
+    """Kill and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=200, help="trials of the study; raised where a search ends before its kill")
+    parser.add_argument("--longest", type=float, default=25.0, help="kills come after so many seconds at most, evenly drawn")
+    run(parser, campaign, kills=100)
 
 
 if __name__ == "__main__":

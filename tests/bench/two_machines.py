@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crashes import CLI, SESSION, processes_of
+from crashes import CLI, kill
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -126,14 +125,6 @@ def worker(folder: Path, name: str, group: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """It, and what it has started."""
-    for one in {process.pid, *processes_of(SESSION, process.pid)}:
-        with suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
-    process.wait()
-
-
 def lay_out(folder: Path, seed: int) -> None:
     """A network and images."""
     (folder / "deep.py").write_text(NETWORK)
@@ -194,6 +185,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=40)
     options = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("two machines are network namespaces, which only root can make: run this with sudo")
     runs = []
     # Not under /tmp, which every machine has for itself.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name, machines(), processors() as groups:

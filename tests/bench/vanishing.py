@@ -12,21 +12,17 @@ was, no configuration may count twice, the budget be met to the trial, nothing b
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from crashes import CLI, SESSION, processes_of, whole_database
+from crashes import CLI, SESSION, kill, processes_of, run, whole_database
 from optuna.trial import TrialState
 from workers import finished
 
@@ -47,14 +43,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     with (folder / "stderr.txt").open("ab") as errors:
         command = [sys.executable, *words]
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """It, and what it has started."""
-    for one in {process.pid, *processes_of(SESSION, process.pid)}:
-        with suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
-    process.wait()
 
 
 def free_port() -> int:
@@ -166,12 +154,7 @@ def main() -> None:
     """Kill and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(PAUSES_S))
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(campaign(Path(name), options), indent=1))
+    run(parser, campaign, kills=50)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tvm
 
-from qsearch.measure.accuracy import run_images
+from qsearch.measure.accuracy import run_batches, run_images
 from qsearch.measure.latency import TimingSettings, measure_latency, measure_paired
 
 
@@ -48,6 +48,14 @@ def test_workers_share_the_processors_between_their_threads(threads: int, worker
     logits = run_images(open_machine, images, threads=threads)
     assert len(opened) == workers
     assert all(len(machine.callers) == 1 for machine in opened)
+    np.testing.assert_array_equal(logits[:, 0], images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(("count", "batch"), [(5, 1), (6, 3), (7, 3), (2, 4)])
+def test_images_that_are_no_multiple_of_the_batch_are_run_in_the_calling_thread(count: int, batch: int) -> None:
+    images, machine = np.random.default_rng(0).random((count, 1, 4, 4), np.float32), Machine()
+    logits = run_batches(machine, images, batch)
+    assert logits.shape == (count, 1) and machine.callers == {threading.get_ident()}
     np.testing.assert_array_equal(logits[:, 0], images.mean((1, 2, 3)))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from qsearch.config import QuantConfig
 from qsearch.errors import QuantizeError, StudyError, StudyMismatchError
+from qsearch.models.interpret import interpret
 from qsearch.qat.checkpoint import CheckpointFolder, Epoch
 from qsearch.qat.finetune import checkpoint_folder
 from qsearch.qat.network import FakeQuantizedNetwork
@@ -55,6 +56,27 @@ def test_training_lowers_the_loss_and_changes_everything(plan: QatPlan, tmp_path
     same = [name for name, value in one.state().items() if torch.equal(value, start[name])]
     assert not same
     assert said[0].startswith("before training: validation top-1") and "epoch 6 of 6: loss" in said[-1]
+
+
+def test_a_teacher_stands_in_for_the_float_network(plan: QatPlan, tmp_path: Path) -> None:
+    expected, _ = trained(plan, tmp_path / "torch")
+    asked: list[int] = []
+
+    def taught(name: str, factor: float) -> dict[str, torch.Tensor]:
+        def teacher(inputs: torch.Tensor) -> torch.Tensor:
+            asked.append(len(inputs))
+            return factor * interpret(plan.model, inputs)
+
+        one, folder = FakeQuantizedNetwork(plan), tmp_path / name
+        folder.mkdir()
+        train(one, IMAGES, SETTINGS, checkpoint_folder(plan, IMAGES, SETTINGS, folder), str, teacher)
+        return one.state()
+
+    steps = SETTINGS.epochs * (len(IMAGES.training) // SETTINGS.batch)
+    same, other = taught("same", 1.0), taught("other", 0.0)
+    assert sum(asked) == 2 * steps * SETTINGS.batch
+    assert all(torch.equal(value, same[name]) for name, value in expected.state().items())
+    assert any(not torch.equal(value, other[name]) for name, value in same.items())
 
 
 class _KilledError(Exception):

@@ -37,8 +37,6 @@ _HINT = (
     "start workers with what they offer: `dask worker ADDRESS --nthreads 1 --resources compile=1` for each that builds, and "
     "`dask worker ADDRESS --nthreads 1 --resources device=1`, one on each machine, to measure"
 )
-
-
 _GONE = "the Dask cluster is gone; start it and run the same command again, every finished trial is kept"
 
 
@@ -224,6 +222,7 @@ def connect(address: str) -> tuple[Any, dict[str, int]]:
 
     Raises:
         UsageError: There is no such scheduler, or no workers with what is needed.
+        StudyError: It went away meanwhile.
     """
     try:
         import distributed

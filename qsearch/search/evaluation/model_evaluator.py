@@ -178,12 +178,12 @@ class ModelEvaluator:
     def keep_to(self, lane: Path, crowded: bool = False) -> None:
         """Measure only while nobody else does who keeps to the same lane.
 
+        An RPC tracker gives each of its devices to one at a time, and what is done here does not disturb them: no lane is kept.
+
         Args:
             lane: See `lane_file`.
             crowded: Whether others work on this machine: what is done here besides measuring then keeps off the processors
                 that they measure on.
-
-        Devices of an RPC tracker are given to one at a time by it, and what else is done here does not disturb them.
         """
         if self.settings.rpc is not None:
             return

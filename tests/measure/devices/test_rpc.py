@@ -122,7 +122,7 @@ def test_two_devices_are_measured_on_side_by_side(address: RpcAddress, small: Pa
     given = (*SMALL[:6], "--study", "pool", *where, "--budget", "16", "--sampler", "random", "--jobs", "2", "--json")
     tracker, free = open_tracker(address), set[int]()
     with running("tvm.exec.rpc_server", "--host", address.host, "--tracker", address.shown, "--key", KEY):
-        wait_for(lambda: has_free(tracker, 2))
+        wait_for(lambda: require_free(tracker, 2))
         search = start(small, *given)
         while search.poll() is None:
             free.add(free_devices(tracker.summary(), KEY))
@@ -135,7 +135,7 @@ def test_two_devices_are_measured_on_side_by_side(address: RpcAddress, small: Pa
     assert free == {0, 1, 2}
 
 
-def has_free(tracker: Any, count: int) -> None:
+def require_free(tracker: Any, count: int) -> None:
     """Fail if a tracker has not so many free devices."""
     if free_devices(tracker.summary(), KEY) != count:
         raise UsageError("not yet")
