@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from analytic import AnalyticEvaluator
 from crashes import MEASURED, SESSION, processes_of
 from optuna.trial import TrialState
