@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qsearch.build.claims import make_once
 from qsearch.build.cuda_toolkit import compiler_digest, last_cubin
 from qsearch.build.digests import is_whole, objects_are_whole, record_digests, recorded_digests
 from qsearch.build.target import Target
@@ -146,40 +147,52 @@ class KernelCache:
         return True
 
     def _compile(self, kernels: dict[str, Kernel]) -> None:
-        """Compile each kernel to an object, link the batch into one library, then publish it by renaming."""
+        """Link the objects of kernels into one library, then publish it by renaming."""
         with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch_name:
             scratch = Path(scratch_name)
-            on_gpu: dict[str, Any] = {}
-
-            def compile_one(symbol: str) -> None:
-                module = compile_kernel(kernels[symbol], symbol, self.target)
-                module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
-                if self.target.arch:
-                    (scratch / f"{symbol}.cubin").write_bytes(last_cubin())
-                    on_gpu[symbol] = module.mod.imports[0]
-
-            # TVM leaves Python's lock while LLVM works.
-            with ThreadPoolExecutor(len(_processors())) as pool:
-                list(pool.map(compile_one, kernels))
-            self._publish(scratch, list(kernels), on_gpu)
+            on_gpu = self._make_objects(scratch, kernels)
+            name = "lib_" + hashlib.sha256(" ".join(sorted(kernels)).encode()).hexdigest()[:24] + ".so"
+            objects = {symbol: self.directory / f"{symbol}.o" for symbol in kernels}
+            if on_gpu:
+                static_modules(objects, on_gpu).export_library(str(scratch / name))
+            else:
+                link_shared(scratch / name, list(objects.values()))
+            for symbol in kernels:
+                record_digests(scratch / f"{symbol}.lib", [scratch / name])
+            # Pointers go last: whoever finds one finds everything it points to.
+            for file in (name, *(f"{symbol}.lib" for symbol in kernels)):
+                put_in_place(scratch / file, self.directory / file, durable=False)
         for symbol in kernels:
             if not self._load(symbol):
                 raise BuildError(f"kernel {symbol} vanished from the cache {self.directory} while it was being written")
 
-    def _publish(self, scratch: Path, symbols: list[str], on_gpu: dict[str, Any]) -> None:
-        name = "lib_" + hashlib.sha256(" ".join(sorted(symbols)).encode()).hexdigest()[:24] + ".so"
-        if on_gpu:
-            launchers = {symbol: scratch / f"{symbol}.o" for symbol in symbols}
-            static_modules(launchers, on_gpu).export_library(str(scratch / name))
-        else:
-            link_shared(scratch / name, [scratch / f"{symbol}.o" for symbol in symbols])
-        kinds = ("o", "cubin") if on_gpu else ("o",)
-        for symbol in symbols:
-            record_digests(scratch / f"{symbol}.sha256", [scratch / f"{symbol}.{kind}" for kind in kinds])
-            record_digests(scratch / f"{symbol}.lib", [scratch / name])
-        # Pointers go last: whoever finds one finds everything it points to.
-        for file in (name, *(f"{symbol}.{kind}" for kind in (*kinds, "sha256", "lib") for symbol in symbols)):
-            put_in_place(scratch / file, self.directory / file, durable=False)
+    def _make_objects(self, scratch: Path, kernels: dict[str, Kernel]) -> dict[str, Any]:
+        """Compile kernels to object files, each published by renaming; those that others are at are waited for.
+
+        Returns:
+            Symbol -> CUDA module. It is needed to link, and the process that has compiled it has it: for GPUs all are compiled.
+        """
+        on_gpu: dict[str, Any] = {}
+
+        def make(symbol: str) -> None:
+            module = compile_kernel(kernels[symbol], symbol, self.target)
+            files = [f"{symbol}.o"]
+            module.mod.write_to_file(str(scratch / files[0]), "o")
+            if self.target.arch:
+                files.append(f"{symbol}.cubin")
+                (scratch / files[1]).write_bytes(last_cubin())
+                on_gpu[symbol] = module.mod.imports[0]
+            record_digests(scratch / f"{symbol}.sha256", [scratch / file for file in files])
+            for file in (*files, f"{symbol}.sha256"):
+                put_in_place(scratch / file, self.directory / file, durable=False)
+
+        # TVM leaves Python's lock while LLVM works.
+        with ThreadPoolExecutor(len(_processors())) as pool:
+            if self.target.arch:
+                list(pool.map(make, kernels))
+            else:
+                make_once(self.directory, kernels, lambda symbol: objects_are_whole(self.directory, symbol), make, pool)
+        return on_gpu
 
 
 def static_modules(objects: dict[str, Path], on_gpu: dict[str, Any]) -> Any:

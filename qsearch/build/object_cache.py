@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qsearch.build.cache import CompiledKernel, KernelCache, compile_kernel, static_modules
-from qsearch.build.digests import objects_are_whole, record_digests
+from qsearch.build.cache import CompiledKernel, KernelCache, static_modules
+from qsearch.build.digests import objects_are_whole
 from qsearch.build.target import Target, host_architecture
 from qsearch.errors import BuildError, ToolchainError
 from qsearch.kernels.description import Kernel
-from qsearch.whole_files import put_in_place
 
 __all__ = ["ObjectCache", "cache_for", "compiler_for", "link_for"]
 
@@ -32,21 +29,10 @@ class ObjectCache(KernelCache):
         return True
 
     def _compile(self, kernels: dict[str, Kernel]) -> None:
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as name:
-            scratch = Path(name)
-
-            def compile_one(symbol: str) -> None:
-                module = compile_kernel(kernels[symbol], symbol, self.target)
-                module.mod.write_to_file(str(scratch / f"{symbol}.o"), "o")
-
-            # TVM leaves Python's lock while LLVM works.
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-                list(pool.map(compile_one, kernels))
-            for symbol in kernels:
-                record_digests(scratch / f"{symbol}.sha256", [scratch / f"{symbol}.o"])
-                for kind in ("o", "sha256"):
-                    put_in_place(scratch / f"{symbol}.{kind}", self.directory / f"{symbol}.{kind}", durable=False)
-                self._load(symbol)
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix=".batch-") as scratch:
+            self._make_objects(Path(scratch), kernels)
+        for symbol in kernels:
+            self._load(symbol)
 
 
 def compiler_for(target: Target) -> str:

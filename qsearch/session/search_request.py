@@ -93,8 +93,8 @@ def checked_request(request: SearchRequest) -> SearchRequest:
         raise UsageError(f"the batch is a number of images, 1 or more, got {request.settings.batch}")
     if request.settings.rpc is None:
         check_jobs(request.jobs, request.settings.threads)
-    if request.dask is not None and (request.jobs or request.settings.rpc or request.settings.cost_table):
-        raise UsageError("--dask says where trials are built and measured: leave out --jobs, --rpc and --cost-table")
+    if request.dask is not None and request.jobs:
+        raise UsageError("--dask says how many trials are under way, by what its workers offer: leave out --jobs")
     return replace(request, settings=named_target(request.settings))
 
 

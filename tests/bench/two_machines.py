@@ -164,17 +164,18 @@ def measured(place: Path, groups: dict[str, Path], budget: int, seed: int) -> di
         trials = load_study(STUDY, url).study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     except StudyError as error:
         sys.exit(str(error))
-    # From the first result to the last: workers, and the float module, are got ready before.
-    ends = sorted(one.datetime_complete for one in trials if one.datetime_complete is not None)
+    # From the first trial's beginning to the last's end, kernels that are missing at first included. Workers, and the float
+    # module, are got ready before.
+    begins = [one.datetime_start for one in trials if one.datetime_start is not None]
+    ends = [one.datetime_complete for one in trials if one.datetime_complete is not None]
     stages: dict[str, float] = {}
     for one in trials:
         for stage, seconds in one.user_attrs["measurement"]["seconds"].items():
             stages[stage] = stages.get(stage, 0.0) + seconds / len(trials)
-    minutes = (ends[-1] - ends[0]).total_seconds() / 60
     return {
         "machines": len(groups),
-        "trials": len(ends),
-        "trials_per_minute": (len(ends) - 1) / minutes,
+        "trials": len(trials),
+        "trials_per_minute": len(trials) / (max(ends) - min(begins)).total_seconds() * 60,
         "seconds_of_a_trial": stages,
     }
 

@@ -17,8 +17,10 @@ import pytest
 from image_folders import write_classes
 from optuna.trial import FrozenTrial
 from real_search import SMALL, command, refused, start
+from rpc_devices import KEY, devices, tracker
 
 from qsearch.errors import QSearchError
+from qsearch.measure.devices.rpc import free_devices, open_tracker
 from qsearch.search.study import load_study
 from qsearch.search.study_trials import measured_trials
 
@@ -146,6 +148,32 @@ def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path,
     again = command(tmp_path, *SMALL, "--sampler", "random", "--budget", str(len(kept) + 1), "--jobs", "1", "--json")
     assert again.returncode == 0, again.stderr
     assert kept.items() <= measured(tmp_path).items()
+
+
+@pytest.mark.slow
+def test_a_cluster_builds_for_the_devices_of_a_tracker(tmp_path: Path, cluster: Cluster) -> None:
+    pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
+    # What one builds another brings to a device.
+    cluster.worker(compile=1)
+    cluster.worker(device=1)
+    cluster.worker(device=1)
+    taken = set()
+    with tracker() as address, devices(address, 2, 2):
+        where = ("--rpc", address.shown, "--key", KEY, "--target", "portable", "--dask", cluster.address)
+        search, asked = start(tmp_path, *ON_CLUSTER, *where), open_tracker(address)
+        while search.poll() is None:
+            taken.add(2 - free_devices(asked.summary(), KEY))
+            time.sleep(0.05)
+    out, err = search.communicate()
+    assert search.returncode == 0, err
+    document = json.loads(out)
+    assert document["trials"]["complete"] == 8 and document["trials"]["failed"] == 0 and KEY in document["device"]
+    assert document["figures"]["latency_ms"] == "measured"
+    assert 2 in taken, "one at a time"
+    write_classes(tmp_path / "serial" / "data")
+    assert command(tmp_path / "serial", *ON_CLUSTER, "--jobs", "1").returncode == 0
+    # Integers are the same bits wherever they are computed; what is in float here is for another processor.
+    assert measured(tmp_path).keys() == measured(tmp_path / "serial").keys()
 
 
 @pytest.mark.slow

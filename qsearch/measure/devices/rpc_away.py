@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,21 @@ __all__ = ["RemoteLibrary", "RpcAway"]
 
 
 class RemoteLibrary:
-    """A module's library to be sent; its file goes with it."""
+    """A module's library to be sent; its file goes with it. Pickled it is the file's content: who times it may be elsewhere."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         weakref.finalize(self, path.unlink, missing_ok=True)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], RemoteLibrary], tuple[bytes]]:
+        return _arrived, (self.path.read_bytes(),)
+
+
+def _arrived(content: bytes) -> RemoteLibrary:
+    descriptor, name = tempfile.mkstemp(prefix="qsearch-rpc-", suffix=".so")
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+    return RemoteLibrary(Path(name))
 
 
 class RpcAway:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ import pytest
 from optuna.trial import TrialState
 from packs import programs
 from real_search import SMALL, fails, start, trials, within
+from rpc_devices import KEY, devices, free_port, tracker
 
 from qsearch.build.target import open_target
 from qsearch.errors import MeasureError, UsageError
@@ -30,54 +25,15 @@ from qsearch.measure.latency import TimingSettings
 from qsearch.measure.measurement import Memory
 from qsearch.search.members import MEMBER
 
-KEY = "small-device"
 MODEL = SMALL[1:5]
-PATIENCE_S = 120.0
-
-
-@contextmanager
-def running(*arguments: str) -> Iterator[None]:
-    """One of TVM's programs, ended with the block."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    # A session of its own, as it may start processes that outlive it.
-    process = subprocess.Popen([sys.executable, "-m", *arguments], start_new_session=True, **quiet)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[RpcAddress]:
     """A tracker that has one device."""
     pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
-    found = RpcAddress("127.0.0.1", free_port(), KEY)
-    place = ("--host", found.host, "--port", str(found.port), "--port-end", str(found.port + 1))
-    with running("tvm.exec.rpc_tracker", *place):
-        wait_for(lambda: socket.create_connection((found.host, found.port), 1.0).close())
-        with running("tvm.exec.rpc_server", "--host", found.host, "--tracker", found.shown, "--key", KEY):
-            wait_for(RpcDevice(found).require)
-            yield found
-
-
-def wait_for(there) -> None:
-    """Until something stops failing."""
-    end = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return there()
-        except (OSError, UsageError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
+    with tracker() as found, devices(found, 1, 1):
+        yield found
 
 
 def test_modules_and_kernels_are_timed_there(address: RpcAddress, tmp_path: Path) -> None:
@@ -120,12 +76,11 @@ def test_a_small_network_is_searched_there(address: RpcAddress, small: Path) -> 
 def test_two_devices_are_measured_on_side_by_side(address: RpcAddress, small: Path) -> None:
     where = ("--rpc", address.shown, "--key", KEY, "--target", "portable")
     given = (*SMALL[:6], "--study", "pool", *where, "--budget", "16", "--sampler", "random", "--jobs", "2", "--json")
-    tracker, free = open_tracker(address), set[int]()
-    with running("tvm.exec.rpc_server", "--host", address.host, "--tracker", address.shown, "--key", KEY):
-        wait_for(lambda: require_free(tracker, 2))
+    asked, free = open_tracker(address), set[int]()
+    with devices(address, 1, 2):
         search = start(small, *given)
         while search.poll() is None:
-            free.add(free_devices(tracker.summary(), KEY))
+            free.add(free_devices(asked.summary(), KEY))
             time.sleep(0.1)
     out, told = search.communicate()
     assert search.returncode == 0, told
@@ -133,12 +88,6 @@ def test_two_devices_are_measured_on_side_by_side(address: RpcAddress, small: Pa
     measured = [trial for trial in trials(small, "pool") if trial.state == TrialState.COMPLETE]
     assert len({trial.user_attrs[MEMBER]["process"] for trial in measured}) == 2
     assert free == {0, 1, 2}
-
-
-def require_free(tracker: Any, count: int) -> None:
-    """Fail if a tracker has not so many free devices."""
-    if free_devices(tracker.summary(), KEY) != count:
-        raise UsageError("not yet")
 
 
 def test_a_session_that_breaks_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
