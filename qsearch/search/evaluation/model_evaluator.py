@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,26 +15,21 @@ import numpy as np
 
 from qsearch.build.link import CompiledModule
 from qsearch.build.target import Target
-from qsearch.calibrate.coverage import coverage_warnings
 from qsearch.config import QuantConfig
-from qsearch.data import Dataset, Part
+from qsearch.data import Dataset
 from qsearch.errors import TrialError, UnsupportedModelError
 from qsearch.measure.accuracy import run_images
 from qsearch.measure.devices.device import Device, Prepared
 from qsearch.measure.devices.local import LocalDevice
-from qsearch.measure.latency import TimingSettings, first_images
+from qsearch.measure.latency import TimingSettings
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
-from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
 from qsearch.measure.tune import TunedKernel, tune_programs
 from qsearch.models.detection import DetectionHead
-from qsearch.models.graph import Graph, Model
+from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
-from qsearch.quantize.rounding.rounded_weights import RoundedWeights
-from qsearch.quantize.variants import Variants
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.evaluation.cache_folder import CacheFolder
-from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
-from qsearch.search.evaluation.float_pass import float_statistics
+from qsearch.search.evaluation.evaluator import Progress, Settings
+from qsearch.search.evaluation.model_images import ModelImages
 from qsearch.search.evaluation.module_builder import ModuleBuilder
 from qsearch.search.evaluation.module_measurer import ModuleMeasurer
 from qsearch.search.evaluation.open_away import open_away
@@ -46,7 +40,6 @@ from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import Processors, default_jobs, split_processors
 from qsearch.search.loop.workers import Worker
-from qsearch.search.profile import task_profile
 from qsearch.search.provenance import device_kind
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.measure_tables import measure_tables
@@ -58,16 +51,12 @@ FLOAT = QuantConfig(default_precision="fp32")
 _LONGER = TimingSettings(repeats=4 * TimingSettings.repeats)
 
 
-class ModelEvaluator:
+class ModelEvaluator(ModelImages):
     """A model, its images and a target, ready to measure configurations.
 
     Args:
-        settings: Where caches are kept.
-        model: The imported model.
-        dataset: Its images.
+        settings: As for ModelImages, and so are the others.
         target: What to compile for.
-        progress: Called whenever a slow step begins.
-        head: How a detector's output is read; None for a classifier.
     """
 
     def __init__(
@@ -79,19 +68,8 @@ class ModelEvaluator:
         progress: Progress,
         head: DetectionHead | None = None,
     ) -> None:
-        self.head, self.profile = head, task_profile(model.graph, head)
-        self.settings, self.model, self.dataset, self.target, self.progress = settings, model, dataset, target, progress
-        # Kept open as long as the evaluator lives: it tells other processes that the cache is in use.
-        self._cache = CacheFolder(settings.cache_dir)
-        self.seconds: dict[str, float] = {}
-        start = time.monotonic()
-        self.variants = Variants(
-            model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress), self._rounded_weights
-        )
-        self.record = self.variants.plain.record
-        self.seconds["float_pass"] = time.monotonic() - start
-        for warning in self.coverage_warnings():
-            progress(warning)
+        super().__init__(settings, model, dataset, progress, head)
+        self.target = target
         self.away = open_away(settings, target)
         # What modules are compiled for to be run here, in order to see what they compute.
         self.run_target = target if self.away is None else open_local_target("host", 1)
@@ -100,40 +78,10 @@ class ModelEvaluator:
         self.linker = self._builder.linker if self.away is None else self.away.linker
         self.device: Device = LocalDevice(target.threads) if self.away is None else self.away.device
         self._float_logits: dict[str, np.ndarray] = {}
-        self._scorers: dict[str, Scorer] = {}
         self._baseline: Measurement | None = None
         self._measurer: ModuleMeasurer | None = None
         self._lane: Path | None = None
         self._processors: Processors | None = None
-
-    def _rounded_weights(self, model: Model) -> RoundedWeights:
-        said = {
-            clause: said_once(self.progress, f"{clause}, {what}")
-            for clause, what in (
-                ("observing layer inputs", "images"),
-                ("rounding weights", "layers"),
-                ("learning blocks", "blocks"),
-            )
-        }
-        images = partial(self.images, "calibration")
-        folder = self.settings.cache_dir / "roundings"
-        return RoundedWeights(model, images, self.dataset.fingerprint, folder, lambda clause, *counts: said[clause](*counts))
-
-    def coverage_warnings(self) -> list[str]:
-        """What is to be known of the calibration images, see `coverage_warnings`."""
-        parts: tuple[Part, ...] = ("calibration", "search", "heldout")
-        present = {label for part in parts for label in self.dataset.labels(part).tolist()}
-        return coverage_warnings(self.record, self.dataset.labels("calibration").tolist(), len(present))
-
-    @property
-    def graph(self) -> Graph:
-        """The layer graph."""
-        return self.model.graph
-
-    @property
-    def batch(self) -> int:
-        """Images of one inference."""
-        return self.graph.input.shape[0]
 
     @property
     def identity(self) -> dict[str, str]:
@@ -360,17 +308,6 @@ class ModelEvaluator:
         """Accuracy of a module on a part of the images."""
         return self.scorer(part).compare(self.logits(module, part), self.float_logits(part))
 
-    def scorer(self, part: str) -> Scorer:
-        """What tells how good outputs on a part of the images are."""
-        if part not in self._scorers:
-            side = self.dataset.preprocessing.crop
-            self._scorers[part] = (
-                ClassificationScorer(self.dataset.labels(part))  # type: ignore[arg-type]
-                if self.head is None
-                else DetectionScorer(self.head, self.dataset.boxes(part), side)  # type: ignore[arg-type]
-            )
-        return self._scorers[part]
-
     def logits(self, module: CompiledModule | Prepared, part: str) -> np.ndarray:
         """What a module computes of a part of the images, float32 (N, classes)."""
         return self.outputs(module, self.images(part))
@@ -393,14 +330,6 @@ class ModelEvaluator:
         image, reference_ms = self.timed_images("search"), self.baseline.latency.median_ms
         latencies = self.device.paired(self._reference, [self.device.handle(one) for one in modules], image, reference_ms)
         return [(latency, self.accuracy(module, "heldout")) for latency, module in zip(latencies, modules, strict=True)]
-
-    def images(self, part: str) -> np.ndarray:
-        """Preprocessed images, float32 (N, C, H, W)."""
-        return self.dataset.images(part, self.settings.cache_dir / "images", said_once(self.progress, f"decoding {part} images"))  # type: ignore[arg-type]
-
-    def timed_images(self, part: str) -> np.ndarray:
-        """What one inference is timed on, float32 (batch, C, H, W)."""
-        return first_images(self.images(part), self.batch)
 
     def float_logits(self, part: str) -> np.ndarray:
         """Logits of the float module, float32 (N, classes), computed once."""
