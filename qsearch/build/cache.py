@@ -183,7 +183,8 @@ class KernelCache:
                 (scratch / files[1]).write_bytes(last_cubin())
                 on_gpu[symbol] = module.mod.imports[0]
             record_digests(scratch / f"{symbol}.sha256", [scratch / file for file in files])
-            for file in (*files, f"{symbol}.sha256"):
+            # Digests go first: a process that is killed in between leaves a file that is missing, not one that looks damaged.
+            for file in (f"{symbol}.sha256", *files):
                 put_in_place(scratch / file, self.directory / file, durable=False)
 
         # TVM leaves Python's lock while LLVM works.
