@@ -182,6 +182,7 @@ def test_a_note_that_the_user_has_changed_stays(planned: tuple[Path, dict], tmp_
     assert table_rows(handle) == rows
 
 
+@pytest.mark.slow
 def test_a_real_planned_search(small: Path) -> None:
     # A trial that stops early is a matter of luck on so few images.
     options = (*PLANNED, *SMALL[1:-1], "planned", "--no-early-stopping", "--json", "--budget")

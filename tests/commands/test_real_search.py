@@ -122,6 +122,7 @@ def test_damaged_caches_are_rebuilt(small: Path) -> None:
     assert "float pass over" in again.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_timeout_and_a_larger_budget(small: Path) -> None:
     options = (*SMALL[:-1], "other", "--budget")
     process = start(small, *options, "50000")

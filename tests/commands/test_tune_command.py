@@ -77,6 +77,7 @@ def test_no_kernel_is_begun_after_the_time_given(folder: Path, first: CompletedP
     assert tiles(folder) == before
 
 
+@pytest.mark.slow
 def test_a_search_tunes_first_and_leaves_its_tiles_to_others(folder: Path, first: CompletedProcess[str]) -> None:
     before = tiles(folder)
     result = within(folder, *SMALL, "--budget", "1", "--tune", "1", "--json")

@@ -137,6 +137,7 @@ def test_a_worker_is_told_what_it_cannot_work_on(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["measured"] == 3
 
 
+@pytest.mark.slow
 def test_workers_that_a_search_keeps_beside_itself(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/shared.db"
     assert start(tmp_path, *SEARCH[:2], "2", *SEARCH[3:], "--storage", url).wait(timeout=60) == 0
@@ -153,6 +154,7 @@ def test_workers_that_a_search_keeps_beside_itself(tmp_path: Path) -> None:
     assert said == ["one of 1 workers ended with status 1: cannot"]
 
 
+@pytest.mark.slow
 def test_a_random_search_is_the_same_whoever_asks(tmp_path: Path) -> None:
     """Serial and side by side, with the same seed, the same configurations up to their order."""
     found = []

@@ -36,8 +36,8 @@ def in_state(folder: Path, state: TrialState) -> list[FrozenTrial]:
     ("trouble", "options", "reason"),
     [
         ("kill", (), "the searching process died of SIGKILL, perhaps for want of memory"),
-        ("hang", ("--trial-timeout", "2"), "no trial has ended within 2 s"),
-        ("memory", ("--max-memory-gb", "1.4"), "GB of memory, more than the 1.4 allowed"),
+        pytest.param("hang", ("--trial-timeout", "2"), "no trial has ended within 2 s", marks=pytest.mark.slow),
+        pytest.param("memory", ("--max-memory-gb", "1.4"), "GB of memory, more than the 1.4 allowed", marks=pytest.mark.slow),
     ],
 )
 def test_another_process_goes_on(tmp_path: Path, trouble: str, options: tuple[str, ...], reason: str) -> None:
