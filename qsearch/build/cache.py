@@ -188,11 +188,12 @@ class KernelCache:
                 put_in_place(scratch / file, self.directory / file, durable=False)
 
         # TVM leaves Python's lock while LLVM works.
-        with ThreadPoolExecutor(len(_processors())) as pool:
-            if self.target.arch:
+        threads = len(_processors())
+        if self.target.arch:
+            with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(make, kernels))
-            else:
-                make_once(self.directory, kernels, lambda symbol: objects_are_whole(self.directory, symbol), make, pool)
+        else:
+            make_once(self.directory, kernels, lambda symbol: objects_are_whole(self.directory, symbol), make, threads)
         return on_gpu
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ _POLL_S = 0.02
 
 
 def make_once(
-    folder: Path, names: Iterable[str], is_there: Callable[[str], bool], make: Callable[[str], None], pool: Executor
+    folder: Path, names: Iterable[str], is_there: Callable[[str], bool], make: Callable[[str], None], threads: int
 ) -> None:
     """Make what is missing, each by one of those that share the folder; what others are at is left until last.
 
@@ -32,8 +32,8 @@ def make_once(
         folder: Where the claims are kept.
         names: Of what is to be there in the end.
         is_there: Whether one is.
-        make: Makes one, in the pool.
-        pool: Threads.
+        make: Makes one.
+        threads: How many at a time.
 
     Raises:
         OSError: Claims cannot be kept in the folder.
@@ -56,17 +56,19 @@ def make_once(
         return False
 
     try:
-        left, deadline = list(names), time.monotonic() + _PATIENCE_S
-        while left:
-            waited = [name for name, still in zip(left, pool.map(waits, left), strict=True) if still]
-            if len(waited) < len(left):
-                deadline = time.monotonic() + _PATIENCE_S
-            elif time.monotonic() > deadline:
-                list(pool.map(make, waited))
-                return
-            left = waited
-            if left:
-                time.sleep(_POLL_S)
+        # The threads end before the file is closed that their claims are in.
+        with ThreadPoolExecutor(threads) as pool:
+            left, deadline = list(names), time.monotonic() + _PATIENCE_S
+            while left:
+                waited = [name for name, still in zip(left, pool.map(waits, left), strict=True) if still]
+                if len(waited) < len(left):
+                    deadline = time.monotonic() + _PATIENCE_S
+                elif time.monotonic() > deadline:
+                    list(pool.map(make, waited))
+                    return
+                left = waited
+                if left:
+                    time.sleep(_POLL_S)
     finally:
         os.close(descriptor)
 

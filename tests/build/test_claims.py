@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,7 @@ def wants(folder: Path, names: list[str], seconds: float) -> None:
         time.sleep(seconds)
         (folder / name).write_text("made")
 
-    with ThreadPoolExecutor(2) as pool:
-        claims.make_once(folder, names, lambda name: (folder / name).exists(), make, pool)
+    claims.make_once(folder, names, lambda name: (folder / name).exists(), make, 2)
 
 
 def makers(folder: Path) -> dict[str, list[str]]:
@@ -82,10 +80,9 @@ def test_what_cannot_be_made_is_told_and_is_tried_again(tmp_path: Path) -> None:
         tried.append(name)
         raise RuntimeError("no compiler")
 
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="no compiler"):
-                claims.make_once(tmp_path, ["thing"], lambda name: False, fail, pool)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no compiler"):
+            claims.make_once(tmp_path, ["thing"], lambda name: False, fail, 2)
     assert tried == ["thing", "thing"]
 
 
