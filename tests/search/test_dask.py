@@ -177,6 +177,20 @@ def test_a_cluster_builds_for_the_devices_of_a_tracker(tmp_path: Path, cluster: 
 
 
 @pytest.mark.slow
+def test_a_cluster_builds_and_scores_for_a_device_that_is_not_here(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.worker(compile=1)
+    cluster.worker(device=1)
+    packed = command(tmp_path, "pack", *SMALL[1:5], "--target", "portable", "--tiles", "1", "--out", "kernels.pack")
+    assert packed.returncode == 0, packed.stderr
+    assert command(tmp_path, "measure-pack", "kernels.pack", "--out", "table.json").returncode == 0
+    search = command(tmp_path, *ON_CLUSTER, "--dask", cluster.address, "--cost-table", "table.json")
+    assert search.returncode == 0, search.stderr
+    document = json.loads(search.stdout)
+    assert document["trials"]["complete"] == 8
+    assert {point["latency_source"] for point in document["front"]} == {"modelled"}
+
+
+@pytest.mark.slow
 def test_what_a_cluster_may_lack(tmp_path: Path, cluster: Cluster) -> None:
     search = (*ON_CLUSTER, "--dask")
     refused(command(tmp_path, *search, cluster.address), 2, "'compile': 0, 'device': 0", "--resources compile=1")
