@@ -280,9 +280,12 @@ def _reason(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = str(getattr(cause, "orig", None) or cause)
+    cause = getattr(cause, "orig", None) or cause
+    text = str(cause)
     code = cause.errno if isinstance(cause, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT) or "is full" in text:
+    # SQLite calls it an I/O error where the file that its readers share cannot grow.
+    no_room = "is full" in text or getattr(cause, "sqlite_errorname", None) == "SQLITE_IOERR_SHMSIZE"
+    if code in (errno.ENOSPC, errno.EDQUOT) or no_room:
         return "the disk is full; free some space and run the same command again, every finished trial is kept"
     if code in (errno.EROFS, errno.EACCES, errno.EPERM) or "readonly" in text or "unable to open" in text:
         return "it cannot be written; check its permissions, or give another --storage"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -112,6 +113,16 @@ def test_what_somebody_uses_is_neither_locked_nor_evicted(folder: Path, monkeypa
         assert cache_entries(folder)
     finally:
         os.close(other)
+
+
+def test_a_cache_that_nobody_has_open_any_more_is_free(folder: Path) -> None:
+    used = CacheFolder(folder)
+    with pytest.raises(StudyError, match="in use by another process"), cache_to_itself(folder):
+        pass
+    del used
+    gc.collect()
+    with cache_to_itself(folder):
+        assert cache_entries(folder)
 
 
 def test_a_cache_beyond_its_bound_shrinks_when_it_is_opened_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,13 @@ def test_a_locked_database_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     handle.study.set_user_attr("a", 2)
 
 
+def test_a_disk_too_full_for_readers_is_said() -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_SHMSIZE"
+    with pytest.raises(StudyError, match="the disk is full"), storage_errors("sqlite:///study.db"):
+        raise error
+
+
 def test_an_interrupt_waits_for_the_database(tmp_path: Path) -> None:
     told = []
     with pytest.raises(KeyboardInterrupt), storage_errors(url_in(tmp_path)):
