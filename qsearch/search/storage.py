@@ -42,6 +42,9 @@ BUSY_TIMEOUT_S = 60
 # How long a server may be away, seconds.
 SERVER_TIMEOUT_S = 120
 _BETWEEN_TRIES_S = 1.0
+# How often a database is opened that others are making, within that time.
+_TRIES = 20
+_HEART: dict[str, Any] = {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S}
 _log = logging.getLogger(__name__)
 # Names of what a driver takes in the query of a URL.
 _SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
@@ -187,7 +190,20 @@ def open_storage(url: str, *, create: bool, patient: bool = False) -> optuna.sto
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
         make_folder(file.parent)
         connect = {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": _Connection}}
-        return optuna.storages.RDBStorage(url, engine_kwargs=connect, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+        return _made(lambda: optuna.storages.RDBStorage(url, engine_kwargs=connect, **_HEART))
+
+
+def _made(make: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDBStorage:
+    """Open a database, and make its tables if they are not there; others may be doing so at the same moment."""
+    for _ in range(_TRIES):
+        try:
+            return make()
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError) as error:
+            # An assertion is Optuna's, of a version that another one is about to write. All of it is there the next time.
+            if not isinstance(error, (sqlalchemy.exc.IntegrityError, AssertionError)) and "already exists" not in str(error):
+                raise
+            time.sleep(_BETWEEN_TRIES_S / _TRIES)
+    return make()
 
 
 def _open_server(url: str, deadline: float) -> optuna.storages.RDBStorage:
@@ -195,7 +211,7 @@ def _open_server(url: str, deadline: float) -> optuna.storages.RDBStorage:
     ping = {"pool_pre_ping": True}
     while True:
         try:
-            return _ServerStorage(url, engine_kwargs=ping, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+            return _made(lambda: _ServerStorage(url, engine_kwargs=ping, **_HEART))
         except (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError) as error:
             if not _disconnected(error) or time.monotonic() > deadline:
                 raise
