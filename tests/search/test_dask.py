@@ -141,7 +141,9 @@ def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path,
     cluster.processes[0].kill()
     out, err = search.communicate(timeout=300)
     assert search.returncode == 1 and out == "", err
-    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    messages = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, err
+    (message,) = messages
     assert "the Dask cluster is gone" in message and 'Traceback (most recent call last):\n  File "/' not in err.split(message)[1]
     kept = measured(tmp_path)
     assert kept
