@@ -42,8 +42,8 @@ BUSY_TIMEOUT_S = 60
 # How long a server may be away, seconds.
 SERVER_TIMEOUT_S = 120
 _BETWEEN_TRIES_S = 1.0
-# How often a database is opened that others are making, within that time.
-_TRIES = 20
+# How long others may take to make a database, seconds.
+_RACE_S = 5.0
 _HEART: dict[str, Any] = {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S}
 _log = logging.getLogger(__name__)
 # Names of what a driver takes in the query of a URL.
@@ -195,15 +195,19 @@ def open_storage(url: str, *, create: bool, patient: bool = False) -> optuna.sto
 
 def _made(make: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDBStorage:
     """Open a database, and make its tables if they are not there; others may be doing so at the same moment."""
-    for _ in range(_TRIES):
+    deadline = time.monotonic() + _RACE_S
+    while True:
         try:
             return make()
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError) as error:
-            # An assertion is Optuna's, of a version that another one is about to write. All of it is there the next time.
-            if not isinstance(error, (sqlalchemy.exc.IntegrityError, AssertionError)) and "already exists" not in str(error):
+            # An assertion is Optuna's, of a version that another one is about to write. SQLite does not wait for who changes to
+            # write-ahead mode.
+            raced = isinstance(error, (sqlalchemy.exc.IntegrityError, AssertionError))
+            if not raced and not any(words in str(error) for words in ("already exists", "database is locked")):
                 raise
-            time.sleep(_BETWEEN_TRIES_S / _TRIES)
-    return make()
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RACE_S / 100)
 
 
 def _open_server(url: str, deadline: float) -> optuna.storages.RDBStorage:
