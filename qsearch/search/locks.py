@@ -23,7 +23,8 @@ from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.pool import NullPool
 
 from qsearch.errors import StudyError
-from qsearch.search.storage import SERVER_TIMEOUT_S, STUDIES, database_file, shown_url, storage_errors
+from qsearch.search.server_storage import SERVER_TIMEOUT_S
+from qsearch.search.storage import STUDIES, database_file, shown_url, storage_errors
 from qsearch.whole_files import make_folder
 
 __all__ = ["TurnLost", "Turns", "driver_lock", "driving_process", "lane_file", "lane_held"]

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import errno
-import logging
 import re
 import signal
 import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import optuna
 import sqlalchemy.exc
-from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 
 from qsearch.errors import StudyError, UsageError
 from qsearch.search.members import GRACE_S, HEARTBEAT_S
+from qsearch.search.server_storage import SERVER_TIMEOUT_S, open_server
 from qsearch.whole_files import make_folder
 
 __all__ = [
@@ -39,13 +37,9 @@ __all__ = [
 
 STUDIES = Path("studies")
 BUSY_TIMEOUT_S = 60
-# How long a server may be away, seconds.
-SERVER_TIMEOUT_S = 120
-_BETWEEN_TRIES_S = 1.0
 # How long others may take to make a database, seconds.
 _RACE_S = 5.0
 _HEART: dict[str, Any] = {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S}
-_log = logging.getLogger(__name__)
 # Names of what a driver takes in the query of a URL.
 _SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -63,65 +57,6 @@ class _Connection(sqlite3.Connection):
         super().__init__(*args, **options)
         self.execute("PRAGMA journal_mode=WAL")
         self.execute("PRAGMA synchronous=NORMAL")
-
-
-class _ServerStorage(optuna.storages.RDBStorage):
-    """A server's database, whose restart is waited for: what was asked of it meanwhile is asked again.
-
-    What it had done and could not confirm is done twice: a trial that was begun twice is nobody's, and is failed in the next
-    turn; one that was ended is found ended.
-    """
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        return _patient(self, found) if name in _OPERATIONS else found
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's, but without a complaint about what is so already."""
-        try:
-            return super().set_trial_state_values(trial_id, state, values)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            found = self.get_trial(trial_id)
-            if found.state != state or (values is not None and list(values) != found.values):
-                raise
-            return True
-
-
-_PUBLIC = {name for name in vars(optuna.storages.BaseStorage) if not name.startswith("_")}
-_INNER = {"_create_new_trial", "_set_trial_param", "_get_trials", "_get_stale_trial_ids"}
-_OPERATIONS = frozenset(_PUBLIC - {"check_trial_is_updatable", "delete_study", "remove_session"} | _INNER)
-
-
-def _patient(storage: optuna.storages.RDBStorage, operation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation that is tried again while the server does not answer."""
-
-    @wraps(operation)
-    def tried(*arguments: Any, **options: Any) -> Any:
-        deadline = time.monotonic() + SERVER_TIMEOUT_S
-        told = False
-        while True:
-            try:
-                return operation(*arguments, **options)
-            except optuna.exceptions.StorageInternalError as error:
-                if not _disconnected(error) or time.monotonic() > deadline:
-                    raise
-            if not told:
-                told = True
-                _log.warning("the database does not answer; waiting for it, up to %d s", SERVER_TIMEOUT_S)
-            storage.engine.dispose()
-            time.sleep(_BETWEEN_TRIES_S)
-
-    return tried
-
-
-def _disconnected(error: BaseException | None) -> bool:
-    """Whether a connection could not be made or broke, and not what was asked is at fault."""
-    while error is not None:
-        if isinstance(error, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)):
-            return True
-        # What is tried on a broken connection is what is told.
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def checked_name(study: str) -> str:
@@ -185,7 +120,8 @@ def open_storage(url: str, *, create: bool, patient: bool = False) -> optuna.sto
         warnings.filterwarnings("ignore", "Heartbeat of storage is supposed", UserWarning)
         warnings.filterwarnings("ignore", ".*heartbeat_interval.*", optuna.exceptions.ExperimentalWarning)
         if file is None:
-            return _open_server(url, time.monotonic() + (SERVER_TIMEOUT_S if patient else 0))
+            deadline = time.monotonic() + (SERVER_TIMEOUT_S if patient else 0)
+            return _made(lambda: open_server(url, deadline, **_HEART))
         if not create and not file.is_file():
             raise StudyError(f"there is no study database {file}; {_studies_there_are(file.parent)}")
         make_folder(file.parent)
@@ -208,18 +144,6 @@ def _made(make: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDB
             if time.monotonic() > deadline:
                 raise
         time.sleep(_RACE_S / 100)
-
-
-def _open_server(url: str, deadline: float) -> optuna.storages.RDBStorage:
-    # Connections that a restart of the server has broken are found before they are used.
-    ping = {"pool_pre_ping": True}
-    while True:
-        try:
-            return _made(lambda: _ServerStorage(url, engine_kwargs=ping, **_HEART))
-        except (sqlalchemy.exc.OperationalError, optuna.exceptions.StorageInternalError) as error:
-            if not _disconnected(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(_BETWEEN_TRIES_S)
 
 
 @contextmanager

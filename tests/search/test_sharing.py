@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.members import MEMBER, Heartbeat, gone, this_member
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import load_space
+from qsearch.search.storage import open_storage
 from qsearch.search.study import Identity, StudyHandle, load_study, study_to_search
 from qsearch.search.study_trials import measured_trials, reap_trials
 from qsearch.session.local_workers import local_workers
@@ -124,6 +127,31 @@ def test_workers_share_a_study_on_a_server_that_crashes(tmp_path: Path, postgres
     check_exact(postgres.url)
     # The front was measured again, by the search alone.
     assert load_study("shared", postgres.url).study.user_attrs["run"]["budget"] == BUDGET
+
+
+def made_at_once(url: str) -> None:
+    """Six open a database that is not there, or is empty, at the same moment."""
+    together = threading.Barrier(6)
+
+    def opened(_: int) -> list[str]:
+        together.wait()
+        return [one.study_name for one in open_storage(url, create=True).get_all_studies()]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(opened, range(6))) == [[]] * 6
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_file_that_several_make_at_once_is_made(tmp_path: Path, attempt: int) -> None:
+    made_at_once(f"sqlite:///{tmp_path}/study.db")
+
+
+def test_tables_that_several_make_at_once_on_a_server_are_made(postgres: Postgres) -> None:
+    for name in ("first", "second", "third"):
+        engine = sqlalchemy.create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        made_at_once(postgres.url.removesuffix("postgres") + name)
 
 
 def test_a_worker_is_told_what_it_cannot_work_on(tmp_path: Path) -> None:

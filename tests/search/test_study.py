@@ -7,15 +7,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
 import pytest
 
 from qsearch.errors import QSearchError, StudyError, StudyMismatchError, UsageError
-from qsearch.search.storage import checked_name, database_file, open_storage, storage_errors, storage_url
+from qsearch.search.storage import checked_name, database_file, storage_errors, storage_url
 from qsearch.search.study import OBJECTIVES, Identity, load_study, study_has_begun, study_to_search
 
 IDENTITY = Identity(
@@ -164,18 +162,6 @@ def test_a_locked_database_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         handle.study.set_user_attr("a", 1)
     other.close()
     handle.study.set_user_attr("a", 2)
-
-
-@pytest.mark.parametrize("attempt", range(5))
-def test_a_database_that_several_make_at_once_is_made(tmp_path: Path, attempt: int) -> None:
-    together = threading.Barrier(6)
-
-    def opened(_: int) -> list[str]:
-        together.wait()
-        return [one.study_name for one in open_storage(url_in(tmp_path), create=True).get_all_studies()]
-
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(opened, range(6))) == [[]] * 6
 
 
 def test_a_disk_too_full_for_readers_is_said() -> None:
