@@ -112,7 +112,7 @@ def _rows(block: np.ndarray, batch: int) -> np.ndarray:
 
 
 def _run_share(machine: Any, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.concatenate([machine["main"](machine.tensor(images[row])).numpy() for row in rows])
+    return np.concatenate(list(machine.outputs(images[row] for row in rows)))
 
 
 def compare_accuracy(logits: np.ndarray, float_logits: np.ndarray, labels: np.ndarray) -> Accuracy:
