@@ -123,7 +123,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
         rough = np.stack([model.latency(rows) + added_ms, peaks, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
-        best: tuple[tuple[float, float], dict[str, Any]] | None = None
+        best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
         order = self.wanted.order(rough / self.scale, loss_sd, front)
         for k in order:
@@ -132,7 +132,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
                 continue
             cost = self._cost(rows[k], int(settings[k]))
             exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
-            merit = self.wanted.merits(exact, loss_sd[k : k + 1], front)[0]
+            merit = tuple(self.wanted.merits(exact, loss_sd[k : k + 1], front)[0].tolist())
             if best is None or merit > best[0]:
                 best = merit, values
             tried += 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import moocore
 import numpy as np
 
-__all__ = ["Wanted"]
+__all__ = ["Wanted", "added_hypervolume"]
 
 # Of more candidates only so many are looked at closely, those that would add most if they turned out well.
 SCREENED = 512
@@ -17,11 +16,12 @@ SCREENED = 512
 NODES, NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(3)
 LATENCY_SD = 0.02
 # How a candidate may turn out: latency and loss in standard deviations, and the probability.
-Outcome = tuple[float, float, float]
-AS_PREDICTED: tuple[Outcome, ...] = ((0.0, 0.0, 1.0),)
-OUTCOMES: tuple[Outcome, ...] = tuple(
-    (float(NODES[i]), float(NODES[j]), float(NODE_WEIGHTS[i] * NODE_WEIGHTS[j] / NODE_WEIGHTS.sum() ** 2))
-    for i, j in itertools.product(range(len(NODES)), repeat=2)
+AS_PREDICTED = np.array([[0.0, 0.0, 1.0]])
+OUTCOMES = np.array(
+    [
+        (NODES[i], NODES[j], NODE_WEIGHTS[i] * NODE_WEIGHTS[j] / NODE_WEIGHTS.sum() ** 2)
+        for i, j in itertools.product(range(len(NODES)), repeat=2)
+    ]
 )
 
 
@@ -39,19 +39,17 @@ class Wanted:
 
     def order(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[int]:
         """Positions of predicted objectives, the best merit first."""
-        left = list(range(len(points)))
+        left = np.arange(len(points))
         if len(points) > SCREENED:
             luck = float(NODES.min())
             hopeful = points * (1.0 + luck * LATENCY_SD, 1.0, 1.0) + np.outer(loss_sd, (0.0, 0.0, luck))
             left = _best_first(self.merits(hopeful, loss_sd, front, AS_PREDICTED))
         first = left[:SCREENED]
-        found = _best_first(self.merits(points[first], loss_sd[first], front))
-        return [*(first[n] for n in found), *left[SCREENED:]]
+        found = first[_best_first(self.merits(points[first], loss_sd[first], front))]
+        return np.concatenate([found, left[SCREENED:]]).tolist()
 
-    def merits(
-        self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray, outcomes: Sequence[Outcome] = OUTCOMES
-    ) -> list[tuple[float, float]]:
-        """What speaks for each point, to be compared as tuples.
+    def merits(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray, outcomes: np.ndarray = OUTCOMES) -> np.ndarray:
+        """What speaks for each point, float64 (N, 2): the second counts between those that are alike in the first.
 
         The hypervolume that it is expected to add to a front, and then how little it is expected to be beyond the limits. As
         long as nothing is known to be within them, the other way round.
@@ -60,23 +58,57 @@ class Wanted:
             points: Predicted objectives, float64 (N, 3); the first and the third are uncertain.
             loss_sd: Standard deviation of the third, float64 (N,).
             front: float64 (M, 3), within limits and reference.
-            outcomes: Which of them to weigh.
+            outcomes: Which of them to weigh, float64 (K, 3).
         """
-        before = float(moocore.hypervolume(front, ref=self.reference)) if len(front) else 0.0
-        merits = []
-        for point, deviation in zip(points, loss_sd, strict=True):
-            gain, excess = 0.0, 0.0
-            for latency_luck, loss_luck, weight in outcomes:
-                latency, loss = 1.0 + LATENCY_SD * latency_luck, deviation * loss_luck
-                moved = np.array([point[0] * latency, point[1], max(point[2] + loss, 0.0)])
-                beyond = float(np.maximum(moved - self.limits, 0.0).sum())
-                excess += weight * beyond
-                if beyond == 0.0 and (moved < self.reference).all():
-                    gain += weight * (float(moocore.hypervolume(np.vstack([front, moved]), ref=self.reference)) - before)
-            nothing_yet = not len(front) and bool(np.isfinite(self.limits).any())
-            merits.append((-round(excess, 3), gain) if nothing_yet else (gain, -excess))
-        return merits
+        latency_luck, loss_luck, weights = outcomes.T
+        moved = np.repeat(points[:, None], len(outcomes), axis=1)
+        moved[..., 0] *= 1.0 + LATENCY_SD * latency_luck
+        moved[..., 2] = np.maximum(moved[..., 2] + loss_sd[:, None] * loss_luck, 0.0)
+        beyond = np.maximum(moved - self.limits, 0.0).sum(2)
+        gains = added_hypervolume(front, moved.reshape(-1, 3), self.reference).reshape(beyond.shape)
+        gain, excess = np.where(beyond == 0.0, gains, 0.0) @ weights, beyond @ weights
+        nothing_yet = not len(front) and bool(np.isfinite(self.limits).any())
+        return np.stack([-excess.round(3), gain] if nothing_yet else [gain, -excess], 1)
 
 
-def _best_first(merits: Sequence[tuple[float, float]]) -> list[int]:
-    return sorted(range(len(merits)), key=lambda n: merits[n], reverse=True)
+def added_hypervolume(front: np.ndarray, points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The hypervolume that each point by itself adds to a front.
+
+    Swept along the third objective (Fonseca, Paquete and Lopez-Ibanez 2006, "An improved dimension-sweep algorithm for the
+    hypervolume indicator"): between two of its values in the front what is not dominated is the area beyond a staircase.
+
+    Args:
+        front: float64 (M, 3).
+        points: float64 (N, 3).
+        reference: The corner that hypervolume is counted from, float64 (3,).
+
+    Returns:
+        float64 (N,).
+    """
+    front = front[moocore.is_nondominated(front)] if len(front) else front
+    levels = np.unique(front[:, 2])
+    added = np.zeros(len(points))
+    for start, end in itertools.pairwise([-np.inf, *levels, reference[2]]):
+        depth = np.maximum(end - np.maximum(points[:, 2], start), 0.0)
+        here = depth > 0.0
+        added[here] += depth[here] * _area_beyond(front[front[:, 2] <= start, :2], points[here, :2], reference[:2])
+    return added
+
+
+def _area_beyond(steps: np.ndarray, points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The area between each point, float64 (N, 2), and the corner that no step, float64 (M, 2), dominates."""
+    x, y = points.T
+    steps = steps[np.argsort(steps[:, 0])]
+    # Left of all steps it reaches up to the corner, beyond each of them to the lowest so far.
+    low = min(x.min(initial=np.inf), steps[:, 0].min(initial=np.inf), reference[0])
+    edges = np.concatenate([[low], steps[:, 0], reference[:1]])
+    heights = np.concatenate([reference[1:], np.minimum.accumulate(steps[:, 1])])
+    integral = np.concatenate([[0.0], np.cumsum(heights * np.diff(edges))])
+    # Where the staircase comes down to the point.
+    end = edges[np.searchsorted(-heights, -y)]
+    area = np.interp(end, edges, integral) - np.interp(x, edges, integral) - y * (end - x)
+    return np.where(end > x, np.maximum(area, 0.0), 0.0)
+
+
+def _best_first(merits: np.ndarray) -> np.ndarray:
+    return np.lexsort((-merits[:, 1], -merits[:, 0]))
