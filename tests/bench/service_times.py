@@ -30,8 +30,8 @@ from qsearch.measure.devices.device import Device
 from qsearch.report.notes import TrialNotes
 from qsearch.search.bound_space import bind_space
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
-from qsearch.search.loop import driver
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.trial_book import TrialBook
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.study import Identity, StudyHandle, load_study, study_to_search
 
@@ -121,11 +121,11 @@ def measure_problem(name: str, root: Path, trials: int, seed: int) -> dict[str, 
     evaluator = open_evaluator(settings, lambda clause: None)
     bound = bind_space(space, evaluator.graph, evaluator.idle_methods)
     tables = evaluator.tables(bound)
-    watch, loop = Watch(), driver._Loop
+    watch = Watch()
     with (
         new_study() as handle,
-        mock.patch.object(loop, "_begin", watch.begin(loop._begin)),
-        mock.patch.object(loop, "_conclude", watch.conclude(loop._conclude)),
+        mock.patch.object(TrialBook, "_begin", watch.begin(TrialBook._begin)),
+        mock.patch.object(TrialBook, "conclude", watch.conclude(TrialBook.conclude)),
     ):
         handle.study.sampler = PlannerSampler(bound, tables, seed)
         sqlalchemy.event.listen(handle.storage._backend.engine, "commit", lambda _: count(watch))  # type: ignore[attr-defined]

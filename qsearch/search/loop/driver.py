@@ -1,50 +1,25 @@
 """The search loop: ask for a configuration, measure it, tell the study.
 
-Optuna's own `optimize` would count duplicates and failures against the budget and would go on after a defect. Several processes
-may run this loop over one study, on several machines: each asks in a turn of its own, so that all know what the others are at.
+Optuna's own `optimize` would count duplicates and failures against the budget and would go on after a defect.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
-import numpy as np
-import optuna
-from optuna.trial import FrozenTrial, TrialState
-
-from qsearch.config import QuantConfig
-from qsearch.errors import StudyError, TrialError
+from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
-from qsearch.search.anchors import enqueue_anchors
-from qsearch.search.locks import TurnLost
-from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Limits, Outcome, SearchProblem, Stop
-from qsearch.search.loop.trial_attributes import checked, objective_values, write_end
-from qsearch.search.members import MEMBER, Heartbeat
-from qsearch.search.proposals import unseen_values
+from qsearch.search.loop.trial_book import Begun, OnTrial, TrialBook
 from qsearch.search.study import StudyHandle
-from qsearch.search.study_trials import finished, is_measured, known_configurations, measured_trials, reap_trials, requeue
 
 __all__ = ["Limits", "Outcome", "SearchProblem", "run_search"]
 
-OnTrial = Callable[[FrozenTrial], object]
-
-MOST_DUPLICATES_IN_A_ROW = 3
-MOST_FAILURES_IN_A_ROW = 20
-# How often a process that has nothing to do looks whether the others are done, seconds.
-_POLL_S = 0.5
 # How often a crew is asked how many trials it has use for, seconds.
 _GROWN_S = 5.0
-_GONE = "the process that tried it has gone"
-# A server that is restarted takes a turn back: its end tells it, or what another one has done with the same trial meanwhile.
-_SHARED_TURN = (TurnLost, optuna.exceptions.UpdateFinishedTrialError)
 
 
 def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_trial: OnTrial | None = None) -> Outcome:
@@ -66,300 +41,91 @@ def run_search(handle: StudyHandle, problem: SearchProblem, limits: Limits, on_t
     Raises:
         StudyError: The study cannot be written, or trial after trial failed.
     """
-    loop = _Loop(handle, problem, limits, on_trial)
+    book, pipeline = TrialBook(handle, problem, limits, on_trial), problem.pipeline
     try:
-        return loop.run()
-    except KeyboardInterrupt:
-        return loop.outcome("interrupted")
-
-
-@dataclass
-class _Begun:
-    """A trial that was asked for and is not finished.
-
-    Attributes:
-        trial: Running.
-        config: What it measures.
-        packed: What it was linked to, in a pipeline.
-        measured: Its measurement to be, in a pipeline.
-    """
-
-    trial: optuna.Trial
-    config: QuantConfig
-    packed: Any = None
-    measured: Future[Measurement] = field(default_factory=Future)
-
-    @property
-    def retried(self) -> bool:
-        """Whether a process died while it tried this configuration before."""
-        return int(self.trial.user_attrs.get("attempt", 1)) > 1
-
-
-@dataclass
-class _Loop:
-    """State of one run of the loop."""
-
-    handle: StudyHandle
-    problem: SearchProblem
-    limits: Limits
-    on_trial: OnTrial | None
-    start: float = field(default_factory=time.monotonic)
-    completed: int = 0
-    stopped_early: int = 0
-    duplicates: int = 0
-    failures: int = 0
-    # Content hash -> number of the trial that failed at it in this run.
-    failed: dict[str, int] = field(default_factory=dict)
-    in_flight: list[optuna.Trial] = field(default_factory=list)
-    # Number -> objective values of what was measured here.
-    measured: dict[int, Sequence[float]] = field(default_factory=dict)
-    rng: np.random.Generator = field(init=False)
-    heart: Heartbeat = field(init=False)
-
-    def outcome(self, stopped: Stop) -> Outcome:
-        """How the run ended."""
-        return Outcome(stopped, self.completed, self.stopped_early)
-
-    def run(self) -> Outcome:
-        study, pipeline = self.handle.study, self.problem.pipeline
-        with self.handle.guard():
-            if self.problem.anchored:
-                enqueue_anchors(study, self.problem.space)
-            trials = len(study.get_trials(deepcopy=False))
-        self.rng = np.random.default_rng([self.limits.seed, trials])
-        self.heart = Heartbeat(study._storage)
+        book.open()
         try:
             with nullcontext() if pipeline is None else pipeline.aside():
                 while True:
-                    stopped = self._pass()
-                    if stopped != "budget" or self._met():
-                        return self.outcome(stopped)
+                    stopped = _pass(book)
+                    if stopped != "budget" or book.met():
+                        return book.outcome(stopped)
         except BaseException as error:
-            # Not the configurations' fault: full disk, interrupt, defect. They are tried again by the next run.
-            for trial in list(self.in_flight):
-                self._abandon(trial, error)
+            # Full disk, interrupt, defect: what was under way is tried again by the next run.
+            book.abandon_all(error)
             raise
         finally:
-            self.heart.close()
+            book.close()
+    except KeyboardInterrupt:
+        return book.outcome("interrupted")
 
-    def _pass(self) -> Stop:
-        """Run trials until there is a reason to ask for no more of them."""
-        if self.problem.crew is not None:
-            return self._side_by_side(self.problem.crew)
-        return self._one_by_one() if self.problem.pipeline is None else self._overlapped(self.problem.pipeline)
 
-    def _met(self) -> bool:
-        """Wait for what others have under way; False if the budget has room again, because some of it came to nothing."""
-        study = self.handle.study
-        self.problem.rest()
-        while True:
-            # A turn that is lost meanwhile harms nothing.
-            with suppress(*_SHARED_TURN), self.handle.turn():
-                reap_trials(study, _GONE)
-                measured = len(measured_trials(study))
-                running = len(finished(study, TrialState.RUNNING))
-                if measured >= self.limits.budget or self._is_late():
-                    return True
-                if measured + running < self.limits.budget:
-                    return False
-            time.sleep(_POLL_S)
+def _pass(book: TrialBook) -> Stop:
+    """Run trials until there is a reason to ask for no more of them."""
+    problem = book.problem
+    if problem.crew is not None:
+        return _side_by_side(book, problem.crew)
+    return _one_by_one(book) if problem.pipeline is None else _overlapped(book, problem.pipeline)
 
-    def _is_late(self) -> bool:
-        return self.limits.timeout_s is not None and time.monotonic() - self.start >= self.limits.timeout_s
 
-    def _one_by_one(self) -> Stop:
-        while True:
-            begun, reason = self._asked()
-            if begun is None:
-                assert reason is not None
-                return reason
-            rule = self._rule()
-            evaluate = partial(self.problem.evaluate, begun.config, *([rule] if rule else []))
-            self._conclude(begun, self._ended(begun, evaluate))
+def _one_by_one(book: TrialBook) -> Stop:
+    while True:
+        begun, reason = book.asked()
+        if begun is None:
+            assert reason is not None
+            return reason
+        rule = book.rule()
+        evaluate = partial(book.problem.evaluate, begun.config, *([rule] if rule else []))
+        book.conclude(begun, book.ended(begun, evaluate))
 
-    def _side_by_side(self, crew: Crew) -> Stop:
-        """As many trials are under way as the crew has use for."""
-        under_way: dict[Future[Measurement], _Begun] = {}
-        while True:
-            reason = None
-            while reason is None and len(under_way) < crew.width():
-                begun, reason = self._asked()
-                if begun is not None:
-                    under_way[crew.submit(begun.config, self._rule())] = begun
-            if not under_way:
-                assert reason is not None
-                return reason
-            # Looked at from time to time all the same: the crew may have grown.
-            for future in wait(under_way, timeout=_GROWN_S, return_when=FIRST_COMPLETED).done:
-                begun = under_way.pop(future)
-                self._conclude(begun, self._ended(begun, future.result))
 
-    def _overlapped(self, pipeline: Pipeline) -> Stop:
-        """One trial is measured while the one before is written down and the next one asked for and built."""
-        under_way: _Begun | None = None
-        while True:
-            ahead, reason = self._asked()
-            if ahead is not None and ahead.retried and under_way is not None:
-                # It may take the process down, and what is measured meanwhile would seem to be the cause as well.
-                self._conclude(under_way, self._ended(under_way, partial(pipeline.result, under_way.measured)))
-                under_way = None
-            if ahead is not None and not self._built(ahead, pipeline):
-                continue
-            done, under_way = under_way, ahead
-            ended = None if done is None else self._ended(done, partial(pipeline.result, done.measured))
-            if under_way is not None:
-                under_way.measured = pipeline.measure(under_way.packed, self._rule())
-            if done is not None and ended is not None:
-                self._conclude(done, ended)
-            elif reason is not None:
-                return reason
-            if under_way is not None and under_way.retried:
-                self._conclude(under_way, self._ended(under_way, partial(pipeline.result, under_way.measured)))
-                under_way = None
+def _side_by_side(book: TrialBook, crew: Crew) -> Stop:
+    """As many trials are under way as the crew has use for."""
+    under_way: dict[Future[Measurement], Begun] = {}
+    while True:
+        reason = None
+        while reason is None and len(under_way) < crew.width():
+            begun, reason = book.asked()
+            if begun is not None:
+                under_way[crew.submit(begun.config, book.rule())] = begun
+        if not under_way:
+            assert reason is not None
+            return reason
+        # Looked at from time to time all the same: the crew may have grown.
+        for future in wait(under_way, timeout=_GROWN_S, return_when=FIRST_COMPLETED).done:
+            begun = under_way.pop(future)
+            book.conclude(begun, book.ended(begun, future.result))
 
-    def _asked(self) -> tuple[_Begun | None, Stop | None]:
-        """The next trial; or why there is none for now."""
-        while True:
-            begun: _Begun | None = None
-            before = list(self.in_flight)
-            try:
-                with self.handle.turn():
-                    reap_trials(self.handle.study, _GONE)
-                    trials = self.handle.study.get_trials(deepcopy=False)
-                    reason = self._reason_to_stop(trials)
-                    if reason is None:
-                        begun = self._begin(self.failed | known_configurations(trials))
-            except _SHARED_TURN as error:
-                # Somebody else may have asked for the same meanwhile, or have failed what was nobody's yet.
-                for trial in [one for one in self.in_flight if one not in before]:
-                    self._abandon(trial, error)
-                    self._leave(trial)
-                continue
-            if begun is not None or reason is not None:
-                return begun, reason
 
-    def _built(self, begun: _Begun, pipeline: Pipeline) -> bool:
-        """Link a trial; one that cannot be linked has failed."""
-        try:
-            begun.packed = pipeline.pack(begun.config)
-        except TrialError as error:
-            self._conclude(begun, error)
-            return False
-        return True
+def _overlapped(book: TrialBook, pipeline: Pipeline) -> Stop:
+    """One trial is measured while the one before is written down and the next one asked for and built."""
+    under_way: Begun | None = None
+    while True:
+        ahead, reason = book.asked()
+        if ahead is not None and ahead.retried and under_way is not None:
+            # It may take the process down, and what is measured meanwhile would seem to be the cause as well.
+            book.conclude(under_way, book.ended(under_way, partial(pipeline.result, under_way.measured)))
+            under_way = None
+        if ahead is not None and not _built(book, ahead, pipeline):
+            continue
+        done, under_way = under_way, ahead
+        ended = None if done is None else book.ended(done, partial(pipeline.result, done.measured))
+        if under_way is not None:
+            under_way.measured = pipeline.measure(under_way.packed, book.rule())
+        if done is not None and ended is not None:
+            book.conclude(done, ended)
+        elif reason is not None:
+            return reason
+        if under_way is not None and under_way.retried:
+            book.conclude(under_way, book.ended(under_way, partial(pipeline.result, under_way.measured)))
+            under_way = None
 
-    def _reason_to_stop(self, trials: Sequence[FrozenTrial]) -> Stop | None:
-        if sum(is_measured(trial) or trial.state == TrialState.RUNNING for trial in trials) >= self.limits.budget:
-            return "budget"
-        if self._is_late():
-            return "timeout"
-        if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside(trials):
-            return "exhausted"
-        return None
 
-    def _step_aside(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Enqueue a new configuration near the last proposal; False if the space holds none."""
-        if any(trial.state == TrialState.WAITING for trial in trials):
-            return True
-        last, known = trials[-1], self.failed | known_configurations(trials)
-        values = unseen_values(self.problem.space, dict(last.params), known, self.rng)
-        if values is not None:
-            self.handle.study.enqueue_trial(values, user_attrs={"near": last.number})
-        return values is not None
-
-    def _begin(self, known: Mapping[str, int]) -> _Begun | None:
-        """Ask for a trial, in a turn; None if its configuration is known, which ends it.
-
-        Args:
-            known: Content hash -> number, of what need not be tried.
-        """
-        study = self.handle.study
-        self.problem.beat()
-        trial = study.ask(self.problem.space.distributions())
-        # Within the guard, whose end an interrupt may fall on.
-        self.in_flight.append(trial)
-        trial.set_user_attr(MEMBER, self.heart.member)
-        self.heart.begin(trial)
-        config = self.problem.space.config(trial.params)
-        digest = config.content_hash()
-        if self.problem.device:
-            trial.set_user_attr("device", self.problem.device)
-        trial.set_user_attr("config_hash", digest)
-        if digest in known:
-            trial.set_user_attr("duplicate_of", known[digest])
-            study.tell(trial, state=TrialState.PRUNED)
-            self._leave(trial)
-            self.duplicates += 1
-            return None
-        trial.set_user_attr("config", config.to_json())
-        self.duplicates = 0
-        return _Begun(trial, config)
-
-    def _leave(self, trial: optuna.Trial) -> None:
-        """A trial is no more under way here."""
-        self.in_flight.remove(trial)
-        self.heart.end(trial)
-
-    def _rule(self) -> StoppingRule | None:
-        if not self.problem.early_stopping:
-            return None
-        with self.handle.guard():
-            complete = {trial.number: trial.values for trial in finished(self.handle.study)}
-        return StoppingRule(complete | self.measured, self.problem.constraints)
-
-    def _ended(self, begun: _Begun, result: Callable[[], Measurement]) -> Measurement | Bound | TrialError:
-        """How a trial ended; stopping rules know it from now on."""
-        try:
-            measurement = checked(result())
-        except EarlyStop as stop:
-            return stop.bound
-        except TrialError as error:
-            return error
-        self.measured[begun.trial.number] = objective_values(measurement)
-        return measurement
-
-    def _conclude(self, begun: _Begun, ended: Measurement | Bound | TrialError) -> None:
-        """Write down how a trial ended."""
-        trial = begun.trial
-        try:
-            with self.handle.guard():
-                write_end(self.handle.study, self.problem, (trial, begun.config), ended)
-                self.failures = self.failures + 1 if isinstance(ended, TrialError) else 0
-                self.completed += isinstance(ended, Measurement)
-                self.stopped_early += isinstance(ended, Bound)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-            if not self._frozen(trial.number).state.is_finished():
-                raise
-            # Others had not heard of this process for so long that they took the trial over: it is theirs.
-            self._leave(trial)
-            return
-        if isinstance(ended, TrialError):
-            self.failed[begun.config.content_hash()] = trial.number
-        self._finish(trial)
-        if isinstance(ended, TrialError) and self.failures >= MOST_FAILURES_IN_A_ROW:
-            raise StudyError(
-                f"{self.failures} trials in a row failed, so the search has stopped; the last one: {ended}"
-            ) from ended
-
-    def _finish(self, trial: optuna.Trial) -> None:
-        self._leave(trial)
-        self.problem.beat()
-        if self.on_trial is not None:
-            self.on_trial(self._frozen(trial.number))
-
-    def _abandon(self, trial: optuna.Trial, error: BaseException) -> None:
-        """Fail a trial that something else than its configuration ended, and enqueue it again."""
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        try:
-            with self.handle.guard():
-                frozen = self._frozen(trial.number)
-                if frozen.state.is_finished():
-                    return
-                requeue(self.handle.study, frozen)
-                trial.set_user_attr("error", reason)
-                self.handle.study.tell(trial, state=TrialState.FAIL)
-        except (StudyError, optuna.exceptions.UpdateFinishedTrialError):
-            # The database is what failed, and the trial stays running until the next run reaps it; or others just did.
-            return
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self.handle.study.get_trials(deepcopy=False)[number]
+def _built(book: TrialBook, begun: Begun, pipeline: Pipeline) -> bool:
+    """Link a trial; one that cannot be linked has failed."""
+    try:
+        begun.packed = pipeline.pack(begun.config)
+    except TrialError as error:
+        book.conclude(begun, error)
+        return False
+    return True
