@@ -25,7 +25,7 @@ from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
 from qsearch.search.proposals import unseen_values
 from qsearch.search.study import OBJECTIVES
 from qsearch.search.study_trials import finished
-from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate
+from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate, one_hot
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
@@ -71,6 +71,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.costs: dict[tuple[bytes, int], Cost] = {}
         self.planned: list[np.ndarray] = []
         self.held: list[float] = []
+        # What finished trials tell does not change: (number, content hash) -> it.
+        self.told: dict[tuple[int, str], Observation | None] = {}
         sizes = np.array(tables.latency.sizes)
         for share in np.linspace(0.0, 1.0, MIXTURES):
             # From all layers in their first precision to all in their last.
@@ -94,7 +96,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def observations(self, study: optuna.Study) -> list[Observation]:
         """What is known of the completed trials of a study and of those stopped early."""
         stopped = [one for one in finished(study, TrialState.PRUNED) if "bound" in one.user_attrs]
-        return [found for one in (*_completed(study), *stopped) if (found := self._observe(one)) is not None]
+        trials = {(one.number, one.user_attrs["config_hash"]): one for one in (*_completed(study), *stopped)}
+        self.told |= {key: self._observe(one) for key, one in trials.items() if key not in self.told}
+        return [found for key in trials if (found := self.told[key]) is not None]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -177,7 +181,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         scored = [(one, one.score) for one in observations if one.score is not None]
         if not scored:
             return []
-        points = np.array([(one.latency_ms, self._weight(one), score.loss_pp) for one, score in scored])
+        weights = self.tables.weight_bytes(np.stack([one.assignment for one, _ in scored]))
+        points = np.array([(one.latency_ms, bytes_, score.loss_pp) for (one, score), bytes_ in zip(scored, weights, strict=True)])
         members = [scored[int(i)][0].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
@@ -187,9 +192,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
                 row[i] = (row[i] + self.rng.integers(1, sizes[i])) % sizes[i]
             changed.append(row)
         return changed
-
-    def _weight(self, one: Observation) -> float:
-        return float(self.tables.weight_bytes(one.assignment[None])[0])
 
     def _believed(self, model: Surrogate, pending: Placed) -> np.ndarray:
         """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
@@ -245,11 +247,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
         Memory is no sum over layers, and planning it takes too long for every candidate.
         """
-        planned = np.stack(self.planned)
-        # Row by row: for all at once it would be candidates x planned x layers comparisons in memory.
+        sizes = self.tables.latency.sizes
         distinct, places = np.unique(rows, axis=0, return_inverse=True)
-        nearest = np.array([int((planned != row).sum(1).argmin()) for row in distinct])
-        return np.array(self.held)[nearest][places]
+        # Layers that two assignments have in common.
+        common = one_hot(distinct, sizes) @ one_hot(np.stack(self.planned), sizes).T
+        return np.array(self.held)[common.argmax(1)][places]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)

@@ -25,6 +25,7 @@ __all__ = [
     "correct_latency",
     "fit_loss_curve",
     "fit_surrogate",
+    "one_hot",
 ]
 
 # Relative standard deviations: of a table's term, of what all terms have in common, of a measurement, of one that is told
@@ -144,7 +145,7 @@ def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> 
     # One change of scale for all terms, and one of every term of a layer.
     typical = abs(predicted).mean() / max(len(table.unary), 1)
     deviations = [LATENCY_SCALE, *(LATENCY_TERM * typical for _ in range(sum(table.sizes)))]
-    design = np.concatenate([predicted[:, None], _one_hot(rows, table.sizes)], axis=1)
+    design = np.concatenate([predicted[:, None], one_hot(rows, table.sizes)], axis=1)
     shift = _posterior(design, measured - predicted, np.array(deviations), LATENCY_NOISE * measured)
     scale, terms = 1.0 + shift[0], np.split(shift[1:], np.cumsum(table.sizes)[:-1])
     unary = tuple(scale * own + moved for own, moved in zip(table.unary, terms, strict=True))
@@ -250,7 +251,8 @@ def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:
     return replace(best, sd_pp=float(np.median([max(one.loss_sd_pp, LEAST_SD_PP) for one in seen])))
 
 
-def _one_hot(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+def one_hot(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Assignments, int (N, layers), as float64 (N, sum of sizes): one where a layer has a value."""
     return np.concatenate([np.eye(size)[rows[:, i]] for i, size in enumerate(sizes)], axis=1)
 
 
