@@ -11,7 +11,7 @@ import numpy as np
 
 from qsearch.measure.measurement import Latency
 
-__all__ = ["MOST_SPREAD", "TimingSettings", "first_images", "measure_latency", "measure_paired"]
+__all__ = ["MOST_SPREAD", "TimingSettings", "first_images", "measure_latency", "measure_paired", "middle_of"]
 
 # Half the interquartile range of the paired ratios, as a share of their median, above which they are noise. At 21
 # repeats the standard error of the median is then 4 %: 1.25 sigma / sqrt(n), with sigma 1.48 times the half range.
@@ -95,6 +95,12 @@ def measure_paired(
             one = _pair(reference, machine, image, replace(settings, repeats=LONGER * settings.repeats), threads)
         found.append(replace(one, median_ms=one.median_ms * reference_ms, spread_ms=one.spread_ms * reference_ms))
     return found
+
+
+def middle_of(timings: Sequence[Latency]) -> Latency:
+    """The middle one of several timings of a module, the noisy ones left out where there are others."""
+    quiet = [one for one in timings if not one.noisy] or timings
+    return sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
 
 
 def _pair(reference: Any, machine: Any, image: np.ndarray, settings: TimingSettings, threads: int) -> Latency:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qsearch.config import QuantConfig
+from qsearch.measure.latency import middle_of
 from qsearch.measure.measurement import Latency, Measurement
 from qsearch.search.front import measurement_from_json
 
@@ -111,6 +112,7 @@ class MeasuredFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, Measured] = {}
         self._timings: dict[str, list[Latency]] = {}
+        self._again_s: dict[str, list[float]] = {}
         self._answers: dict[str, Answers] = {}
         # Those that run the same instructions.
         self._twins: dict[tuple[str, int], list[str]] = {}
@@ -147,7 +149,13 @@ class MeasuredFolder:
 
     def time_again(self, config: QuantConfig) -> None:
         """Time a known configuration once more."""
-        self._append({"again": config.content_hash(), "latency": vars(self.source.time(config))})
+        start = cpu_seconds()
+        latency = vars(self.source.time(config))
+        self._append({"again": config.content_hash(), "latency": latency, "cpu_s": cpu_seconds() - start})
+
+    def again_s(self, digest: str, times: int) -> float:
+        """Processor seconds that it took to time a configuration again, so many times."""
+        return sum(self._again_s.get(digest, [])[:times])
 
     def timings(self, digest: str) -> int:
         """How often a known configuration, or another that runs the same instructions, was timed."""
@@ -167,6 +175,9 @@ class MeasuredFolder:
         digest = line["again"] if found is None else found.config.content_hash()
         timing = self._on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
         self._timings.setdefault(digest, []).append(timing)
+        if found is None:
+            # Older lines lack it.
+            self._again_s.setdefault(digest, []).append(line.get("cpu_s", 0.0))
         # Two processes may have measured it, and the second timing may be read before the first.
         if found is not None and digest not in self.known:
             self.known[digest] = found
@@ -174,8 +185,7 @@ class MeasuredFolder:
             self._attach(digest)
         if digest in self.known:
             timings = [one for twin in self._alike(digest) for one in self._timings[twin]]
-            quiet = [one for one in timings if not one.noisy] or timings
-            middle = sorted(quiet, key=lambda one: one.median_ms)[len(quiet) // 2]
+            middle = middle_of(timings)
             for twin in self._alike(digest):
                 known = self.known[twin]
                 self.known[twin] = replace(known, measurement=replace(known.measurement, latency=middle))

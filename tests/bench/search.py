@@ -6,11 +6,12 @@
     python tests/bench/search.py --problem demo --space full --measured FOLDER --seeds 10 --json
 
 Every run goes through the loop of `qsearch search`, starting points of the usual samplers included (`tpe-plain` is TPE
-without them), over an in-memory study and without early stopping. Measurements are kept in FOLDER by configuration and
-shared by all runs, as are the finished runs: the same command again adds only what is missing. --enumerate, --fill and
---settle only measure; they may be killed at any moment, and several may run at once. --settle belongs before the runs and
-after them: it times what is near the front of all that is known nine times, since the best of thousands of single timings
-is mostly luck; the middle one counts. On a busy machine the rest deserves more than one as well: --settle 3.
+without them), over an in-memory study and without early stopping; what reaches a run's front is timed again, as by a search.
+Measurements are kept in FOLDER by configuration and shared by all runs, as are the finished runs: the same command again
+adds only what is missing. --enumerate, --fill and --settle only measure; they may be killed at any moment, and several may
+run at once. --settle belongs before the runs and after them: it times what is near the front of all that is known nine
+times, since the best of thousands of single timings is mostly luck; the middle one counts. On a busy machine the rest
+deserves more than one as well: --settle 3.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
                    the whole space, once enumerated, for the others the union of all runs and of --fill.

@@ -31,7 +31,7 @@ class Source(AnalyticEvaluator):
     timed: Latency | None = None
 
     def time(self, config):
-        return self.timed or self.evaluate(config).latency
+        return self.timed or self._measure(config).latency
 
     def measure(self, config):
         measurement = self.evaluate(config)

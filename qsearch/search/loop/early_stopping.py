@@ -107,7 +107,7 @@ class StoppingRule:
         bound = Bound("", latency, memory, seen, False)
         reason, infeasible = self._beyond_constraints(bound.least), True
         if reason is None:
-            reason, infeasible = self._dominated(bound.least), False
+            reason, infeasible = self.dominated(bound.least), False
         if reason is not None:
             raise EarlyStop(Bound(reason, latency, memory, seen, infeasible))
 
@@ -121,7 +121,8 @@ class StoppingRule:
     def _violations(self, values: Sequence[float]) -> dict[str, float]:
         return {name: value for name, value in self.constraints.violations(values).items() if value > 0}
 
-    def _dominated(self, least: Sequence[float]) -> str | None:
+    def dominated(self, least: Sequence[float]) -> str | None:
+        """By which trial objective values are dominated, in words; None if by none."""
         if not self.trials:
             return None
         better = (np.array(list(self.trials.values())) <= least).all(axis=1)
