@@ -7,9 +7,11 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from qsearch.calibrate.observe import observe
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, StudyError
 from qsearch.measure.accuracy import run_images
+from qsearch.measure.devices.device import Prepared
+from qsearch.measure.measurement import Latency
 from qsearch.measure.task import ClassificationScorer
 from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation import module_builder, requirements
@@ -135,3 +139,55 @@ def _runs(pid: int) -> bool:
     # An orphan that has ended waits to be collected where nobody collects.
     status = Path(f"/proc/{pid}/status")
     return not (status.exists() and "State:\tZ" in status.read_text())
+
+
+class ScriptedDevice:
+    """Tells the latencies that it is given, one after the other."""
+
+    def __init__(self, milliseconds: list[float], noisy: Collection[int] = ()) -> None:
+        self.left = [Latency(one, 0.1, 21, 5, ratio=one / 3.0, noisy=n in noisy) for n, one in enumerate(milliseconds)]
+
+    def handle(self, prepared: Prepared) -> Prepared:
+        return prepared
+
+    def paired(self, reference: Any, handles: list[Any], image: np.ndarray, reference_ms: float) -> list[Latency]:
+        return [self.left.pop(0)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "timings", "noisy", "expected"),
+    [
+        # Nothing is asked for: one timing.
+        (None, [1.0], set(), 1.0),
+        # On the front: lucky the first time, the second or never.
+        (StoppingRule({}), [1.0, 2.0, 2.1], set(), 2.0),
+        (StoppingRule({}), [2.0, 1.0, 2.1], set(), 2.0),
+        (StoppingRule({7: (1.5, 1.0, 100.0)}), [2.0, 2.2, 2.1], set(), 2.1),
+        # The noisy ones do not count; of two that are left it is no faster than the slower.
+        (StoppingRule({}), [1.0, 2.0, 2.1], {1}, 2.1),
+        (StoppingRule({}), [1.0, 2.0, 2.1], {0, 2}, 2.0),
+        (StoppingRule({}), [3.0, 2.0, 2.1], {0, 1, 2}, 2.1),
+    ],
+)
+def test_what_reaches_the_front_is_timed_again(
+    builder: ModuleBuilder, rule: StoppingRule | None, timings: list[float], noisy: set[int], expected: float
+) -> None:
+    given = images(6)
+    logits = run_images(builder.prepare(QuantConfig(default_precision="fp32")).open, given)
+    device = ScriptedDevice(timings, noisy)
+    scorer = ClassificationScorer(logits.argmax(1))
+    measurer = ModuleMeasurer(lambda: None, 3.0, lambda: given, scorer, logits, 1, device=device)  # type: ignore[arg-type]
+    found = measurer.measure(builder.prepare(INT8), rule)
+    assert found.latency.median_ms == expected and not device.left
+    assert found.latency.ratio == pytest.approx(expected / 3.0)
+
+
+def test_what_is_dominated_by_the_last_of_its_images_is_timed_once(builder: ModuleBuilder) -> None:
+    given = images(6)
+    logits = run_images(builder.prepare(QuantConfig(default_precision="fp32")).open, given)
+    # Wrong for the module whatever it answers, so that it loses nothing; another loses as little in less time.
+    scorer = ClassificationScorer(np.full(6, -1))
+    device = ScriptedDevice([2.0])
+    measurer = ModuleMeasurer(lambda: None, 3.0, lambda: given, scorer, logits, 1, device=device)  # type: ignore[arg-type]
+    found = measurer.measure(builder.prepare(INT8), StoppingRule({7: (1.0, 1.0, 0.0)}))
+    assert found.accuracy.top1_loss_pp == 0.0 and found.latency.median_ms == 2.0
