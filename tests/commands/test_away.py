@@ -76,21 +76,21 @@ def test_evaluate_and_tables_take_it_too(away: Path) -> None:
     assert {row["precision"] for row in json.loads(result.stdout)["layers"]} == {"int8"}
 
 
-def test_an_export_is_compiled_for_the_device_and_says_that_it_never_ran(away: Path, searched: dict) -> None:
-    # Times vary, and with them what lies at the knee; what is smallest has the most integers.
-    result = within(away, "export", "--study", "away", "--pick", "smallest", "--out", "away-bundle", "--json")
+def test_an_export_is_compiled_for_the_device_and_says_that_it_never_ran(away: Path) -> None:
+    # Of float layers the last bits may be the other CPU's; int8 everywhere is among the starting points that random is given.
+    study = (*SMALL[:6], "--study", "integers", "--sampler", "random", "--cost-table", "table.json", "--budget", "4")
+    result = within(away, *study, "--jobs", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    complete = [one for one in trials(away, "integers") if one.values]
+    number = next(one.number for one in complete if set(one.user_attrs["config"]["precision"].values()) == {"int8"})
+    result = within(away, "export", "--study", "integers", "--trial", str(number), "--out", "away-bundle", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["bundles"][0]["remeasured"] is False
     manifest = json.loads((away / "away-bundle" / "manifest.json").read_text())
     assert manifest["target"]["description"] == open_target(TARGET).description
     assert "never run" in manifest["metrics"]["remark"]
-    precision = json.loads((away / "away-bundle" / "config.json").read_text())["precision"]
     verified = within(away, "verify", "away-bundle", "--json")
-    if "fp32" in precision.values() and verified.returncode:
-        # The last bits of float layers may be the other CPU's, as the remark says.
-        assert "recorded output bits differ" in verified.stderr
-    else:
-        assert verified.returncode == 0, verified.stderr
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_kernels_without_a_time_are_named_with_the_way_out(away: Path) -> None:
