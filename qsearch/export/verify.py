@@ -51,9 +51,10 @@ def verify_bundle(directory: Path, trust: bool = False) -> dict[str, Any]:
     """
     result = _run_fresh(directory, trust)
     if result["mismatching_bits"]:
+        remark = read_json(directory / "metrics.json").get("remark")
         raise BundleCorruptError(
             f"{directory} does not replay: {result['mismatching_bits']} of {result['outputs'] * 32} recorded output bits differ; "
-            "the machine or the TVM version is not the one that measured it"
+            "the machine or the TVM version is not the one that measured it" + (f". Its export said: {remark}" if remark else "")
         )
     return result
 

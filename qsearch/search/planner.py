@@ -182,7 +182,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         if not scored:
             return []
         weights = self.tables.weight_bytes(np.stack([one.assignment for one, _ in scored]))
-        points = np.array([(one.latency_ms, bytes_, score.loss_pp) for (one, score), bytes_ in zip(scored, weights, strict=True)])
+        points = np.array([(one.latency_ms, held, score.loss_pp) for (one, score), held in zip(scored, weights, strict=True)])
         members = [scored[int(i)][0].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
         changed = []
