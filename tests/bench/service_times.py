@@ -46,14 +46,15 @@ class Watch:
     transactions: dict[str, list[int]] = field(default_factory=lambda: {"ask": [], "tell": []})
     commits: int = 0
     latency: float = 0.0
+    accuracy: float | None = None
     scoring: Stopwatch = field(default_factory=Stopwatch)
 
-    def begin(self, real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def begin(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Time the asking."""
 
-        def run(loop: Any) -> Any:
+        def run(book: TrialBook, known: Any) -> Any:
             watch, commits = Stopwatch(), self.commits
-            begun = real(loop)
+            begun = real(book, known)
             # A configuration that is known is asked for in vain; the trial after it has that time too.
             before = self.rows.pop()["ask"] if self.rows and set(self.rows[-1]) == {"ask"} else 0.0
             self.rows.append({"ask": before + watch.seconds})
@@ -65,9 +66,9 @@ class Watch:
     def conclude(self, real: Callable[..., None]) -> Callable[..., None]:
         """Time the telling."""
 
-        def run(loop: Any, begun: Any, ended: Any) -> None:
+        def run(book: TrialBook, begun: Any, ended: Any) -> None:
             watch, commits = Stopwatch(), self.commits
-            real(loop, begun, ended)
+            real(book, begun, ended)
             self.rows[-1]["tell"] = watch.seconds
             self.transactions["tell"].append(self.commits - commits)
 
@@ -84,10 +85,12 @@ class Watch:
                 return getattr(evaluator.device, name)
 
             def paired(self, *given: Any) -> Any:
+                # Timed a second time, it has been scored.
+                if watch.latency and watch.accuracy is None:
+                    watch.accuracy = watch.scoring.seconds
                 timer = Stopwatch()
                 found = evaluator.device.paired(*given)
-                # From here on it is scored.
-                watch.latency, watch.scoring = timer.seconds, Stopwatch(every=True)
+                watch.latency, watch.scoring = watch.latency + timer.seconds, Stopwatch(every=True)
                 return found
 
         timed: Device = Timed()  # type: ignore[assignment]
@@ -97,10 +100,12 @@ class Watch:
             timer = Stopwatch()
             prepared = evaluator._builder.prepare(config)
             row = {"build": timer.seconds}
+            self.latency, self.accuracy = 0.0, None
             try:
                 return measurer.measure(prepared, rule)
             finally:
-                self.rows[-1] |= row | {"latency": self.latency, "accuracy": self.scoring.seconds}
+                accuracy = self.scoring.seconds if self.accuracy is None else self.accuracy
+                self.rows[-1] |= row | {"latency": self.latency, "accuracy": accuracy}
 
         return run
 
