@@ -19,8 +19,11 @@ from optuna.trial import FrozenTrial
 from real_search import SMALL, command, refused, start
 from rpc_devices import KEY, devices, tracker
 
-from qsearch.errors import QSearchError
+from qsearch.config import QuantConfig
+from qsearch.errors import QSearchError, StudyError
 from qsearch.measure.devices.rpc import free_devices, open_tracker
+from qsearch.search.evaluation.dask_crew import DaskCrew, Errand, connect
+from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.study import load_study
 from qsearch.search.study_trials import measured_trials
 
@@ -150,6 +153,22 @@ def test_a_scheduler_that_dies_ends_the_search_and_loses_nothing(tmp_path: Path,
     again = command(tmp_path, *SMALL, "--sampler", "random", "--budget", str(len(kept) + 1), "--jobs", "1", "--json")
     assert again.returncode == 0, again.stderr
     assert kept.items() <= measured(tmp_path).items()
+
+
+@pytest.mark.slow
+def test_a_scheduler_given_up_between_two_trials_is_told_as_any_that_is_gone(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.worker(compile=1, device=1)
+    settings = Settings(model="small", data=tmp_path / "data", cache_dir=tmp_path / "cache")
+    crew = DaskCrew(cluster.address, Errand(settings.to_json(), {}, {}, str(tmp_path / "lane")), lambda clause: None)
+    crew._client, _ = connect(cluster.address)
+    assert crew.width() == 2
+    cluster.processes[0].kill()
+    while crew._client.status != "closed":
+        time.sleep(0.1)
+    with pytest.raises(StudyError, match="the Dask cluster is gone"):
+        crew.submit(QuantConfig(), None)
+    with pytest.raises(StudyError, match="the Dask cluster is gone"):
+        crew.width()
 
 
 @pytest.mark.slow

@@ -203,10 +203,19 @@ class DaskCrew:
 
         Returns:
             The measurement to be; or EarlyStop, or a TrialError.
+
+        Raises:
+            StudyError: The scheduler is gone.
         """
         result: Future[Measurement] = Future()
-        built = self._client.submit(build, self._errand, config.to_json(), resources={COMPILE: 1}, pure=False)
-        found = self._client.submit(measure, self._errand, built, rule, resources={DEVICE: 1}, pure=False)
+        try:
+            built = self._client.submit(build, self._errand, config.to_json(), resources={COMPILE: 1}, pure=False)
+            found = self._client.submit(measure, self._errand, built, rule, resources={DEVICE: 1}, pure=False)
+        except Exception as error:
+            # A client that has given its scheduler up is closed, and what it then raises has no base of its own.
+            if self._client.status == "running":
+                raise
+            raise StudyError(_GONE) from error
         found.add_done_callback(lambda done: _answer(done, result))
         return result
 
