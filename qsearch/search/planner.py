@@ -5,6 +5,8 @@ Candidates are the exact minima of many weightings of latency, bytes and diverge
 rest of it). Of these the one with the largest expected gain in hypervolume over the measured front is proposed, the
 noise of a measured loss taken into account (Emmerich, Giannakoglou and Naujoks 2006, "Single- and multiobjective
 evolutionary optimization assisted by Gaussian random field metamodels").
+
+First come the uniform assignments: where all layers change at once is where sums of single changes are furthest off.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         for share in np.linspace(0.0, 1.0, MIXTURES):
             # From all layers in their first precision to all in their last.
             self._cost(np.where(self.rng.random(len(sizes)) < share, sizes - 1, 0), 0)
+        self.starts = self._starts()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters at once."""
@@ -118,6 +121,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
                 looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
+        for values in self.starts:
+            if self.space.config(values).content_hash() not in known:
+                return values
         model = fit_surrogate(self.tables.latency, self.divergences, observations)
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
@@ -147,6 +153,21 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         # Nothing new among the candidates: a neighbour of the best of them. The driver ends a search that has none left.
         nearest = self._values(rows[order[0]], int(settings[order[0]]))
         return unseen_values(self.space, nearest, known, self.rng) or nearest
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """Uniform assignments, each in its setting of the least predicted divergence.
+
+        Only those that would add to the front if they lost nothing: their costs are known, their losses hardly.
+        """
+        names = sorted({name for layer in self.space.layers for name in layer.values})
+        rows = [np.array([_place(layer.values, name) for layer in self.space.layers]) for name in names]
+        distinct = {row.tobytes(): row for row in rows}.values()
+        starts = [(row, int(np.argmin([table(row[None])[0] for table in self.divergences]))) for row in distinct]
+        costs = [self._cost(row, setting) for row, setting in starts]
+        points = np.array([(cost.latency_ms, cost.peak_bytes) for cost in costs]) / self.scale[:2]
+        within = (points < self.wanted.reference[:2]).all(1) & (points <= self.wanted.limits[:2]).all(1)
+        useful = within & moocore.is_nondominated(points)
+        return [self._values(*start) for start, use in zip(starts, useful, strict=True) if use]
 
     def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Assignments with the setting of the least predicted divergence, once for every way of holding weights.
@@ -255,6 +276,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)
+
+
+def _place(values: Sequence[str], name: str) -> int:
+    """Where a precision is among a layer's; the last one, mostly the narrowest, where it is none of them."""
+    return values.index(name) if name in values else len(values) - 1
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:

@@ -153,6 +153,51 @@ def test_limits_that_nothing_meets_bring_the_closest():
     assert min(one[0] for one in values) <= 1.05 * fastest
 
 
+def test_uniform_assignments_come_first_in_their_best_setting_unless_their_costs_rule_them_out():
+    problem = Problem(0)
+    tables = problem.tables()
+    int8 = SPACE.config({one.name: "int8" for one in SPACE.layers} | {"calibration": "mse"})
+
+    def starts(limits):
+        constraints = Constraints.against(problem.baseline, limits)
+        return [SPACE.config(values) for values in PlannerSampler(SPACE, tables, 0, constraints).starts]
+
+    # All float is the corner that hypervolume is counted from.
+    assert starts({}) == [int8]
+    latency_ms = tables.cost(int8).latency_ms
+    assert starts({"latency_ms": 1.01 * latency_ms}) == [int8]
+    assert starts({"latency_ms": 0.99 * latency_ms}) == []
+    planner = PlannerSampler(SPACE, tables, 0)
+    assert SPACE.config(planner.propose([], np.zeros((0, 3)), set())) == int8
+    assert SPACE.config(planner.propose([], np.zeros((0, 3)), {int8.content_hash()})) != int8
+
+
+def test_of_uniform_assignments_one_that_another_undercuts_is_left_out():
+    precisions = {"default": ["fp32", "int16", "int8", "w4a8"]}
+    modes = {"modes": ["max"]}
+    space = bind_space(
+        SearchSpace.model_validate({"version": 1, "name": "four", "precisions": precisions, "calibration": modes}), GRAPH
+    )
+    sizes = [len(one.values) for one in space.layers]
+    one_of = {"fp32": (4.0, 40.0), "int16": (2.0, 20.0), "int8": (1.0, 10.0), "w4a8": (1.5, 5.0)}
+
+    def summed(which):
+        return PairwiseSum(tuple(np.array([one_of[name][which] for name in one.values]) for one in space.layers), {})
+
+    def cost(config):
+        found = [one_of[name] for name in config.precision.values()]
+        return Cost(sum(ms for ms, _ in found), int(sum(held for _, held in found)))
+
+    def divergence(config):
+        return PairwiseSum(tuple(np.linspace(0, 1, size) for size in sizes), {})
+
+    accuracy = Accuracy(80.0, 95.0, 0.0, (-0.5, 0.5), IMAGES, "", 0.0)
+    baseline = Measurement(Latency(4.0 * len(sizes), 0.0, 21, 1), Memory(40 * len(sizes), 0, 0), accuracy)
+    tables = Tables(summed(0), summed(1), divergence, cost, baseline, plain_settings(space))
+    found = [space.config(values) for values in PlannerSampler(space, tables, 0).starts]
+    assert [set(one.precision.values()) for one in found] == [{"int8"}, {"w4a8"}]
+
+
 def test_settings_are_every_combination_the_percentile_at_a_few_points():
     space = bind_space(
         SearchSpace.model_validate({"version": 1, "name": "all", "precisions": {"default": ["fp32", "int8"]}}), GRAPH
