@@ -6,18 +6,20 @@ layers belong together; two dozen such configurations in front spare them that.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from qsearch.models.graph import Graph, Node
 from qsearch.qtype import UNSCALED
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, BoundSpace, LogRange
 
-__all__ = ["Anchor", "enqueue_anchors", "make_anchors", "weight_count"]
+__all__ = ["Anchor", "enqueue_anchors", "make_anchors", "plain_assignments", "weight_count"]
 
 SHARES = (0.25, 0.5, 0.75)
 # Calibrations for the mixtures, best guess first: those that weigh clipping against rounding.
@@ -70,6 +72,22 @@ def enqueue_anchors(study: optuna.Study, space: BoundSpace) -> None:
         # A process may have been killed half-way through this loop.
         study.enqueue_trial(anchor.values, user_attrs={"anchor": anchor.label}, skip_if_exists=True)
     study.set_user_attr(_ENQUEUED, True)
+
+
+def plain_assignments(space: BoundSpace) -> np.ndarray:
+    """Assignments with one precision for all layers of a kind: depthwise convolutions, the others, linear layers.
+
+    Returns:
+        Positions in the layers' values, int64 (N, layers); the last one where a layer may not have its kind's precision.
+    """
+    kinds = [space.graph.layer_types[layer.name] for layer in space.layers]
+    names = sorted({name for layer in space.layers for name in layer.values})
+    rows = []
+    for chosen in itertools.product(names, repeat=len(set(kinds))):
+        of_kind = dict(zip(sorted(set(kinds)), chosen, strict=True))
+        wanted = [(layer.values, of_kind[kind]) for layer, kind in zip(space.layers, kinds, strict=True)]
+        rows.append([values.index(name) if name in values else len(values) - 1 for values, name in wanted])
+    return np.unique(np.array(rows), axis=0)
 
 
 def _candidates(space: BoundSpace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,8 @@ rest of it). Of these the one with the largest expected gain in hypervolume over
 noise of a measured loss taken into account (Emmerich, Giannakoglou and Naujoks 2006, "Single- and multiobjective
 evolutionary optimization assisted by Gaussian random field metamodels").
 
-First come the uniform assignments: where all layers change at once is where sums of single changes are furthest off.
+First come plain assignments, one precision for all layers of a kind: where all layers change at once is where sums of single
+changes are furthest off.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.config import QuantConfig
+from qsearch.search.anchors import plain_assignments
 from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
@@ -32,10 +34,12 @@ from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest
-from qsearch.search.wanted import Wanted
+from qsearch.search.wanted import Wanted, added_hypervolume
 
 __all__ = ["PlannerSampler"]
 
+# Plain assignments to begin with.
+STARTS = 3
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
 # Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
@@ -155,19 +159,23 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         return unseen_values(self.space, nearest, known, self.rng) or nearest
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Uniform assignments, each in its setting of the least predicted divergence.
+        """The plain assignments that would add most to the front if they lost nothing: their costs are known, losses hardly.
 
-        Only those that would add to the front if they lost nothing: their costs are known, their losses hardly.
+        Each is in its setting of the least predicted divergence.
         """
-        names = sorted({name for layer in self.space.layers for name in layer.values})
-        rows = [np.array([_place(layer.values, name) for layer in self.space.layers]) for name in names]
-        distinct = {row.tobytes(): row for row in rows}.values()
-        starts = [(row, int(np.argmin([table(row[None])[0] for table in self.divergences]))) for row in distinct]
-        costs = [self._cost(row, setting) for row, setting in starts]
-        points = np.array([(cost.latency_ms, cost.peak_bytes) for cost in costs]) / self.scale[:2]
-        within = (points < self.wanted.reference[:2]).all(1) & (points <= self.wanted.limits[:2]).all(1)
-        useful = within & moocore.is_nondominated(points)
-        return [self._values(*start) for start, use in zip(starts, useful, strict=True) if use]
+        rows = plain_assignments(self.space)
+        settings = np.stack([table(rows) for table in self.divergences]).argmin(0)
+        added_ms, added_bytes = self._added(rows, settings)
+        peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
+        points = np.stack([self.tables.latency(rows) + added_ms, peaks, np.zeros(len(rows))], 1) / self.scale
+        allowed = (points <= self.wanted.limits).all(1)
+        starts: list[int] = []
+        for _ in range(STARTS):
+            gains = np.where(allowed, added_hypervolume(points[starts], points, self.wanted.reference), 0.0)
+            if not gains.any():
+                break
+            starts.append(int(gains.argmax()))
+        return [self._values(rows[k], int(settings[k])) for k in starts]
 
     def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Assignments with the setting of the least predicted divergence, once for every way of holding weights.
@@ -276,11 +284,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)
-
-
-def _place(values: Sequence[str], name: str) -> int:
-    """Where a precision is among a layer's; the last one, mostly the narrowest, where it is none of them."""
-    return values.index(name) if name in values else len(values) - 1
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:
