@@ -19,7 +19,7 @@ from qsearch.errors import CalibrationError, DataError
 from qsearch.models.graph import Model, Node
 from qsearch.models.interpret import forward, one_thread
 
-__all__ = ["MAX_READS", "InputMoments", "input_moments", "reads_of"]
+__all__ = ["MAX_READS", "InputMoments", "KeptMoments", "input_moments", "reads_of"]
 
 # Draws per entry of a row of the covariance, and the fewest draws per image.
 DRAWS_PER_READ, LEAST_DRAWS = 48, 16
@@ -27,6 +27,8 @@ DRAWS_PER_READ, LEAST_DRAWS = 48, 16
 BATCH = 5
 # The widest covariance: one of 8192 x 8192 float64 takes half a gigabyte.
 MAX_READS = 8192
+# Of the moments that are kept between two roundings of a model, bytes.
+MOST_KEPT = 256 * 2**20
 
 Read = Callable[[Node, int, Tensor], Tensor]
 
@@ -91,6 +93,34 @@ def input_moments(
         if progress is not None:
             progress(min(start + BATCH, len(images)), len(images))
     return {name: found.moments(name) for name, found in sums.items()}
+
+
+class KeptMoments:
+    """Moments of the inputs of the model that was asked about last, kept as long as they take little memory.
+
+    A model is rounded to one grid after another, and a float pass takes about as long as the rounding that it is for.
+
+    Args:
+        images: Gives the calibration images, float32 (N, C, H, W), preprocessed; called if a float pass is due.
+        most_bytes: Beyond which nothing is kept.
+    """
+
+    def __init__(self, images: Callable[[], np.ndarray], most_bytes: int = MOST_KEPT) -> None:
+        self._images, self._most_bytes = images, most_bytes
+        self._model: Model | None = None
+        self._kept: dict[str, InputMoments] = {}
+
+    def of(
+        self, model: Model, layers: Collection[str], progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, InputMoments]:
+        """The moments of layers' inputs, as of `input_moments`; they are not to be written to."""
+        if model is not self._model:
+            self._model, self._kept = model, {}
+        missing = [name for name in layers if name not in self._kept]
+        found = self._kept | (input_moments(model, self._images(), missing, progress=progress) if missing else {})
+        size = sum(one.mean.nbytes + one.covariance.nbytes for one in found.values())
+        self._kept = found if size <= self._most_bytes else {}
+        return {name: found[name] for name in layers}
 
 
 def _check_reads(node: Node, model: Model) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsearch.calibrate import input_moments as moments_module
-from qsearch.calibrate.input_moments import input_moments
+from qsearch.calibrate.input_moments import KeptMoments, input_moments
 from qsearch.errors import CalibrationError, DataError
 from qsearch.models.graph import Conv, Graph, Model, Node, Parameters
 
@@ -61,6 +61,40 @@ def test_draws_are_few_and_estimate_the_whole() -> None:
     assert found.count == 30 * moments_module.LEAST_DRAWS < 30 * 1600
     np.testing.assert_allclose(found.mean, 1.0, atol=0.4)
     np.testing.assert_allclose(found.covariance[0], 4 * np.eye(4), atol=1.2)
+
+
+def test_moments_of_the_model_asked_about_last_are_kept_while_they_are_small() -> None:
+    nodes = (
+        Node("input", "input", (), (1, 3, 6, 6)),
+        Node("first", "conv2d", ("input",), (1, 5, 6, 6), Conv()),
+        Node("second", "conv2d", ("first",), (1, 2, 6, 6), Conv()),
+    )
+    rng = np.random.default_rng(0)
+    weight = {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in (("first", (5, 3, 1, 1)), ("second", (2, 5, 1, 1)))
+    }
+    bias = {"first": np.zeros(5, np.float32), "second": np.zeros(2, np.float32)}
+    model, other = (Model(name, Graph(nodes, "second"), Parameters(weight, bias)) for name in ("one", "other"))
+    data, asked = images(4, 3, (6, 6)), []
+
+    def given() -> np.ndarray:
+        asked.append(len(data))
+        return data
+
+    kept, fresh = KeptMoments(given), input_moments(model, data)
+    assert list(kept.of(model, ["second"])) == ["second"] and len(asked) == 1
+    both = kept.of(model, ["first", "second"])
+    assert list(both) == ["first", "second"] and len(asked) == 2
+    for name, found in both.items():
+        np.testing.assert_array_equal(found.covariance, fresh[name].covariance)
+        np.testing.assert_array_equal(found.mean, fresh[name].mean)
+    assert kept.of(model, ["first"])["first"] is both["first"] and len(asked) == 2
+    kept.of(other, ["first"])
+    assert len(asked) == 3
+    kept.of(model, ["first"])
+    assert len(asked) == 4
+    small = KeptMoments(given, sum(one.mean.nbytes + one.covariance.nbytes for one in fresh.values()) - 1)
+    assert all(len(small.of(model, ["first", "second"])) == 2 for _ in range(2)) and len(asked) == 6
 
 
 def test_a_layer_is_observed_alike_alone_and_beside_others() -> None:

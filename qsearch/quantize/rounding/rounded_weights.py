@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qsearch.calibrate.input_moments import MAX_READS, InputMoments, input_moments
+from qsearch.calibrate.input_moments import MAX_READS, InputMoments, KeptMoments
 from qsearch.config import Granularity, WeightScale
 from qsearch.errors import QuantizeError
 from qsearch.models.content import array_digest, value_digests
@@ -64,6 +64,7 @@ class RoundedWeights:
         folder: Where roundings are kept.
         progress: Called with a clause, what is done and the total: 'observing layer inputs', 'rounding weights',
             'learning blocks'.
+        moments: Of these images, where several models take turns; None for moments of its own.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class RoundedWeights:
         source: str,
         folder: Path,
         progress: Callable[[str, int, int], None] | None = None,
+        moments: KeptMoments | None = None,
     ) -> None:
         self._model, self._images, self._source, self._folder = model, images, source, folder
         self._progress = progress or (lambda clause, done, total: None)
+        self._moments = moments or KeptMoments(images)
         self._kept: dict[tuple[str, WeightGrid], QuantizedWeight] = {}
 
     def quantized(self, name: str, grid: WeightGrid) -> QuantizedWeight:
@@ -114,7 +117,7 @@ class RoundedWeights:
         if not missing:
             return
         observed = lambda done, total: self._progress("observing layer inputs", done, total)  # noqa: E731
-        moments = input_moments(self._model, self._images(), missing, progress=observed)
+        moments = self._moments.of(self._model, missing, observed)
         for done, name in enumerate(missing, 1):
             weight = self._model.parameters.weight[name]
             rounded = _rounded(name, weight, moments.pop(name), grid)

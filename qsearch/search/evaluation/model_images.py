@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from qsearch.calibrate.coverage import coverage_warnings
+from qsearch.calibrate.input_moments import KeptMoments
 from qsearch.data import Dataset, Part
 from qsearch.measure.latency import first_images
 from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
@@ -43,6 +44,7 @@ class ModelImages:
         self._cache = CacheFolder(settings.cache_dir)
         self.seconds: dict[str, float] = {}
         start = time.monotonic()
+        self._moments = KeptMoments(partial(self.images, "calibration"))
         self.variants = Variants(
             model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress), self._rounded_weights
         )
@@ -63,7 +65,8 @@ class ModelImages:
         }
         images = partial(self.images, "calibration")
         folder = self.settings.cache_dir / "roundings"
-        return RoundedWeights(model, images, self.dataset.fingerprint, folder, lambda clause, *counts: said[clause](*counts))
+        progress = lambda clause, *counts: said[clause](*counts)  # noqa: E731
+        return RoundedWeights(model, images, self.dataset.fingerprint, folder, progress, self._moments)
 
     def coverage_warnings(self) -> list[str]:
         """What is to be known of the calibration images, see `coverage_warnings`."""

@@ -101,8 +101,8 @@ def test_what_was_learned_is_found_again(variants: Variants, tmp_path: Path) -> 
         of = program(again, rounding="learned")
         outputs.append(run_program(of, DATA[:1], call_foreign)[of.output.name])  # type: ignore[arg-type]
         counts.append(len(asked))
-    # Rounding of 8 and of 4 bits and learning, the first time only.
-    assert counts == [3, 3]
+    # What rounding to 8 and to 4 bits needs, and learning, the first time only.
+    assert counts == [2, 2]
     np.testing.assert_array_equal(*outputs)
 
 

@@ -51,6 +51,11 @@ def test_layers_are_rounded_once_and_found_again(residual: Model, tmp_path: Path
     assert calls == ["images"] and len(list(tmp_path.iterdir())) == len(names)
     other = again.quantized(names[0], WeightGrid(GRID.limits, "layer_wise"))
     assert len(calls) == 2 and len(set(other.scale.tolist())) == 1
+    third = again.quantized(names[0], WeightGrid(GRID.limits, power_of_two=True))
+    assert len(calls) == 2
+    np.testing.assert_array_equal(
+        third.values, store(residual, tmp_path / "fresh").quantized(names[0], WeightGrid(GRID.limits, power_of_two=True)).values
+    )
 
 
 def test_a_changed_late_layer_leaves_the_early_ones(residual: Model, tmp_path: Path) -> None:
