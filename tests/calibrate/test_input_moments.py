@@ -25,6 +25,19 @@ def one_layer(conv: Conv, channels: int, outputs: int, size: tuple[int, int]) ->
     return Model("one", Graph(nodes, "conv"), Parameters({"conv": weight}, {"conv": np.zeros(outputs, np.float32)}))
 
 
+def two_layers(size: tuple[int, int]) -> Model:
+    nodes = (
+        Node("input", "input", (), (1, 3, *size)),
+        Node("first", "conv2d", ("input",), (1, 5, *size), Conv()),
+        Node("second", "conv2d", ("first",), (1, 2, *size), Conv()),
+    )
+    draw = np.random.default_rng(2)
+    weights = {"first": draw.normal(size=(5, 3, 1, 1)), "second": draw.normal(size=(2, 5, 1, 1))}
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    biases = {"first": np.zeros(5, np.float32), "second": np.zeros(2, np.float32)}
+    return Model("two", Graph(nodes, "second"), Parameters(weights, biases))
+
+
 def images(count: int, channels: int, size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(1).normal(1.0, 2.0, (count, channels, *size)).astype(np.float32)
 
@@ -64,17 +77,7 @@ def test_draws_are_few_and_estimate_the_whole() -> None:
 
 
 def test_moments_of_the_model_asked_about_last_are_kept_while_they_are_small() -> None:
-    nodes = (
-        Node("input", "input", (), (1, 3, 6, 6)),
-        Node("first", "conv2d", ("input",), (1, 5, 6, 6), Conv()),
-        Node("second", "conv2d", ("first",), (1, 2, 6, 6), Conv()),
-    )
-    rng = np.random.default_rng(0)
-    weight = {
-        name: rng.normal(size=shape).astype(np.float32) for name, shape in (("first", (5, 3, 1, 1)), ("second", (2, 5, 1, 1)))
-    }
-    bias = {"first": np.zeros(5, np.float32), "second": np.zeros(2, np.float32)}
-    model, other = (Model(name, Graph(nodes, "second"), Parameters(weight, bias)) for name in ("one", "other"))
+    model, other = two_layers((6, 6)), two_layers((6, 6))
     data, asked = images(4, 3, (6, 6)), []
 
     def given() -> np.ndarray:
@@ -98,16 +101,7 @@ def test_moments_of_the_model_asked_about_last_are_kept_while_they_are_small() -
 
 
 def test_a_layer_is_observed_alike_alone_and_beside_others() -> None:
-    nodes = (
-        Node("input", "input", (), (1, 3, 20, 20)),
-        Node("first", "conv2d", ("input",), (1, 5, 20, 20), Conv()),
-        Node("second", "conv2d", ("first",), (1, 2, 20, 20), Conv()),
-    )
-    draw = np.random.default_rng(2)
-    weights = {"first": draw.normal(size=(5, 3, 1, 1)), "second": draw.normal(size=(2, 5, 1, 1))}
-    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
-    biases = {"first": np.zeros(5, np.float32), "second": np.zeros(2, np.float32)}
-    model, data = Model("two", Graph(nodes, "second"), Parameters(weights, biases)), images(6, 3, (20, 20))
+    model, data = two_layers((20, 20)), images(6, 3, (20, 20))
     both, alone = input_moments(model, data), input_moments(model, data, ["second"])
     assert list(both) == ["first", "second"] and list(alone) == ["second"]
     np.testing.assert_array_equal(both["second"].covariance, alone["second"].covariance)

@@ -163,7 +163,9 @@ def test_a_scheduler_given_up_between_two_trials_is_told_as_any_that_is_gone(tmp
     crew._client, _ = connect(cluster.address)
     assert crew.width() == 2
     cluster.processes[0].kill()
+    given_up = time.monotonic() + 60
     while crew._client.status != "closed":
+        assert time.monotonic() < given_up, "the client is still waiting for its scheduler"
         time.sleep(0.1)
     with pytest.raises(StudyError, match="the Dask cluster is gone"):
         crew.submit(QuantConfig(), None)
