@@ -7,6 +7,7 @@ Building it takes tens of milliseconds, because no kernel is compiled here.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class ProgramPlan:
 
 
 class Linker:
-    """Builds programs for one target; keeps packed weights between trials.
+    """Builds programs for one target; keeps packed weights as long as those that they were packed from.
 
     Args:
         cache: Where kernels come from.
@@ -107,8 +108,8 @@ class Linker:
         self.cache, self.target, self.captures = cache, cache.target, captures
         self.tiles = TileChoices(cache.directory, cache.target)
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
-        # The source array is kept beside the packed one, so that its id stays its own.
-        self._packed: dict[tuple[tuple, int], tuple[np.ndarray, Constant]] = {}
+        # By the id of the source array, which is its own as long as that lives, and so does the packed one.
+        self._packed: dict[tuple[tuple, int], Constant] = {}
 
     def build(
         self, program: Program, linked: bool = True, exported: bool = False, calls: Sequence[Call] | None = None
@@ -208,8 +209,9 @@ class Linker:
         weight = constants["weight"]
         key = (kernel.variant, id(weight))
         if key not in self._packed:
-            self._packed[key] = weight, Constant(kernel.pack_weight(constants))
-        return self._packed[key][1]
+            self._packed[key] = Constant(kernel.pack_weight(constants))
+            weakref.finalize(weight, self._packed.pop, key, None).atexit = False
+        return self._packed[key]
 
     def _foreign_calls(self, op: Op) -> Iterator[Call]:
         parameters = tuple((name, array.shape, array.dtype.name) for name, array in sorted(op.constants.items()))

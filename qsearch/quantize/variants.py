@@ -14,6 +14,7 @@ from qsearch.models.graph import Model
 from qsearch.quantize.bias_absorption import absorb_high_biases
 from qsearch.quantize.bias_correction import input_means
 from qsearch.quantize.equalization import equalize, likely_maximum
+from qsearch.quantize.kept_weights import KeptWeights
 from qsearch.quantize.migration import migrate
 from qsearch.quantize.rounding.rounded_weights import RoundedWeights
 from qsearch.quantize.weight_store import WeightStore
@@ -50,6 +51,7 @@ class Variants:
         model: The imported model.
         observe: Gives the statistics of a variant.
         rounded: Gives roundings of a variant's weights that images decide; None where there are no images.
+        kept: Where prepared weights are kept; None for a place of their own.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Variants:
         model: Model,
         observe: Callable[[Model], StatisticsRecord],
         rounded: Callable[[Model], RoundedWeights] | None = None,
+        kept: KeptWeights | None = None,
     ) -> None:
-        self.observe, self.rounded = observe, rounded
+        self.observe, self.rounded, self.kept = observe, rounded, kept or KeptWeights()
         self.plain = self._variant(model)
         self._made: dict[tuple[bool, bool, float, bool], Variant] = {}
 
@@ -92,7 +95,7 @@ class Variants:
         )
 
     def _variant(self, model: Model) -> Variant:
-        return Variant(model, self.observe(model), WeightStore(self.rounded(model) if self.rounded else None))
+        return Variant(model, self.observe(model), WeightStore(self.rounded(model) if self.rounded else None, self.kept))
 
     @cached_property
     def _seen(self) -> dict[str, np.ndarray]:

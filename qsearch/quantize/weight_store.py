@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from qsearch.config import Granularity, WeightSettings
 from qsearch.errors import QuantizeError
 from qsearch.qtype import INT8, INT16, W4A8, IntRange
 from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.kept_weights import KeptWeights
 from qsearch.quantize.rounding.learned import RoundedLayer
 from qsearch.quantize.rounding.learned_network import LearnRequest
 from qsearch.quantize.rounding.rounded_weights import RoundedWeights, WeightGrid
@@ -31,20 +35,18 @@ GROUP = 32
 
 
 class WeightStore:
-    """Prepared weights by layer and rule, computed once and shared between trials.
+    """Prepared weights by layer and rule, computed once and shared between trials as far as they are kept.
 
-    Repeated calls return the same array objects, so that whatever is derived from them can be kept too.
+    Repeated calls return the same array objects, so that whatever is derived from them can be kept as long.
 
     Args:
         rounded: Where roundings come from that images decide; None without images.
+        kept: Where prepared weights are kept; None for a place of its own.
     """
 
-    def __init__(self, rounded: RoundedWeights | None = None) -> None:
-        self._rounded = rounded
-        self._prepared: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
-        self._bounded: dict[tuple[str, WeightSettings, int], QuantizedWeight] = {}
+    def __init__(self, rounded: RoundedWeights | None = None, kept: KeptWeights | None = None) -> None:
+        self._rounded, self._kept = rounded, kept or KeptWeights()
         self._limits: dict[str, int] = {}
-        self._floats: dict[tuple[str, str], np.ndarray] = {}
 
     def quantized(
         self, name: str, weight: np.ndarray, settings: WeightSettings, limits: IntRange = INT8.weight
@@ -54,11 +56,9 @@ class WeightStore:
         float8 ones are always rounded to the nearest. Groups and asymmetric weights are 4-bit layers' alone; others are
         symmetric, with a scale per channel for groups.
         """
-        key = (name, settings, limits.qmax)
-        if key not in self._prepared:
-            nearest = settings.rounding == "nearest" or not limits.is_integer
-            self._prepared[key] = _nearest(weight, settings, limits) if nearest else self._of_rounded(name, settings, limits)
-        return self._prepared[key]
+        if settings.rounding != "nearest" and limits.is_integer:
+            return self._of_rounded(name, settings, limits)
+        return self._once(lambda: _nearest(weight, settings, limits), "quantized", name, settings, limits.qmax)
 
     def learned(self, request: LearnRequest) -> dict[str, RoundedLayer]:
         """Learn what a configuration asks for, see `learn_network`.
@@ -80,14 +80,15 @@ class WeightStore:
 
     def bounded(self, name: str, weight: np.ndarray, settings: WeightSettings, largest: int) -> QuantizedWeight:
         """int16 weights of a layer that reads activations up to `largest`, with `BIAS_ROOM` left for its bias."""
-        key = (name, settings, largest)
-        if key not in self._bounded:
+
+        def fitted() -> QuantizedWeight:
             bound = AccumulatorBound(largest, MAX_ACCUMULATOR - BIAS_ROOM)
             magnitude = np.abs(weight).reshape(len(weight), -1)
             least = magnitude.sum(1, dtype=np.float64) * largest / bound.limit
             start = np.maximum(magnitude.max(1) / INT16.weight.qmax, least).astype(np.float32)
-            self._bounded[key] = fit_weight(name, weight, start, settings, bound)
-        return self._bounded[key]
+            return fit_weight(name, weight, start, settings, bound)
+
+        return self._once(fitted, "bounded", name, settings, largest)
 
     def activation_limit(self, name: str, weight: np.ndarray) -> int:
         """`activation_limit` of a layer."""
@@ -101,13 +102,22 @@ class WeightStore:
         Raises:
             QuantizeError: One of them is beyond float16.
         """
-        if (name, precision) not in self._floats:
+
+        def rounded() -> np.ndarray:
             if precision == "fp16":
                 kept = half_weight(name, weight)
             else:
                 kept = rounded_to_tf32(weight) if precision == "tf32" else weight
-            self._floats[name, precision] = np.ascontiguousarray(kept.transpose(0, 2, 3, 1))
-        return self._floats[name, precision]
+            return np.ascontiguousarray(kept.transpose(0, 2, 3, 1))
+
+        return self._once(rounded, "float", name, precision)
+
+    def _once(self, make: Callable[[], Any], *key: Any) -> Any:
+        """What is kept under a key, or else is made now."""
+        if (found := self._kept.get((self, *key))) is None:
+            found = make()
+            self._kept.put((self, *key), found, found.nbytes if isinstance(found, np.ndarray) else found.bytes)
+        return found
 
 
 def _form(settings: WeightSettings, limits: IntRange) -> GroupForm | None:

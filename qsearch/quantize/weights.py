@@ -64,6 +64,11 @@ class QuantizedWeight:
         tables = {"group_scale": self.group_scale, "group_offset": self.group_offset}
         return {name: table for name, table in tables.items() if table is not None}
 
+    @property
+    def bytes(self) -> int:
+        """Size of its arrays."""
+        return sum(array.nbytes for array in (self.values, self.scale, *self.tables.values()))
+
     @cached_property
     def sums(self) -> np.ndarray:
         """Sum of every output channel's integers, int64 (O,)."""

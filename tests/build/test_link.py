@@ -1,5 +1,7 @@
 """Whole modules: what is linked computes what the reference computes, and survives export, caches and damage."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +123,20 @@ def test_the_exported_library_computes_the_same(linker, tmp_path):
     machine = tvm.relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
     image = images(1, 8)
     np.testing.assert_array_equal(machine["main"](tvm.runtime.tensor(image)).numpy(), expected(program, image))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16", "w4a8", "fp32"])
+def test_packed_weights_live_no_longer_than_their_program(linker, precision):
+    """A bias that needs a coarser scale gives weights of one calibration alone: of those there are ever more."""
+    program = lowered("residual", default_precision=precision)
+    weights = [weakref.ref(op.constants["weight"]) for op in program.ops if "weight" in op.constants]
+    linker.plan(program)
+    linker.build(program)
+    gc.collect()
+    assert len(weights) > 3 and all(weight() is not None for weight in weights)
+    del program
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_module_refuses_what_is_no_image_of_its_own(linker):

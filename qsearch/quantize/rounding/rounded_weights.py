@@ -17,6 +17,7 @@ from qsearch.models.content import array_digest, value_digests
 from qsearch.models.graph import Model
 from qsearch.qtype import IntRange
 from qsearch.quantize.group_scales import GroupForm, group_weights
+from qsearch.quantize.kept_weights import KeptWeights
 from qsearch.quantize.rounding.learned import RoundedLayer
 from qsearch.quantize.rounding.learned_network import LearnRequest, learn_network
 from qsearch.quantize.rounding.rounding_file import load_rounding, rounding_path, save_rounding
@@ -55,7 +56,7 @@ class RoundedWeights:
     """The second-order roundings of one model.
 
     What is asked for first costs a float pass, unless it lies on disk; all other layers are then rounded to the same grid
-    along with it, since they are likely to be asked for next. Repeated calls return the same arrays.
+    along with it, since they are likely to be asked for next. Repeated calls return the same arrays as long as they are kept.
 
     Args:
         model: The model; roundings are those of its own parameters.
@@ -65,6 +66,7 @@ class RoundedWeights:
         progress: Called with a clause, what is done and the total: 'observing layer inputs', 'rounding weights',
             'learning blocks'.
         moments: Of these images, where several models take turns; None for moments of its own.
+        kept: Where rounded weights are kept in memory; None for a place of its own.
     """
 
     def __init__(
@@ -75,11 +77,11 @@ class RoundedWeights:
         folder: Path,
         progress: Callable[[str, int, int], None] | None = None,
         moments: KeptMoments | None = None,
+        kept: KeptWeights | None = None,
     ) -> None:
         self._model, self._images, self._source, self._folder = model, images, source, folder
         self._progress = progress or (lambda clause, done, total: None)
-        self._moments = moments or KeptMoments(images)
-        self._kept: dict[tuple[str, WeightGrid], QuantizedWeight] = {}
+        self._moments, self._kept = moments or KeptMoments(images), kept or KeptWeights()
 
     def quantized(self, name: str, grid: WeightGrid) -> QuantizedWeight:
         """A layer's integer weights.
@@ -92,38 +94,43 @@ class RoundedWeights:
             QuantizeError: The layer reads more values at once than second-order rounding can treat, or is not finite.
             StudyError: The result cannot be written.
         """
-        if not self._found(name, grid):
-            if name not in self._roundable:
-                raise QuantizeError(
-                    f"an output of layer {name!r} reads more than {MAX_READS} values at once, too many for the covariance that "
-                    "second-order rounding needs: round this layer to nearest"
-                )
-            self.prepare(self._roundable, grid)
-        return self._kept[name, grid]
+        if (found := self._found(name, grid)) is not None:
+            return found
+        if name not in self._roundable:
+            raise QuantizeError(
+                f"an output of layer {name!r} reads more than {MAX_READS} values at once, too many for the covariance that "
+                "second-order rounding needs: round this layer to nearest"
+            )
+        return self.prepare(self._roundable, grid)[name]
 
-    def prepare(self, layers: Collection[str], grid: WeightGrid) -> None:
+    def prepare(self, layers: Collection[str], grid: WeightGrid) -> dict[str, QuantizedWeight]:
         """Round layers to a grid, as far as they are neither known nor on disk.
 
         Args:
             layers: Their names.
             grid: What to round to.
 
+        Returns:
+            Those that were rounded now, by name.
+
         Raises:
             QuantizeError: A layer's weights are not finite.
             CalibrationError: What a layer reads is not finite.
             StudyError: A result cannot be written.
         """
-        missing = [name for name in layers if not self._found(name, grid)]
+        made: dict[str, QuantizedWeight] = {}
+        missing = [name for name in layers if self._found(name, grid) is None]
         if not missing:
-            return
+            return made
         observed = lambda done, total: self._progress("observing layer inputs", done, total)  # noqa: E731
         moments = self._moments.of(self._model, missing, observed)
         for done, name in enumerate(missing, 1):
             weight = self._model.parameters.weight[name]
-            rounded = _rounded(name, weight, moments.pop(name), grid)
-            save_rounding(rounded, self._path(name, grid))
-            self._kept[name, grid] = rounded
+            made[name] = _rounded(name, weight, moments.pop(name), grid)
+            save_rounding(made[name], self._path(name, grid))
+            self._kept.put((self, name, grid), made[name], made[name].bytes)
             self._progress("rounding weights", done, len(missing))
+        return made
 
     def learned(self, request: LearnRequest) -> dict[str, RoundedLayer]:
         """Learn a configuration on the same images, see `learn_network`; kept beside the roundings."""
@@ -139,13 +146,12 @@ class RoundedWeights:
     def _digests(self) -> dict[str, str]:
         return value_digests(self._model, self._source)
 
-    def _found(self, name: str, grid: WeightGrid) -> bool:
-        if (name, grid) not in self._kept:
-            loaded = load_rounding(self._path(name, grid))
-            if loaded is None:
-                return False
-            self._kept[name, grid] = loaded[0]
-        return True
+    def _found(self, name: str, grid: WeightGrid) -> QuantizedWeight | None:
+        """What is in memory or on disk."""
+        if (found := self._kept.get((self, name, grid))) is None and (loaded := load_rounding(self._path(name, grid))):
+            found = loaded[0]
+            self._kept.put((self, name, grid), found, found.bytes)
+        return found
 
     def _path(self, name: str, grid: WeightGrid) -> Path:
         node = self._model.graph.by_name[name]

@@ -14,6 +14,7 @@ from qsearch.measure.latency import first_images
 from qsearch.measure.task import ClassificationScorer, DetectionScorer, Scorer
 from qsearch.models.detection import DetectionHead
 from qsearch.models.graph import Graph, Model
+from qsearch.quantize.kept_weights import KeptWeights, most_kept
 from qsearch.quantize.rounding.rounded_weights import RoundedWeights
 from qsearch.quantize.variants import Variants
 from qsearch.search.evaluation.cache_folder import CacheFolder
@@ -45,9 +46,9 @@ class ModelImages:
         self.seconds: dict[str, float] = {}
         start = time.monotonic()
         self._moments = KeptMoments(partial(self.images, "calibration"))
-        self.variants = Variants(
-            model, lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress), self._rounded_weights
-        )
+        self._weights = KeptWeights(most_kept(model))
+        statistics = lambda variant: float_statistics(variant, dataset, settings.cache_dir, progress)  # noqa: E731
+        self.variants = Variants(model, statistics, self._rounded_weights, self._weights)
         self.record = self.variants.plain.record
         self.seconds["float_pass"] = time.monotonic() - start
         for warning in self.coverage_warnings():
@@ -66,7 +67,7 @@ class ModelImages:
         images = partial(self.images, "calibration")
         folder = self.settings.cache_dir / "roundings"
         progress = lambda clause, *counts: said[clause](*counts)  # noqa: E731
-        return RoundedWeights(model, images, self.dataset.fingerprint, folder, progress, self._moments)
+        return RoundedWeights(model, images, self.dataset.fingerprint, folder, progress, self._moments, self._weights)
 
     def coverage_warnings(self) -> list[str]:
         """What is to be known of the calibration images, see `coverage_warnings`."""
