@@ -110,6 +110,8 @@ class Linker:
         self._described: dict[OpKey, tuple[str, Kernel]] = {}
         # By the id of the source array, which is its own as long as that lives, and so does the packed one.
         self._packed: dict[tuple[tuple, int], Constant] = {}
+        # Kernel symbol -> bytes of its constants, which its code fixes.
+        self._sizes: dict[str, tuple[int, ...]] = {}
 
     def build(
         self, program: Program, linked: bool = True, exported: bool = False, calls: Sequence[Call] | None = None
@@ -150,8 +152,9 @@ class Linker:
         return CompiledModule(program, executable, arena, kernels, writer.constant_bytes, workspace, self.target.device)
 
     def plan(self, program: Program) -> ProgramPlan:
-        """Kernels and memory of a program; nothing is compiled."""
-        calls = self.calls(program.ops)
+        """Kernels and memory of a program; nothing is compiled, and packed only what the first call of a kernel needs."""
+        sized: dict[tuple[tuple, int], Constant] = {}
+        calls = [(op, call) for op in program.ops for call in self._calls(op, sized)]
         constants = {id(one): one.bytes for _, call in calls for one in call.constants}
         arena = place_values([call for _, call in calls], program.output.name).bytes
         workspace = max((call.kernel.workspace_bytes for _, call in calls), default=0)
@@ -193,16 +196,30 @@ class Linker:
             self._described[key] = kernel_symbol(kernel, self.target), kernel
         return self._described[key]
 
-    def _calls(self, op: Op) -> Iterator[Call]:
+    def _calls(self, op: Op, sized: dict[tuple[tuple, int], Constant] | None = None) -> Iterator[Call]:
+        """The kernel calls of an operation; where `sized` is given, of the right size alone, the weights among it."""
         if op.key.kind == "foreign":
             yield from self._foreign_calls(op)
             return
         symbol, kernel = self._describe(op.key)
-        constants = [Constant(array) for array in kernel.pack(op.constants)]
-        if kernel.pack_weight is not None:
-            constants.insert(0, self._packed_weight(kernel, op.constants))
+        if sized is not None and symbol in self._sizes:
+            constants = self._sized_constants(symbol, kernel, op.constants, sized)
+        else:
+            constants = [Constant(array) for array in kernel.pack(op.constants)]
+            if kernel.pack_weight is not None:
+                constants.insert(0, self._packed_weight(kernel, op.constants))
+            self._sizes[symbol] = tuple(one.bytes for one in constants)
         shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
         yield Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
+
+    def _sized_constants(
+        self, symbol: str, kernel: Kernel, constants: dict[str, np.ndarray], sized: dict[tuple[tuple, int], Constant]
+    ) -> list[Constant]:
+        """Constants of a kernel without content; a weight that two operations share is one here too."""
+        found = [Constant(np.broadcast_to(np.uint8(0), size)) for size in self._sizes[symbol]]
+        if kernel.pack_weight is not None:
+            found[0] = sized.setdefault((kernel.variant, id(constants["weight"])), found[0])
+        return found
 
     def _packed_weight(self, kernel: Kernel, constants: dict[str, np.ndarray]) -> Constant:
         assert kernel.pack_weight is not None

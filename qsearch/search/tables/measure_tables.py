@@ -24,7 +24,7 @@ from qsearch.search.tables.cost_fit import pairs_around
 from qsearch.search.tables.cost_table import CostRequest, CostTable, measure_costs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.needed_kernels import needed_programs
+from qsearch.search.tables.needed_kernels import needed_programs, plain_config
 from qsearch.search.tables.pairwise import PairwiseSum, nothing
 from qsearch.search.tables.sensitivity import IMAGES, SensitivityRequest
 from qsearch.search.tables.sensitivity_file import kept_sensitivity
@@ -103,7 +103,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
         return divergence_sum(sensitivity[table_key(config)], config, pairs)
 
     def cost(config: QuantConfig) -> Cost:
-        return costs.cost(source.lower(config))
+        return costs.cost(source.lower(plain_config(config)))
 
     none = nothing(costs.latency.sizes)
     added = {storage(settings[0]): (none, none)}
@@ -120,7 +120,7 @@ def _costs(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[st
     """The cost table in the first of some settings, and what the others add."""
 
     def lowered(setting: Mapping[str, Any], row: np.ndarray) -> Program:
-        return source.lower(assignment_config(space, setting, row))
+        return source.lower(plain_config(assignment_config(space, setting, row)))
 
     if source.away is not None:
         progress(f"times of kernels are those of {source.away.description}")

@@ -16,7 +16,7 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.tables.cost_fit import covering, mixture, pairs_around
 from qsearch.search.tables.settings import assignment_config, table_settings
 
-__all__ = ["ProgramSource", "needed_programs"]
+__all__ = ["ProgramSource", "needed_programs", "plain_config"]
 
 # Random configurations in a row that bring no new kernel, after which all are taken to be known; and the most drawn.
 STALE, MOST_DRAWN = 24, 300
@@ -53,7 +53,7 @@ def needed_programs(
     failed = 0
     for config in _configs(source, space, np.random.default_rng(seed), lambda: len(seen)):
         try:
-            program = source.lower(_plain(config))
+            program = source.lower(plain_config(config))
             symbols = {call.symbol for call in source.linker.plan(program).calls}
         except TrialError:
             failed += 1
@@ -90,6 +90,6 @@ def _configs(
             return
 
 
-def _plain(config: QuantConfig) -> QuantConfig:
-    """The same without what takes long and changes values only, never a kernel."""
+def plain_config(config: QuantConfig) -> QuantConfig:
+    """The same without what takes long and changes values only, never a kernel or the size of a constant."""
     return config.model_copy(update={"rounding": "nearest", "bias_correction": "none"})
