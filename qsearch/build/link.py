@@ -202,20 +202,27 @@ class Linker:
             yield from self._foreign_calls(op)
             return
         symbol, kernel = self._describe(op.key)
-        if sized is not None and symbol in self._sizes:
-            constants = self._sized_constants(symbol, kernel, op.constants, sized)
-        else:
-            constants = [Constant(array) for array in kernel.pack(op.constants)]
-            if kernel.pack_weight is not None:
-                constants.insert(0, self._packed_weight(kernel, op.constants))
-            self._sizes[symbol] = tuple(one.bytes for one in constants)
+        constants = (
+            self._packed_constants(symbol, kernel, op.constants)
+            if sized is None
+            else self._sized_constants(symbol, kernel, op.constants, sized)
+        )
         shapes = tuple((int(np.prod(shape)),) for shape in op.key.shapes[:-1])
         yield Call(kernel, symbol, (*op.inputs, *constants), shapes, op.output.name, (op.output.size,), op.output.dtype)
+
+    def _packed_constants(self, symbol: str, kernel: Kernel, constants: dict[str, np.ndarray]) -> list[Constant]:
+        found = [Constant(array) for array in kernel.pack(constants)]
+        if kernel.pack_weight is not None:
+            found.insert(0, self._packed_weight(kernel, constants))
+        self._sizes[symbol] = tuple(one.bytes for one in found)
+        return found
 
     def _sized_constants(
         self, symbol: str, kernel: Kernel, constants: dict[str, np.ndarray], sized: dict[tuple[tuple, int], Constant]
     ) -> list[Constant]:
         """Constants of a kernel without content; a weight that two operations share is one here too."""
+        if symbol not in self._sizes:
+            self._packed_constants(symbol, kernel, constants)
         found = [Constant(np.broadcast_to(np.uint8(0), size)) for size in self._sizes[symbol]]
         if kernel.pack_weight is not None:
             found[0] = sized.setdefault((kernel.variant, id(constants["weight"])), found[0])

@@ -139,6 +139,34 @@ def test_packed_weights_live_no_longer_than_their_program(linker, precision):
     assert not any(weight() is not None for weight in weights)
 
 
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_plan_without_packing_is_that_with_it(linker, data):
+    name = data.draw(st.sampled_from(list(NETWORKS)))
+    names = [layer.name for layer in MODELS[name].graph.layers]
+    program = lowered(name, precision={layer: data.draw(st.sampled_from(linker.target.precisions)) for layer in names})
+    # A layer that is called twice reads one weight.
+    layers = [op for op in program.ops if op.key.kind == "conv2d"]
+    shared = {op.name: op.constants | {"weight": first.constants["weight"]} for first, op in alike(layers)}
+    ops = tuple(replace(op, constants=shared.get(op.name, op.constants)) for op in program.ops)
+    for one in (program, replace(program, ops=ops)):
+        fresh = Linker(linker.cache)
+        first, again, module = fresh.plan(one), fresh.plan(one), linker.build(one)
+        assert first == again == linker.plan(one)
+        assert first.weight_bytes == module.weight_bytes and first.arena_bytes == module.arena_bytes
+        calls = linker.calls(one.ops)
+        assert [call.symbol for call in first.calls] == [call.symbol for _, call in calls]
+        assert [call.constant_bytes for call in first.calls] == [sum(c.bytes for c in call.constants) for _, call in calls]
+
+
+def alike(layers):
+    """Pairs of layers whose weights have one shape and whose kernels one key but for the values' names."""
+    for i, first in enumerate(layers):
+        for other in layers[i + 1 :]:
+            if first.key == other.key:
+                yield first, other
+
+
 def test_a_module_refuses_what_is_no_image_of_its_own(linker):
     machine = linker.build(lowered("residual")).open()
     image = images(1)

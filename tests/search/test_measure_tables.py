@@ -25,6 +25,7 @@ from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
 from qsearch.search.tables.layer_tables import Tables, layer_rows
 from qsearch.search.tables.measure_tables import measure_tables
+from qsearch.search.tables.needed_kernels import plain_config
 from qsearch.search.tables.settings import MOST_SETTINGS, assignment_config, lowest, table_settings
 
 
@@ -49,6 +50,21 @@ def test_bytes_are_those_of_the_modules(measured: tuple[ModelEvaluator, BoundSpa
         module = evaluator.compile(space.config({**table_settings(space)[0], **layers}))
         assert tables.weight_bytes(row[None])[0] == pytest.approx(module.weight_bytes, abs=0.5)
         assert tables.cost(module_config := space.config(layers)).peak_bytes == measure_memory(module).peak_bytes, module_config
+
+
+@pytest.mark.parametrize("granularity", ["channel_wise", "layer_wise", "group_wise"])
+def test_roundings_and_corrected_biases_cost_what_plain_ones_do(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], granularity: str
+) -> None:
+    evaluator, space, tables = measured
+    changed = {"granularity": granularity, "rounding": "second_order", "bias_correction": "measured"}
+    for _, layers in configs(space):
+        config = space.config({**table_settings(space)[0], **layers}).model_copy(update=changed)
+        assert plain_config(config) != config
+        plain, full = (evaluator.linker.plan(evaluator.lower(one)) for one in (plain_config(config), config))
+        symbols = [[(call.symbol, call.constant_bytes) for call in plan.calls] for plan in (plain, full)]
+        assert symbols[0] == symbols[1]
+        assert tables.cost(config).peak_bytes == measure_memory(evaluator.compile(config)).peak_bytes
 
 
 def test_settings_with_other_kernels_have_costs_of_their_own(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
