@@ -161,6 +161,17 @@ class MeasuredFolder:
         """How often a known configuration, or another that runs the same instructions, was timed."""
         return sum(len(self._timings[twin]) for twin in self._alike(digest))
 
+    def quiet_ms(self, digest: str) -> list[float]:
+        """The timings of which the middle one counts, milliseconds."""
+        timings = [one for twin in self._alike(digest) for one in self._timings[twin]]
+        return [one.median_ms for one in timings if not one.noisy] or [one.median_ms for one in timings]
+
+    def instructions(self, digest: str) -> tuple[str, int]:
+        """What configurations that share their timings have in common."""
+        found = self.known[digest].measurement
+        # What has no digest of its kernels is like itself alone.
+        return found.kernels_sha256 or digest, found.memory.peak_bytes
+
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -191,9 +202,7 @@ class MeasuredFolder:
                 self.known[twin] = replace(known, measurement=replace(known.measurement, latency=middle))
 
     def _alike(self, digest: str) -> list[str]:
-        found = self.known[digest].measurement
-        # What has no digest of its kernels is like itself alone.
-        return self._twins.setdefault((found.kernels_sha256 or digest, found.memory.peak_bytes), [])
+        return self._twins.setdefault(self.instructions(digest), [])
 
     def _attach(self, digest: str) -> None:
         # Either may be read first.

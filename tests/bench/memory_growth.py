@@ -1,10 +1,12 @@
 """Resident memory of a long search, trial by trial: does any of its processes grow? Prints JSON.
 
     python tests/bench/memory_growth.py --trials 500
+    python tests/bench/memory_growth.py --trials 200 --model efficientnet_lite0 --data DIR --space full
 
-A search of the small network of `small_network.py` runs as a user starts it, in a folder of its own. Whenever its log tells of
-a trial, the resident memory of the searching process and of the one that measures is read. Growth is counted between the
-trials around the 50th and the last ones, medians of 11 each; caches of a size that the network bounds are full by then.
+A search runs as a user starts it, in a folder of its own; of the small network of `small_network.py` if of no other. Whenever
+its log tells of a trial, the resident memory of the searching process and of the one that measures is read. Growth is counted
+between the trials around the 50th and the last ones, medians of 11 each; caches of a size that the small network bounds are
+full by then, those of a larger one need not be.
 """
 
 from __future__ import annotations
@@ -32,6 +34,22 @@ POLL_S = 0.02
 
 def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Begin the search."""
+    if options.cache is not None:
+        (folder / "studies").mkdir()
+        (folder / "studies" / "cache").symlink_to(options.cache.absolute())
+    command = [sys.executable, str(CLI), "search", *(_small(folder, options) if options.model is None else _given(options))]
+    command += ["--study", "s", "--budget", str(options.trials), "--jobs", str(options.jobs)]
+    command += ["--log-json", "log", "--sampler", options.sampler]
+    command += ["--timeout", str(options.seconds)] if options.seconds else []
+    # Where the model is found.
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    with (folder / "stderr.txt").open("wb") as stderr:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+
+
+def _small(folder: Path, options: argparse.Namespace) -> list[str]:
+    """The small network, trained first if need be, and its space."""
     weights = folder / "weights.safetensors"
     if options.weights is None:
         torch.set_num_threads(1)
@@ -41,15 +59,15 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     (folder / "space.yaml").write_text(
         yaml.safe_dump(small_network.SPACE.model_dump(mode="json", exclude_unset=True)), encoding="utf-8"
     )
-    command = [sys.executable, str(CLI), "search", "--model", "small_network:build", "--weights", str(weights), "--data", "demo"]
-    command += ["--space", "space.yaml", "--study", "s", "--budget", str(options.trials), "--jobs", str(options.jobs)]
-    command += ["--log-json", "log", "--sampler", options.sampler]
-    command += ["--timeout", str(options.seconds)] if options.seconds else []
-    # Where the model is found.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    with (folder / "stderr.txt").open("wb") as stderr:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    return ["--model", "small_network:build", "--weights", str(weights), "--data", "demo", "--space", "space.yaml"]
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """What was asked for."""
+    chosen = {"--model": options.model, "--space": options.space}
+    # A folder, or the name of images that come with a model.
+    chosen["--data"] = options.data if options.data is None or not Path(options.data).exists() else Path(options.data).absolute()
+    return [part for name, value in chosen.items() if value is not None for part in (name, str(value))]
 
 
 def resident(process: int) -> dict[str, int]:
@@ -108,6 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if len(found["searching"]) < SETTLED + AROUND:
             sys.exit(f"the search ended with status {search.returncode}: {(folder / 'stderr.txt').read_text()[-2000:]}")
     report: dict[str, Any] = {"trials": len(found["searching"]), "jobs": options.jobs, "sampler": options.sampler}
+    report |= {"model": options.model or "small", "space": options.space}
     report |= {"seconds": round(time.monotonic() - begun, 1), "exit_status": search.returncode}
     for process, samples in found.items():
         # One job: the searching process measures as well.
@@ -127,6 +146,10 @@ def main() -> None:
     parser.add_argument("--sampler", default="planner")
     parser.add_argument("--seconds", type=float, help="no trial is begun after so long")
     parser.add_argument("--weights", type=Path, help="of the small network, where it was trained before")
+    parser.add_argument("--model", help="another network, as `search` takes it")
+    parser.add_argument("--data", help="its images")
+    parser.add_argument("--space", help="what is searched of it")
+    parser.add_argument("--cache", type=Path, help="kernels and images to begin with, studies/cache of another search")
     options = parser.parse_args()
     if options.trials < SETTLED + AROUND:
         parser.error(f"--trials: at least {SETTLED + AROUND}, for there to be something after the first {SETTLED}")

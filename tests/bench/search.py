@@ -14,7 +14,8 @@ times, since the best of thousands of single timings is mostly luck; the middle 
 deserves more than one as well: --settle 3.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
-                   the whole space, once enumerated, for the others the union of all runs and of --fill.
+                   the whole space, once enumerated, for the others the union of all runs and of --fill. `split`: both
+                   fronts picked by one half of every module's timings and valued by the other, see `split_timings.py`.
 seconds            Processor seconds: what each trial took when it was measured, and what sampler and loop took; the
                    planner's begin with its tables, measured with an empty kernel cache. Trials find most of their kernels
                    compiled, which the planner's tables had to compile: that is counted against it. The pauses within a
@@ -39,6 +40,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "1")
 
 from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
 from problems import Problem, add_options, open_problem
+from split_timings import split_results
 from verdicts import Curves, at_equal_time, curves_of, reference_hypervolume, results, verdicts
 
 from qsearch.errors import QSearchError
@@ -63,7 +65,7 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
         for sampler in samplers:
             runs[sampler].append(kept_run(problem, sampler, seed, trials))
             print(f"{problem.name}: {sampler}, seed {seed}", file=sys.stderr, flush=True)
-    curves = {sampler: curves_of(problem, found) for sampler, found in runs.items()}
+    curves, split = {sampler: curves_of(problem, found) for sampler, found in runs.items()}, split_results(problem, runs)
     document = {
         "problem": problem.name,
         "seeds": seeds,
@@ -72,7 +74,7 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
             "combinations": problem.space.size,
             "hypervolume": reference_hypervolume(problem),
         },
-        "results": results(curves),
+        "results": [row | split[row["sampler"], row["trials"]] for row in results(curves)],
         "verdicts": verdicts(curves),
     }
     if PLANNER in curves:
@@ -87,7 +89,7 @@ def table(document: dict[str, Any]) -> str:
     """The results as text."""
     rows = [
         f"{row['sampler']:<14} {row['trials']:>4} {row['hypervolume_pct_mean']:7.2f} +- {row['hypervolume_pct_std']:5.2f} % "
-        f"{row['seconds']:8.1f} s"
+        f"(split {row['hypervolume_pct_split_mean']:7.2f} +- {row['hypervolume_pct_split_std']:5.2f}) {row['seconds']:8.1f} s"
         for row in document["results"]
     ]
     known = document["reference"]["configurations"]

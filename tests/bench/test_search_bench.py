@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from analytic import AnalyticEvaluator, plain_settings
-from campaign import TIMINGS, fill, kept_run, measure_all, settle
+from campaign import TIMINGS, Run, fill, kept_run, measure_all, settle
 from curves_plot import draw_curves
 from measured import Answers, MeasuredFolder
 from problems import FloatRun, Problem, TimedTables
 from search import compare
+from split_timings import split_results
 from stopping import compare_one, summary
-from verdicts import Curves, reference_hypervolume, verdicts
+from verdicts import Curves, curves_of, reference_hypervolume, verdicts
 
 from qsearch.measure.measurement import Latency
 from qsearch.search.bound_space import bind_space
@@ -231,6 +232,39 @@ def test_settling_undoes_luck(problem, source):
     assert reference_hypervolume(problem) == pytest.approx(front)
     settle(problem, at_least=3)
     assert {problem.measured.timings(digest) for digest in problem.measured.known} == {3, TIMINGS}
+
+
+def test_one_timing_has_no_halves(problem):
+    measure_all(problem)
+    document, _ = compare(problem, ["random", "random-plain"], seeds=2, trials=25)
+    for row in document["results"]:
+        assert row["hypervolume_pct_split_mean"] == pytest.approx(row["hypervolume_pct_mean"])
+        assert row["hypervolume_pct_split_std"] == pytest.approx(row["hypervolume_pct_std"])
+
+
+def test_halves_of_the_timings_take_the_luck_out(problem, source, monkeypatch):
+    """All configurations are worth the same, whatever their timings say."""
+    rng, float_ms = np.random.default_rng(0), problem.baseline.latency.median_ms
+    one, answers = source.measure(problem.space.config({}))
+
+    def timed(config=None):
+        return replace(one.latency, median_ms=0.5 * float_ms * float(np.exp(rng.normal(0, 0.05))))
+
+    def measure(config):
+        memory = replace(one.memory, weight_bytes=0)
+        return replace(one, latency=timed(), memory=memory, kernels_sha256=config.content_hash()), answers
+
+    monkeypatch.setattr(source, "time", timed)
+    monkeypatch.setattr(source, "measure", measure)
+    measure_all(problem)
+    for found in list(problem.measured.known.values()):
+        for _ in range(7):
+            problem.measured.time_again(found.config)
+    known = list(problem.measured.known)
+    runs = [Run("some", seed, rng.permutation(known)[:10].tolist(), [0.0] * 10) for seed in range(20)]
+    plain = curves_of(problem, runs).at_trial(10)
+    ((_, split),) = split_results(problem, {"some": runs}, draws=64).items()
+    assert plain.mean() < 99 < split["hypervolume_pct_split_mean"] < 101
 
 
 def test_filling_measures_new_configurations_only(problem, source):

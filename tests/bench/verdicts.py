@@ -13,7 +13,7 @@ from problems import Problem
 from qsearch.search.front import hypervolume
 from qsearch.search.samplers import PLANNER
 
-__all__ = ["Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "verdicts"]
+__all__ = ["TRIALS", "Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
 
 TRIALS = (10, 20, 25, 50, 100, 200)
 COMPARED = (25, 50, 100, 200)
@@ -70,7 +70,7 @@ def results(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
             "sampler": sampler,
             "trials": count,
             "hypervolume_pct_mean": float(found.at_trial(count).mean()),
-            "hypervolume_pct_std": _spread(found.at_trial(count)),
+            "hypervolume_pct_std": spread(found.at_trial(count)),
             "seconds": float(found.seconds[:, count - 1].mean()),
         }
         for sampler, found in curves.items()
@@ -121,6 +121,6 @@ def _ranking(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"planner_ahead": ahead, "hypervolume_pct": ranked}
 
 
-def _spread(values: np.ndarray) -> float:
+def spread(values: np.ndarray) -> float:
     """Standard deviation over seeds; 0 for a single one."""
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
