@@ -258,7 +258,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         if key not in self.costs:
             self.costs[key] = found = self.tables.cost(self.space.config(self._values(row, setting)))
             _, added_bytes = self._added(row[None], np.array([setting]))
-            self.planned.append(row)
+            # A row of its own: a view would keep all candidates of its proposal.
+            self.planned.append(row.copy())
             self.held.append(float(found.peak_bytes - self.tables.weight_bytes(row[None])[0] - added_bytes[0]))
         return self.costs[key]
 

@@ -380,6 +380,15 @@ def test_what_was_stopped_before_its_first_image_is_no_front_member():
     assert max(int(row.sum()) for row in sampler._changes([scored, stopped], sizes)) <= 2
 
 
+def test_what_is_remembered_of_candidates_does_not_keep_their_whole_proposal():
+    problem = Problem(0)
+    sampler = PlannerSampler(SPACE, problem.tables(), 0)
+    before = len(sampler.planned)
+    problem.search(sampler, 8)
+    assert len(sampler.planned) > before
+    assert all(row.base is None for row in sampler.planned), "a view keeps all that it is a view of"
+
+
 def test_where_every_candidate_is_known_a_neighbour_is_proposed():
     problem = Problem(2)
     configs = [SPACE.config(values) for values in SPACE.all_values()]
