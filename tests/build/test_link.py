@@ -38,6 +38,13 @@ def lowered(name, **options):
     return lower(MODELS[name], QuantConfig.model_validate(options), RANGES[name], WeightStore())
 
 
+def drawn_mixture(linker, data):
+    """A network with a precision of its own for every layer."""
+    name = data.draw(st.sampled_from(list(NETWORKS)))
+    names = [layer.name for layer in MODELS[name].graph.layers]
+    return lowered(name, precision={layer: data.draw(st.sampled_from(linker.target.precisions)) for layer in names})
+
+
 def run(module, image):
     return module.open()["main"](tvm.runtime.tensor(image)).numpy()
 
@@ -63,9 +70,7 @@ def test_an_integer_network_is_exact_end_to_end(linker, name, precision):
 @given(data=st.data())
 def test_mixtures_agree(linker, data):
     """Float layers round differently on every target, and may tip an integer after them by one."""
-    name = data.draw(st.sampled_from(list(NETWORKS)))
-    names = [layer.name for layer in MODELS[name].graph.layers]
-    program = lowered(name, precision={layer: data.draw(st.sampled_from(linker.target.precisions)) for layer in names})
+    program = drawn_mixture(linker, data)
     image = images(1, 6)
     reference = expected(program, image)
     np.testing.assert_allclose(run(linker.build(program), image), reference, atol=0.02 * np.abs(reference).max() + 1e-4)
@@ -142,9 +147,7 @@ def test_packed_weights_live_no_longer_than_their_program(linker, precision):
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_plan_without_packing_is_that_with_it(linker, data):
-    name = data.draw(st.sampled_from(list(NETWORKS)))
-    names = [layer.name for layer in MODELS[name].graph.layers]
-    program = lowered(name, precision={layer: data.draw(st.sampled_from(linker.target.precisions)) for layer in names})
+    program = drawn_mixture(linker, data)
     # A layer that is called twice reads one weight.
     layers = [op for op in program.ops if op.key.kind == "conv2d"]
     shared = {op.name: op.constants | {"weight": first.constants["weight"]} for first, op in alike(layers)}
@@ -160,7 +163,7 @@ def test_a_plan_without_packing_is_that_with_it(linker, data):
 
 
 def alike(layers):
-    """Pairs of layers whose weights have one shape and whose kernels one key but for the values' names."""
+    """Pairs of layers with one kernel, the earlier first."""
     for i, first in enumerate(layers):
         for other in layers[i + 1 :]:
             if first.key == other.key:
