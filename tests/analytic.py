@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from typer.testing import CliRunner, Result
@@ -121,6 +122,15 @@ class AnalyticEvaluator:
         """None."""
         return ()
 
+    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
+        """The formulas."""
+
+        def cost(config: QuantConfig) -> Cost:
+            found = self._measure(config)
+            return Cost(found.latency.median_ms, found.memory.peak_bytes)
+
+        return cost
+
     def tables(self, space: BoundSpace) -> Tables:
         """The formulas as sums over the layers."""
 
@@ -131,10 +141,7 @@ class AnalyticEvaluator:
         def divergence(config: QuantConfig) -> PairwiseSum:
             return total(np.outer(self._loss * self._factor(config) / LOSS_PER_NAT, (0.0, 1.0)))
 
-        def cost(config: QuantConfig) -> Cost:
-            found = self._measure(config)
-            return Cost(found.latency.median_ms, found.memory.peak_bytes)
-
+        cost = self.uniform_costs(space, {})
         latency = total(np.stack([self._cost, self._cost * (1 - self._gain)], 1))
         held = total(np.tile((4000.0, 1000.0), (len(space.layers), 1)))
         return Tables(latency, held, divergence, cost, self.baseline, plain_settings(space))

@@ -2,7 +2,7 @@
 
 A captured graph runs kernels back to back without the host, and no instrument fits between them. So every kernel is launched
 alone, many times in a row, on memory of its own. A launch takes one to two microseconds, which the shortest kernels do not
-exceed: sums of these times are told on the clock of whole networks by one factor, see `CostTable.scale`.
+exceed: sums of these times are told on the clock of whole networks by one factor, see `CostModel.scale`.
 """
 
 from __future__ import annotations

@@ -40,10 +40,11 @@ class KernelTimes:
 
     Args:
         directory: The kernel cache.
+        kept: Whether to write what is put to disk.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, kept: bool = True) -> None:
+        self.directory, self.kept = directory, kept
         self._known: dict[str, float | None] = {}
 
     def get(self, symbol: str) -> float | None:
@@ -56,6 +57,8 @@ class KernelTimes:
         """Remember times."""
         for symbol, seconds in times.items():
             self._known[symbol] = seconds
+            if not self.kept:
+                continue
             record = {"seconds": seconds, "processor": _processor(), "method": METHOD}
             with write_whole(self._path(symbol), durable=False) as stream:
                 stream.write(json.dumps(record).encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from qsearch.models.graph import Graph, Node
 from qsearch.qtype import UNSCALED
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, BoundSpace, LogRange
 
-__all__ = ["Anchor", "enqueue_anchors", "make_anchors", "plain_assignments", "weight_count"]
+__all__ = ["PREFERRED_MODES", "Anchor", "enqueue", "enqueue_anchors", "make_anchors", "plain_assignments", "weight_count"]
 
 SHARES = (0.25, 0.5, 0.75)
 # Calibrations for the mixtures, best guess first: those that weigh clipping against rounding.
@@ -68,10 +68,14 @@ def enqueue_anchors(study: optuna.Study, space: BoundSpace) -> None:
     """Enqueue the starting points of a study, once in its life."""
     if study.user_attrs.get(_ENQUEUED):
         return
-    for anchor in make_anchors(space):
-        # A process may have been killed half-way through this loop.
-        study.enqueue_trial(anchor.values, user_attrs={"anchor": anchor.label}, skip_if_exists=True)
+    enqueue(study, make_anchors(space))
     study.set_user_attr(_ENQUEUED, True)
+
+
+def enqueue(study: optuna.Study, anchors: Iterable[Anchor]) -> None:
+    """Enqueue starting points; those that a killed process had enqueued before are not enqueued twice."""
+    for anchor in anchors:
+        study.enqueue_trial(anchor.values, user_attrs={"anchor": anchor.label}, skip_if_exists=True)
 
 
 def plain_assignments(space: BoundSpace) -> np.ndarray:

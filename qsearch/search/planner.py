@@ -6,8 +6,7 @@ rest of it). Of these the one with the largest expected gain in hypervolume over
 noise of a measured loss taken into account (Emmerich, Giannakoglou and Naujoks 2006, "Single- and multiobjective
 evolutionary optimization assisted by Gaussian random field metamodels").
 
-First come plain assignments, one precision for all layers of a kind: where all layers change at once is where sums of single
-changes are furthest off.
+What a study begins with before there are tables is chosen in `opening`.
 """
 
 from __future__ import annotations
@@ -22,24 +21,21 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.config import QuantConfig
-from qsearch.search.anchors import plain_assignments
 from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.constraints import Constraints
-from qsearch.search.front import LOSS_BOUND_PP, measurement_from_json
+from qsearch.search.front import measurement_from_json
 from qsearch.search.proposals import unseen_values
-from qsearch.search.study import OBJECTIVES
+from qsearch.search.study import LOSS_BOUND_PP
 from qsearch.search.study_trials import finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate, one_hot
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest
-from qsearch.search.wanted import Wanted, added_hypervolume
+from qsearch.search.wanted import Wanted, float_scale
 
 __all__ = ["PlannerSampler"]
 
-# Plain assignments to begin with.
-STARTS = 3
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
 # Settings whose fronts are computed for a proposal; changed front members; candidates whose cost is computed exactly.
@@ -48,8 +44,6 @@ SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
 MIXTURES = 24
 # A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
 Placed = tuple[np.ndarray, int]
-# How far beyond a limit the corner of the hypervolume is, so that points at the limit count; a share of the scale.
-LIMIT_MARGIN = 0.02
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):
@@ -68,9 +62,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.fallback = optuna.samplers.RandomSampler(seed=seed)
         self.settings = [one.values for one in tables.settings]
         self.divergences = [tables.divergence(assignment_config(space, one, lowest(space))) for one in self.settings]
-        self.scale = np.array([tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes), LOSS_BOUND_PP])
-        limits = np.array([constraints.limits.get(name, np.inf) for name in OBJECTIVES]) / self.scale
-        self.wanted = Wanted(limits, np.minimum(limits + LIMIT_MARGIN, 1.0))
+        self.scale = float_scale(tables.baseline)
+        self.wanted = Wanted.within(constraints.limits, self.scale)
         # Settings that hold weights alike cost alike; each is known by the first of them.
         alike = [(one.added_ms, one.added_bytes) for one in tables.settings]
         self.storages = [next(n for n, other in enumerate(alike) if _same(other, one)) for one in alike]
@@ -83,7 +76,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         for share in np.linspace(0.0, 1.0, MIXTURES):
             # From all layers in their first precision to all in their last.
             self._cost(np.where(self.rng.random(len(sizes)) < share, sizes - 1, 0), 0)
-        self.starts = self._starts()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters at once."""
@@ -125,9 +117,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
                 looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
-        for values in self.starts:
-            if self.space.config(values).content_hash() not in known:
-                return values
         model = fit_surrogate(self.tables.latency, self.divergences, observations)
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
@@ -157,25 +146,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         # Nothing new among the candidates: a neighbour of the best of them. The driver ends a search that has none left.
         nearest = self._values(rows[order[0]], int(settings[order[0]]))
         return unseen_values(self.space, nearest, known, self.rng) or nearest
-
-    def _starts(self) -> list[dict[str, Any]]:
-        """The plain assignments that would add most to the front if they lost nothing: their costs are known, losses hardly.
-
-        Each is in its setting of the least predicted divergence.
-        """
-        rows = plain_assignments(self.space)
-        settings = np.stack([table(rows) for table in self.divergences]).argmin(0)
-        added_ms, added_bytes = self._added(rows, settings)
-        peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
-        points = np.stack([self.tables.latency(rows) + added_ms, peaks, np.zeros(len(rows))], 1) / self.scale
-        allowed = (points <= self.wanted.limits).all(1)
-        starts: list[int] = []
-        for _ in range(STARTS):
-            gains = np.where(allowed, added_hypervolume(points[starts], points, self.wanted.reference), 0.0)
-            if not gains.any():
-                break
-            starts.append(int(gains.argmax()))
-        return [self._values(rows[k], int(settings[k])) for k in starts]
 
     def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Assignments with the setting of the least predicted divergence, once for every way of holding weights.

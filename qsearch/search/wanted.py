@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import moocore
 import numpy as np
 
-__all__ = ["Wanted", "added_hypervolume"]
+from qsearch.measure.measurement import Measurement
+from qsearch.search.study import LOSS_BOUND_PP, OBJECTIVES
+
+__all__ = ["Wanted", "added_hypervolume", "float_scale"]
+
+# How far beyond a limit the corner of the hypervolume is, so that points at the limit count; a share of the scale.
+LIMIT_MARGIN = 0.02
 
 # Of more candidates only so many are looked at closely, those that would add most if they turned out well.
 SCREENED = 512
@@ -36,6 +43,12 @@ class Wanted:
 
     limits: np.ndarray
     reference: np.ndarray
+
+    @classmethod
+    def within(cls, limits: Mapping[str, float], scale: np.ndarray) -> Wanted:
+        """The part within limits, objective -> largest value; scale as of `float_scale`."""
+        shares = np.array([limits.get(name, np.inf) for name in OBJECTIVES]) / scale
+        return cls(shares, np.minimum(shares + LIMIT_MARGIN, 1.0))
 
     def order(self, points: np.ndarray, loss_sd: np.ndarray, front: np.ndarray) -> list[int]:
         """Positions of predicted objectives, the best merit first."""
@@ -69,6 +82,11 @@ class Wanted:
         gain, excess = np.where(beyond == 0.0, gains, 0.0) @ weights, beyond @ weights
         nothing_yet = not len(front) and bool(np.isfinite(self.limits).any())
         return np.stack([-excess.round(3), gain] if nothing_yet else [gain, -excess], 1)
+
+
+def float_scale(baseline: Measurement) -> np.ndarray:
+    """What objectives are divided by: the float module's latency and bytes, and LOSS_BOUND_PP, float64 (3,)."""
+    return np.array([baseline.latency.median_ms, float(baseline.memory.peak_bytes), LOSS_BOUND_PP])
 
 
 def added_hypervolume(front: np.ndarray, points: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -20,10 +20,12 @@ from rich.table import Table
 
 from qsearch.config import named_config
 from qsearch.errors import TrialError
+from qsearch.measure.measurement import Measurement
 from qsearch.report.documents import baseline_of, record_bound, record_run, study_document
 from qsearch.report.notes import TrialNotes
 from qsearch.report.table_notes import attach_tables
 from qsearch.report.tables import NOTHING_BEATS_FLOAT, front_words, study_table
+from qsearch.search.anchors import enqueue
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.constraints import Constraints, limits_text
@@ -33,9 +35,10 @@ from qsearch.search.front import record_heldout, study_front
 from qsearch.search.locks import lane_file
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.loop.pipeline import Pipeline
-from qsearch.search.loop.problem import Crew
+from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
+from qsearch.search.opening import choose_opening, opening_setting
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.profile import Profile
 from qsearch.search.provenance import layer_facts, machine_facts, package_versions
@@ -198,7 +201,9 @@ def run_trials(
         say(f"continuing study {handle.name} with {done} measured trials")
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
-    _choose_sampler(handle, request, bound, evaluator, constraints, trials)
+    planned = request.sampler == PLANNER
+    if planned and not trials and not request.joins:
+        _enqueue_opening(handle, bound, evaluator, baseline, constraints)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(
         bound,
@@ -206,13 +211,13 @@ def run_trials(
         notes,
         constraints,
         request.early_stopping,
-        anchored=request.sampler != PLANNER and not request.joins,
+        anchored=not planned and not request.joins,
         beat=request.watch.beat,
         rest=request.watch.rest,
         device=evaluator.device_kind,
     )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
-    # The measuring process starts only now, as it would disturb the kernels that are timed for the planner's tables.
+    # The measuring process starts only now, as it would disturb the kernels that are timed for the opening.
     with (
         _pipeline(request, evaluator, done) as pipeline,
         _crew(request, evaluator, handle, say) as crew,
@@ -224,7 +229,20 @@ def run_trials(
             progress.on_trial(trial, len(measured_trials(handle.study)))
             log.on_trial(trial)
 
-        outcome = run_search(handle, replace(problem, pipeline=pipeline, crew=crew), limits, on_trial)
+        problem = replace(problem, pipeline=pipeline, crew=crew)
+        outcome: Outcome | None = None
+        if planned:
+            # Tables take minutes: what does without them comes first.
+            handle.study.sampler = make_sampler("random", request.settings.seed, trials)
+            begin = time.monotonic()
+            outcome = run_search(handle, problem, replace(limits, enqueued_only=True), on_trial)
+            if limits.timeout_s is not None:
+                limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
+        if outcome is None or outcome.stopped in ("enqueued", "budget"):
+            if planned and pipeline is not None:
+                pipeline.settle()
+            _choose_sampler(handle, request, bound, evaluator, constraints, trials)
+            outcome = run_search(handle, problem, limits, on_trial)
     request.watch.rest()
     with handle.guard():
         done = len(measured_trials(handle.study))
@@ -235,6 +253,16 @@ def run_trials(
         say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
     if outcome.stopped == "exhausted":
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
+
+
+def _enqueue_opening(
+    handle: StudyHandle, bound: BoundSpace, evaluator: Evaluator, baseline: Measurement, constraints: Constraints
+) -> None:
+    """Enqueue what a planned study begins with."""
+    cost = evaluator.uniform_costs(bound, opening_setting(bound))
+    anchors = choose_opening(bound, cost, baseline, constraints)
+    with handle.guard():
+        enqueue(handle.study, anchors)
 
 
 def _choose_sampler(

@@ -6,18 +6,20 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import moocore
 import numpy as np
 import optuna
 from measured import Measured, cpu_seconds
+from optuna.trial import TrialState
 from problems import Problem, source_digest, write_json
 
 from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
+from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
 from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
@@ -25,6 +27,7 @@ from qsearch.search.planner import PlannerSampler
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
+from qsearch.search.study_trials import finished
 
 __all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all", "settle"]
 
@@ -47,12 +50,14 @@ class Run:
         digests: Content hashes of the measured configurations, in the order of trials.
         seconds: Processor seconds from the begin of the search to the end of each of them, float each: what the trials
             took when they were measured, what sampler and loop took now. The tables of a planner are not among them.
+        opening: How many of them came before the tables.
     """
 
     sampler: str
     seed: int
     digests: list[str]
     seconds: list[float]
+    opening: int = 0
 
 
 def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
@@ -69,17 +74,19 @@ def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
     if path.is_file():
         found = Run(**json.loads(path.read_text(encoding="utf-8")))
         if len(found.digests) >= trials and all(digest in problem.measured.known for digest in found.digests):
-            return Run(sampler, seed, found.digests[:trials], found.seconds[:trials])
+            return replace(found, digests=found.digests[:trials], seconds=found.seconds[:trials])
     run = _run(problem, sampler, seed, trials)
     write_json(path, asdict(run))
     return run
 
 
 def make_study(problem: Problem, sampler: str, seed: int) -> StudyHandle:
-    """A study in memory, with its sampler."""
+    """A study in memory, with its sampler; the planner's opening is enqueued."""
     study = optuna.create_study(directions=["minimize"] * 3)
     if sampler == PLANNER:
-        study.sampler = PlannerSampler(problem.space, problem.tables().tables, derived_seed(seed, 0))
+        tables = problem.tables()
+        enqueue(study, tables.opening)
+        study.sampler = PlannerSampler(problem.space, tables.tables, derived_seed(seed, 0))
     else:
         study.sampler = make_sampler(sampler.removesuffix(PLAIN), seed, 0)
     return StudyHandle(study, "sqlite:///in-memory.db")
@@ -91,10 +98,8 @@ def anchored(sampler: str) -> bool:
 
 
 def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
-    run, spent = Run(sampler, seed, [], []), 0.0
-    if sampler == PLANNER:
-        problem.tables()
-    last = cpu_seconds()
+    handle = make_study(problem, sampler, seed)
+    run, spent, last = Run(sampler, seed, [], [], len(finished(handle.study, TrialState.WAITING))), 0.0, cpu_seconds()
 
     def evaluate(config: QuantConfig) -> Measurement:
         nonlocal spent, last
@@ -107,7 +112,7 @@ def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
         return found.measurement
 
     searched = SearchProblem(problem.space, evaluate, anchored=anchored(sampler))
-    run_search(make_study(problem, sampler, seed), searched, Limits(trials, seed=seed))
+    run_search(handle, searched, Limits(trials, seed=seed))
     return run
 
 

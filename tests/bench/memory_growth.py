@@ -36,6 +36,7 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Begin the search."""
     if options.cache is not None:
         (folder / "studies").mkdir()
+        options.cache.mkdir(parents=True, exist_ok=True)
         (folder / "studies" / "cache").symlink_to(options.cache.absolute())
     command = [sys.executable, str(CLI), "search", *(_small(folder, options) if options.model is None else _given(options))]
     command += ["--study", "s", "--budget", str(options.trials), "--jobs", str(options.jobs)]

@@ -22,12 +22,14 @@ from qsearch.config import QuantConfig, named_config
 from qsearch.measure.accuracy import divergences
 from qsearch.measure.image_blocks import Seen
 from qsearch.measure.measurement import Latency, Measurement, Memory
+from qsearch.search.anchors import Anchor
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.module_builder import Prepared
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.front import measurement_from_json
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
+from qsearch.search.opening import choose_opening, opening_setting
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
 from qsearch.search.tables.layer_tables import Tables
@@ -53,11 +55,15 @@ class TimedTables:
 
     Attributes:
         tables: They themselves.
-        cpu_s: Processor seconds that they take where nothing is known yet.
-        compile_s: Those of them that kernels take to compile, which trials would compile if the tables had not.
+        opening: What a planned study begins with.
+        opening_s: Processor seconds that it takes to choose the opening where nothing is known yet.
+        cpu_s: Processor seconds that the tables take after that.
+        compile_s: Those of the tables that kernels take to compile, which trials would compile if the tables had not.
     """
 
     tables: Tables
+    opening: list[Anchor]
+    opening_s: float
     cpu_s: float
     compile_s: float
 
@@ -206,7 +212,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             cold = Path(folder)
             for part in ("images", "statistics"):
                 shutil.copytree(settings.cache_dir / part, cold / part, copy_function=os.link)
-            in_all = _tables_seconds(replace(settings, cache_dir=cold), space)
+            opening_s, cpu_s = _tables_seconds(replace(settings, cache_dir=cold), space)
             # What took minutes is not done again for the tables that are used.
             for part in ("kernels", "sensitivity"):
                 _give(cold / part, settings.cache_dir / part)
@@ -214,9 +220,9 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             shutil.rmtree(cold / "sensitivity")
             for times in (cold / "kernels").glob("*.time.json"):
                 times.unlink()
-            compiled = _tables_seconds(replace(settings, cache_dir=cold), space)
-        write_json(path, {"cpu_s": in_all, "compile_s": max(in_all - compiled, 0.0)})
-    return TimedTables(evaluator.tables(space), **json.loads(path.read_text(encoding="utf-8")))
+            _, compiled_s = _tables_seconds(replace(settings, cache_dir=cold), space)
+        write_json(path, {"opening_s": opening_s, "cpu_s": cpu_s, "compile_s": max(cpu_s - compiled_s, 0.0)})
+    return TimedTables(evaluator.tables(space), _opening(evaluator, space), **json.loads(path.read_text(encoding="utf-8")))
 
 
 def _give(source: Path, target: Path) -> None:
@@ -227,12 +233,18 @@ def _give(source: Path, target: Path) -> None:
             os.link(file, target / file.name)
 
 
-def _tables_seconds(settings: Settings, space: BoundSpace) -> float:
-    """Processor seconds of tables."""
+def _opening(evaluator: ModelEvaluator, space: BoundSpace) -> list[Anchor]:
+    return choose_opening(space, evaluator.uniform_costs(space, opening_setting(space)), evaluator.baseline)
+
+
+def _tables_seconds(settings: Settings, space: BoundSpace) -> tuple[float, float]:
+    """Processor seconds of the opening, and of the tables after it."""
     evaluator = open_evaluator(settings, _say)
     start = cpu_seconds()
+    _opening(evaluator, space)
+    opened = cpu_seconds()
     evaluator.tables(space)
-    return cpu_seconds() - start
+    return opened - start, cpu_seconds() - opened
 
 
 def source_digest(*patterns: str) -> str:

@@ -17,12 +17,13 @@ from verdicts import Curves, curves_of, reference_hypervolume, verdicts
 
 from qsearch.measure.measurement import Latency
 from qsearch.search.bound_space import bind_space
+from qsearch.search.opening import choose_opening, opening_setting
 from qsearch.search.space import SearchSpace
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
 
-IMAGES, TABLE_SECONDS, COMPILE_SECONDS, FLOAT_MS = 200, 30.0, 20.0, 10.0
+IMAGES, OPENING_SECONDS, TABLE_SECONDS, COMPILE_SECONDS, FLOAT_MS = 200, 5.0, 30.0, 20.0, 10.0
 SPACE = {"version": 1, "name": "two modes", "calibration": {"modes": ["max", "mse"]}, "granularities": ["channel_wise"]}
 
 
@@ -78,7 +79,8 @@ def problem(source, tmp_path):
     measured = MeasuredFolder(tmp_path / "measured", source, FLOAT_MS)
 
     def tables():
-        return TimedTables(source.tables(space), TABLE_SECONDS, COMPILE_SECONDS)
+        opening = choose_opening(space, source.uniform_costs(space, opening_setting(space)), source.baseline)
+        return TimedTables(source.tables(space), opening, OPENING_SECONDS, TABLE_SECONDS, COMPILE_SECONDS)
 
     return Problem("analytic", space, source.baseline, measured, tmp_path, tables, FloatRun(logits, labels))
 
@@ -111,17 +113,27 @@ def test_samplers_are_compared_with_all_that_is_known(problem, source):
 
 def test_the_planner_is_charged_for_its_tables(problem):
     measure_all(problem)
-    document, _ = compare(problem, ["planner", "random-plain", "random"], seeds=1, trials=25)
-    assert document["tables_seconds"] == {"in_all": TABLE_SECONDS, "of_compiling": COMPILE_SECONDS}
-    first = next(row for row in document["results"] if row["sampler"] == "planner")
-    assert first["seconds"] > TABLE_SECONDS
+    document, curves = compare(problem, ["planner", "random-plain", "random"], seeds=1, trials=25)
+    assert document["tables_seconds"] == {
+        "of_opening": OPENING_SECONDS,
+        "in_all": TABLE_SECONDS,
+        "of_compiling": COMPILE_SECONDS,
+    }
+    opening = len(problem.tables().opening)
+    assert 0 < opening == curves["planner"].opening
+    seconds = curves["planner"].seconds[0]
+    assert OPENING_SECONDS < seconds[0] <= seconds[opening - 1] < TABLE_SECONDS
+    assert seconds[opening] > OPENING_SECONDS + TABLE_SECONDS
     # Its tables are exact here, and the network is short.
     found = document["verdicts"]
     assert found["trials_to_equal_random"] <= 20
-    (by_trials,), (by_time,) = found["at_equal_trials"], found["at_equal_time"]
+    (by_trials,), (at_tables, by_time) = found["at_equal_trials"], found["at_equal_time"]
     assert max(by_trials["hypervolume_pct"].values()) - 1e-9 <= by_trials["hypervolume_pct"]["planner"] > 99
     assert by_time["seconds"] > TABLE_SECONDS
-    (without,) = found["at_equal_time_without_compiling"]
+    assert at_tables["planner_trials"] == opening and at_tables["seconds"] == pytest.approx(seconds[opening], abs=1e-5)
+    assert at_tables["hypervolume_pct"]["planner"] == curves["planner"].percent[0, opening - 1]
+    earlier, without = found["at_equal_time_without_compiling"]
+    assert earlier["seconds"] == pytest.approx(at_tables["seconds"] - COMPILE_SECONDS)
     assert without["seconds"] == pytest.approx(by_time["seconds"] - COMPILE_SECONDS)
     assert set(by_time["runs_over"]) == {"random", "random-plain"}, "formulas take no time"
 

@@ -26,10 +26,17 @@ class Curves:
     Attributes:
         percent: Hypervolume after each trial, percent of the reference, float64 (seeds, trials).
         seconds: Processor seconds from the begin to the end of each trial, tables included, float64 (seeds, trials).
+        opening: Trials before the tables; 0 where there are none.
     """
 
     percent: np.ndarray
     seconds: np.ndarray
+    opening: int = 0
+
+    def without(self, seconds: float) -> Curves:
+        """The same, had the tables taken so much less."""
+        before = np.arange(self.seconds.shape[1]) < self.opening
+        return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.opening)
 
     def at_trial(self, count: int) -> np.ndarray:
         """Percent after so many trials, per seed."""
@@ -54,13 +61,15 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
         runs: One per seed. They are cut to the shortest: a space may hold fewer configurations than were asked for.
     """
     reference, count = reference_hypervolume(problem), min(len(run.digests) for run in runs)
-    before = problem.tables().cpu_s if runs[0].sampler == PLANNER else 0.0
-    percent = []
+    percent, seconds = [], []
     for run in runs:
+        seconds.append(np.array(run.seconds[:count]))
+        if run.sampler == PLANNER:
+            tables = problem.tables()
+            seconds[-1] += np.where(np.arange(count) < run.opening, tables.opening_s, tables.opening_s + tables.cpu_s)
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
         percent.append([hypervolume(points[: n + 1], problem.baseline) for n in range(count)])  # type: ignore[arg-type]
-    seconds = np.array([run.seconds[:count] for run in runs], np.float64)
-    return Curves(100.0 * np.array(percent) / reference, before + seconds)
+    return Curves(100.0 * np.array(percent) / reference, np.array(seconds), runs[0].opening)
 
 
 def results(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
@@ -93,9 +102,15 @@ def verdicts(curves: Mapping[str, Curves]) -> dict[str, Any]:
 
 
 def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
-    """All samplers at the times that the planner takes for some numbers of trials."""
+    """All samplers at the times that the planner takes for some numbers of trials, the first of them when its tables are made."""
     planner = curves[PLANNER]
-    return [_at_time(curves, planner, count) for count in COMPARED if count <= planner.percent.shape[1]]
+    counts = [count for count in COMPARED if count <= planner.percent.shape[1]]
+    times = []
+    if planner.opening:
+        # Just before the first trial that was planned with them.
+        times.append((planner.opening, float(planner.seconds[:, planner.opening].min()) - 1e-6))
+    times += [(count, float(planner.seconds[:, count - 1].mean())) for count in counts]
+    return [_at_time(curves, *time) for time in times]
 
 
 def _trials_to_equal(planner: Curves, other: Curves) -> int | None:
@@ -104,9 +119,8 @@ def _trials_to_equal(planner: Curves, other: Curves) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def _at_time(curves: Mapping[str, Curves], planner: Curves, count: int) -> dict[str, Any]:
+def _at_time(curves: Mapping[str, Curves], count: int, seconds: float) -> dict[str, Any]:
     """All samplers at the time that the planner takes for some trials."""
-    seconds = float(planner.seconds[:, count - 1].mean())
     ended = [sampler for sampler, found in curves.items() if found.seconds[:, -1].max() < seconds]
     found = {sampler: one.at_time(seconds) for sampler, one in curves.items()}
     # One whose run was over by then might have gone on.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import moocore
 import numpy as np
@@ -76,16 +78,43 @@ def test_a_planned_search_continues_with_its_tables(planned: tuple[Path, dict], 
     assert json.loads(again.stdout)["bound"]["trials"] == 12
 
 
-def test_tables_are_measured_before_the_measuring_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    for name in ("tables", "pipeline"):
+    for name in ("uniform_costs", "pipeline", "evaluate", "tables"):
         step = getattr(AnalyticEvaluator, name)
         monkeypatch.setattr(AnalyticEvaluator, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
-    assert invoke(tmp_path, *PLANNED, "--budget", "3").exit_code == 0
-    assert steps == ["tables", "pipeline"]
+    # Tables here are made of what `uniform_costs` gives.
+    tables = ["tables", "uniform_costs"]
+    assert invoke(tmp_path, *PLANNED, "--budget", "6").exit_code == 0
+    opening = len([trial for trial in handle_of(tmp_path).study.get_trials() if "anchor" in trial.user_attrs])
+    assert 0 < opening < 6
+    assert steps == ["uniform_costs", "pipeline", *opening * ["evaluate"], *tables, *(6 - opening) * ["evaluate"]]
     # Nothing is left to measure: no process either.
-    assert invoke(tmp_path, *PLANNED, "--budget", "3").exit_code == 0
-    assert steps == ["tables", "pipeline", "tables"]
+    steps.clear()
+    assert invoke(tmp_path, *PLANNED, "--budget", "6").exit_code == 0
+    assert steps == tables
+
+
+def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = AnalyticEvaluator.uniform_costs
+
+    def slow_if_depthwise(self: AnalyticEvaluator, *given: Any) -> Callable[[QuantConfig], Cost]:
+        def cost(config: QuantConfig) -> Cost:
+            found = true(self, *given)(config)
+            depthwise = [config.precision[layer.name] for layer in self.graph.layers if layer.is_depthwise]
+            return replace(found, latency_ms=found.latency_ms + 2.0 * depthwise.count("int8"))
+
+        return cost
+
+    monkeypatch.setattr(AnalyticEvaluator, "uniform_costs", slow_if_depthwise)
+    assert invoke(tmp_path, *PLANNED, "--budget", "1").exit_code == 0
+    first, *waiting = handle_of(tmp_path).study.get_trials()
+    assert first.state == TrialState.COMPLETE
+    assert waiting and all(trial.state == TrialState.WAITING and "anchor" in trial.user_attrs for trial in waiting)
+    assert invoke(tmp_path, *PLANNED, "--budget", "12").exit_code == 0
+    done = handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))
+    assert len(done) == 12
+    assert ["anchor" in trial.user_attrs for trial in done] == [n < 1 + len(waiting) for n in range(12)]
 
 
 def test_the_document_says_how_far_the_front_is_from_the_bound(planned: tuple[Path, dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from optuna.trial import TrialState
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError, StudyError
 from qsearch.measure.measurement import Measurement
+from qsearch.search.anchors import enqueue, make_anchors
 from qsearch.search.bound_space import BoundSpace, bind_space
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.proposals import unseen_values
@@ -87,6 +89,20 @@ def test_timeout_ends_the_loop(handle: StudyHandle) -> None:
     assert evaluator.measured == []
     assert run_search(handle, full(evaluator), Limits(10_000, timeout_s=1.0)).stopped == "timeout"
     assert evaluator.measured
+
+
+def test_a_loop_over_what_is_enqueued_asks_for_nothing_else(handle: StudyHandle) -> None:
+    evaluator = AnalyticEvaluator()
+    problem = replace(full(evaluator), anchored=False)
+    anchors = make_anchors(problem.space)[:4]
+    enqueue(handle.study, anchors)
+    enqueue(handle.study, anchors)
+    assert run_search(handle, problem, Limits(3, enqueued_only=True)).stopped == "budget"
+    outcome = run_search(handle, problem, Limits(10, enqueued_only=True))
+    assert (outcome.stopped, outcome.completed) == ("enqueued", 1)
+    assert evaluator.measured == [problem.space.config(one.values).content_hash() for one in anchors]
+    assert [trial.user_attrs["anchor"] for trial in finished(handle.study)] == [one.label for one in anchors]
+    assert run_search(handle, problem, Limits(10, enqueued_only=True)).completed == 0
 
 
 def test_only_a_trial_error_fails_a_trial_alone(handle: StudyHandle) -> None:

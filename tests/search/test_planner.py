@@ -12,7 +12,6 @@ from networks import network
 
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search import wanted
-from qsearch.search.anchors import plain_assignments
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
 from qsearch.search.planner import PlannerSampler
@@ -152,85 +151,6 @@ def test_limits_that_nothing_meets_bring_the_closest():
     constraints = Constraints.against(problem.baseline, {"latency_ms": 0.5 * fastest})
     values, _ = problem.search(PlannerSampler(SPACE, problem.tables(), 0, constraints), 10)
     assert min(one[0] for one in values) <= 1.05 * fastest
-
-
-def test_plain_assignments_come_first_unless_their_costs_rule_them_out():
-    problem = Problem(0)
-    tables = problem.tables()
-    int8 = SPACE.config({one.name: "int8" for one in SPACE.layers} | {"calibration": "mse"})
-
-    def starts(limits):
-        constraints = Constraints.against(problem.baseline, limits)
-        return [SPACE.config(values) for values in PlannerSampler(SPACE, tables, 0, constraints).starts]
-
-    # Nothing is faster or smaller there.
-    assert starts({}) == [int8]
-    latency_ms = float(tables.latency(problem.row(int8))[0])
-    assert starts({"latency_ms": 1.01 * latency_ms}) == [int8]
-    assert starts({"latency_ms": 0.99 * latency_ms}) == []
-    planner = PlannerSampler(SPACE, tables, 0)
-    assert SPACE.config(planner.propose([], np.zeros((0, 3)), set())) == int8
-    assert SPACE.config(planner.propose([], np.zeros((0, 3)), {int8.content_hash()})) != int8
-
-
-def test_the_first_plain_assignments_are_those_that_would_add_most_if_they_lost_nothing():
-    graph = network("convnext")[0].graph
-    precisions = {"default": ["fp32", "int16", "int8", "w4a8"]}
-    space = bind_space(
-        SearchSpace.model_validate({"version": 1, "name": "four", "precisions": precisions, "calibration": {"modes": ["max"]}}),
-        graph,
-    )
-    kinds = [graph.layer_types[one.name] for one in space.layers]
-    assert set(kinds) == {"conv", "depthwise", "dense"}
-    # Depthwise layers are slowest in integers, and have next to no weights.
-    ms = {"fp32": 4.0, "int16": 2.0, "int8": 1.0, "w4a8": 1.5}
-    held = {"fp32": 400, "int16": 200, "int8": 100, "w4a8": 50}
-
-    def latency(kind, name):
-        return 0.5 * (name != "fp32") + 0.5 if kind == "depthwise" else ms[name]
-
-    def summed(of):
-        every = zip(space.layers, kinds, strict=True)
-        return PairwiseSum(tuple(np.array([float(of(kind, name)) for name in one.values]) for one, kind in every), {})
-
-    def cost(config):
-        found = list(zip(kinds, config.precision.values(), strict=True))
-        return Cost(sum(latency(*one) for one in found), sum(held[name] for _, name in found))
-
-    def divergence(config):
-        return PairwiseSum(tuple(np.linspace(0, 1, len(one.values)) for one in space.layers), {})
-
-    accuracy = Accuracy(80.0, 95.0, 0.0, (-0.5, 0.5), IMAGES, "", 0.0)
-    float_ms = sum(latency(kind, "fp32") for kind in kinds)
-    baseline = Measurement(Latency(float_ms, 0.0, 21, 1), Memory(400 * len(kinds), 0, 0), accuracy)
-    sums = summed(latency), summed(lambda kind, name: held[name])
-    planner = PlannerSampler(space, Tables(*sums, divergence, cost, baseline, plain_settings(space)), 0)
-
-    def points(rows):
-        costs = [cost(space.config(planner._values(np.array(row), 0))) for row in rows]
-        return np.array([(one.latency_ms, one.peak_bytes, 0.0) for one in costs]) / planner.scale
-
-    def volume(found):
-        return moocore.hypervolume(found, ref=np.ones(3))
-
-    # Every combination, by brute force.
-    every = [
-        [one.values.index(chosen[kind]) for one, kind in zip(space.layers, kinds, strict=True)]
-        for names in itertools.product(precisions["default"], repeat=3)
-        for chosen in [dict(zip(("conv", "depthwise", "dense"), names, strict=True))]
-    ]
-    assert sorted(every) == plain_assignments(space).tolist()
-    taken = np.zeros((0, 3))
-    for values in planner.starts:
-        config = space.config(values)
-        assert all(
-            len({config.precision[one.name] for one, of in zip(space.layers, kinds, strict=True) if of == k}) == 1 for k in kinds
-        )
-        added = [volume(np.vstack([taken, point])) for point in points(every)]
-        taken = np.vstack([taken, np.array([[cost(config).latency_ms, cost(config).peak_bytes, 0.0]]) / planner.scale])
-        assert volume(taken) == pytest.approx(max(added))
-    assert len(planner.starts) == 3
-    assert space.config(planner.starts[0]).precision[space.layers[0].name] != "fp32"
 
 
 def test_settings_are_every_combination_the_percentile_at_a_few_points():

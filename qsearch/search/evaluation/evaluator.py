@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.profile import Profile
+from qsearch.search.tables.cost import Cost
 
 if TYPE_CHECKING:
     # Loads torch and TVM, which reading a study needs neither of.
@@ -161,6 +162,15 @@ class Evaluator(Protocol):
 
     def idle_methods(self) -> Collection[str]:
         """Methods that find nothing to do in the model, by their names in a configuration."""
+        ...
+
+    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
+        """Configuration -> its cost, as far as the kernels of uniform networks tell it.
+
+        Args:
+            space: The search space.
+            setting: Values of the parameters that are no layer's.
+        """
         ...
 
     def tables(self, space: BoundSpace) -> Tables:

@@ -41,8 +41,9 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import Processors, default_jobs, split_processors
 from qsearch.search.loop.workers import Worker
 from qsearch.search.provenance import device_kind
+from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.measure_tables import measure_tables
+from qsearch.search.tables.measure_tables import measure_tables, measure_uniform_costs
 
 __all__ = ["FLOAT", "ModelEvaluator"]
 
@@ -275,6 +276,11 @@ class ModelEvaluator(ModelImages):
     def idle_methods(self) -> Collection[str]:
         """Methods that find nothing to do in the model."""
         return self.variants.idle
+
+    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
+        """Configuration -> its cost, as far as uniform networks tell it, see `measure_uniform_costs`."""
+        with lane_held(self._lane):
+            return measure_uniform_costs(self, space, setting, self.progress)
 
     def tables(self, space: BoundSpace) -> Tables:
         """The planner's tables."""

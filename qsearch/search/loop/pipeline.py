@@ -43,6 +43,10 @@ class Pipeline:
         """End the worker, whatever it is at."""
         self._worker.close()
 
+    def settle(self) -> None:
+        """Wait until the worker does nothing: it disturbs what is timed here while it gets ready."""
+        self._worker.settle()
+
     def aside(self) -> AbstractContextManager[None]:
         """Keep this process off the processors of what is timed."""
         return self._processors.aside()

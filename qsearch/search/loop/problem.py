@@ -19,7 +19,7 @@ from qsearch.search.loop.pipeline import Pipeline
 __all__ = ["Crew", "Limits", "Outcome", "SearchProblem", "Stop"]
 
 Annotate = Callable[[optuna.Trial, QuantConfig, Measurement], None]
-Stop = Literal["budget", "timeout", "exhausted", "interrupted"]
+Stop = Literal["budget", "enqueued", "timeout", "exhausted", "interrupted"]
 
 
 class Crew(Protocol):
@@ -74,11 +74,13 @@ class Limits:
         budget: Measured trials the study shall have in total: completed ones, and those stopped early.
         timeout_s: No trial is begun after that many seconds.
         seed: Of the random steps away from duplicates.
+        enqueued_only: Whether it ends once no trial is enqueued.
     """
 
     budget: int
     timeout_s: float | None = None
     seed: int = 0
+    enqueued_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,8 @@ class TrialBook:
             return "budget"
         if self._is_late():
             return "timeout"
+        if self.limits.enqueued_only and not any(trial.state == TrialState.WAITING for trial in trials):
+            return "enqueued"
         if self.duplicates >= MOST_DUPLICATES_IN_A_ROW and not self._step_aside(trials):
             return "exhausted"
         return None

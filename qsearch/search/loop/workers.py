@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,13 +43,19 @@ class Worker:
     def __init__(self, open_device: Callable[[], Measure]) -> None:
         self._open_device = open_device
         self._executor: ProcessPoolExecutor | None = None
+        self._opened: Future[None] | None = None
 
     def start(self) -> None:
         """Start the process; it gets ready by itself."""
         with _interrupt_blocked():
             self._executor = ProcessPoolExecutor(1, initializer=_begin, initargs=(bytes(dumps(self._open_device)), os.getpid()))
             # Whatever goes wrong here goes wrong again, and is said, at the first thing to measure.
-            self._executor.submit(_device)
+            self._opened = self._executor.submit(_device)
+
+    def settle(self) -> None:
+        """Wait until the process has got ready, or has failed to; from then on it only works when it measures."""
+        if self._opened is not None:
+            wait([self._opened])
 
     def measure(self, packed: Any, rule: StoppingRule | None) -> Future[Measurement]:
         """Measure a packed configuration.

@@ -22,7 +22,7 @@ from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["CostRequest", "CostTable", "measure_costs"]
+__all__ = ["CostModel", "CostRequest", "CostTable", "measure_costs", "measure_uniform", "uniform_programs"]
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,15 @@ class CostRequest:
 
 
 @dataclass(frozen=True)
-class CostTable:
-    """Costs of configurations.
+class CostModel:
+    """Costs of programs by their kernels.
 
     Attributes:
-        latency: Milliseconds as a pairwise sum over layers.
-        weight_bytes: Bytes of constants as a pairwise sum over layers.
-        storages: What each of those settings adds to latency and weight_bytes.
         linker: Names kernels and plans memory.
         clock: Times of kernels.
         scale: From the clock of the kernels' times, which may be of another day, to that of the trials.
     """
 
-    latency: PairwiseSum
-    weight_bytes: PairwiseSum
-    storages: tuple[tuple[PairwiseSum, PairwiseSum], ...]
     linker: Linker
     clock: KernelClock
     scale: float = 1.0
@@ -82,6 +76,23 @@ class CostTable:
         latency_ms = 1e3 * self.scale * sum(self.clock.seconds(call) for call in plan.calls)
         held = plan.arena_bytes + program.input.bytes + program.output.bytes
         return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of configurations.
+
+    Attributes:
+        latency: Milliseconds as a pairwise sum over layers.
+        weight_bytes: Bytes of constants as a pairwise sum over layers.
+        storages: What each of those settings adds to latency and weight_bytes.
+        model: Of single programs.
+    """
+
+    latency: PairwiseSum
+    weight_bytes: PairwiseSum
+    storages: tuple[tuple[PairwiseSum, PairwiseSum], ...]
+    model: CostModel
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
         request.reference,
         *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
     ]
-    clock = KernelClock(KernelTimes(linker.cache.directory) if request.known is None else GivenTimes(request.known))
+    clock = _clock(request)
     _time(request, clock, programs, [], progress)
     # A kernel is faster in a uniform network than in mixtures: told on the clock of the plainest uniform ones.
     uniform = _uniform(_sizes(request))
@@ -157,10 +168,43 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
-    scale = request.reference_ms / (1e3 * sum(clock.seconds(call) for call in linker.plan(request.reference).calls))
+    scale = _scale(request, clock)
     storages = [_added(request, node_costs, lower) for lower in request.storages]
     added = tuple((latency.scaled(scale), weights) for latency, weights in storages)
-    return CostTable(latency.scaled(scale), weight_bytes, added, linker, clock, scale)
+    return CostTable(latency.scaled(scale), weight_bytes, added, CostModel(linker, clock, scale))
+
+
+def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostModel:
+    """Time the kernels of the uniform networks alone, a first guess before the table.
+
+    The times are forgotten again: in mixtures, of which the table is to tell, the same kernels are a little slower.
+
+    Args:
+        request: What it is made of.
+        progress: As for `measure_costs`.
+
+    Raises:
+        BuildError: The reference does not build; another uniform network that does not is left out.
+    """
+    clock = _clock(request, kept=False)
+    _time(request, clock, uniform_programs(request), [], progress, "uniform networks, to know what to begin with")
+    return CostModel(request.linker, clock, _scale(request, clock))
+
+
+def uniform_programs(request: CostRequest) -> list[Program]:
+    """The float module, and one program for every precision."""
+    return [request.reference, *(request.lower(row) for row in _uniform(_sizes(request)))]
+
+
+def _clock(request: CostRequest, kept: bool = True) -> KernelClock:
+    if request.known is not None:
+        return KernelClock(GivenTimes(request.known))
+    return KernelClock(KernelTimes(request.linker.cache.directory, kept))
+
+
+def _scale(request: CostRequest, clock: KernelClock) -> float:
+    """From the clock of the kernels' times to that of the trials."""
+    return request.reference_ms / (1e3 * sum(clock.seconds(call) for call in request.linker.plan(request.reference).calls))
 
 
 def _added(
@@ -181,6 +225,7 @@ def _time(
     programs: Sequence[Program],
     known: Sequence[Program],
     progress: Callable[[str], None],
+    what: str = "mixed configurations for the cost table",
 ) -> None:
     """Let a clock know the kernels of some programs: those that have one without a time are run, beside known ones."""
     linker = request.linker
@@ -193,7 +238,7 @@ def _time(
     if unknown and request.known is not None:
         progress(f"{len(unknown)} of {len(plans)} mixed configurations have kernels without a time, which the planner guesses")
     elif unknown:
-        progress(f"building and timing {len(unknown)} mixed configurations for the cost table")
+        progress(f"building and timing {len(unknown)} {what}")
         modules = _built(request, [*known, *unknown], progress)
         if modules:
             on_gpu = linker.target.device == "cuda"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import pairs_around
-from qsearch.search.tables.cost_table import CostRequest, CostTable, measure_costs
+from qsearch.search.tables.cost_table import CostRequest, measure_costs, measure_uniform, uniform_programs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.needed_kernels import needed_programs, plain_config
@@ -40,7 +40,7 @@ from qsearch.search.tables.settings import (
     table_key,
 )
 
-__all__ = ["TableSource", "measure_tables"]
+__all__ = ["TableSource", "measure_tables", "measure_uniform_costs"]
 
 
 class TableSource(Protocol):
@@ -94,7 +94,12 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     source.seconds["sensitivity_table"] = time.monotonic() - start
     start = time.monotonic()
     others = [one for one in dict.fromkeys(map(storage, settings)) if one != storage(settings[0])]
-    costs = _costs(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)], progress)
+    if source.away is not None:
+        progress(f"times of kernels are those of {source.away.description}")
+        source.away.learn(needed_programs(source, space, progress))
+    costs = measure_costs(
+        _cost_request(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)]), progress
+    )
     source.seconds["cost_table"] = time.monotonic() - start
 
     pairs = pairs_around(source.model.graph, _layers(space))
@@ -103,7 +108,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
         return divergence_sum(sensitivity[table_key(config)], config, pairs)
 
     def cost(config: QuantConfig) -> Cost:
-        return costs.cost(source.lower(plain_config(config)))
+        return costs.model.cost(source.lower(plain_config(config)))
 
     none = nothing(costs.latency.sizes)
     added = {storage(settings[0]): (none, none)}
@@ -116,17 +121,34 @@ def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
     return {one.name: one.values for one in space.layers}
 
 
-def _costs(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[str, Any]], progress: Progress) -> CostTable:
-    """The cost table in the first of some settings, and what the others add."""
+def measure_uniform_costs(
+    source: TableSource, space: BoundSpace, setting: Mapping[str, Any], progress: Progress
+) -> Callable[[QuantConfig], Cost]:
+    """Costs of configurations as far as the kernels of uniform networks tell them.
+
+    Args:
+        source: A model, its images and a target.
+        space: Bound to that model.
+        setting: Values of the parameters that are no layer's, see `assignment_values`.
+        progress: Called whenever a slow step begins.
+    """
+    start = time.monotonic()
+    request = _cost_request(source, space, [setting])
+    if source.away is not None:
+        source.away.learn(uniform_programs(request))
+    model = measure_uniform(request, progress)
+    source.seconds["uniform_costs"] = time.monotonic() - start
+    return lambda config: model.cost(source.lower(plain_config(config)))
+
+
+def _cost_request(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[str, Any]]) -> CostRequest:
+    """What costs are measured with, in the first of some settings, and what the others add."""
 
     def lowered(setting: Mapping[str, Any], row: np.ndarray) -> Program:
         return source.lower(plain_config(assignment_config(space, setting, row)))
 
-    if source.away is not None:
-        progress(f"times of kernels are those of {source.away.description}")
-        source.away.learn(needed_programs(source, space, progress))
     lower, *others = (partial(lowered, setting) for setting in settings)
-    request = CostRequest(
+    return CostRequest(
         source.model.graph,
         _layers(space),
         lower,
@@ -138,7 +160,6 @@ def _costs(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[st
         others,
         known=None if source.away is None else source.away.seconds,
     )
-    return measure_costs(request, progress)
 
 
 def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[TableKey, Sensitivity]:

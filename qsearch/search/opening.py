@@ -1,0 +1,80 @@
+"""The planner's first configurations, measured before its tables are there.
+
+Tables take as long as many trials. What a search may soon know is how plain assignments do, one precision for all layers of a
+kind, which is where all layers change at once and sums of single changes are furthest off: the kernels of the few uniform
+networks tell their latencies, and their bytes are known. What they lose is not: so that a precision that the model does not
+bear cannot crowd out the others, some are taken for every precision that may be the lowest of a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Measurement
+from qsearch.qtype import PRECISIONS
+from qsearch.search.anchors import PREFERRED_MODES, Anchor, plain_assignments
+from qsearch.search.bound_space import CALIBRATION, BoundSpace
+from qsearch.search.constraints import Constraints
+from qsearch.search.tables.cost import Cost
+from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
+
+__all__ = ["OF_EACH", "choose_opening", "opening_setting"]
+
+# The most of them whose lowest precision is the same.
+OF_EACH = 2
+_RANK = {name: rank for rank, name in enumerate(PRECISIONS)}
+
+
+def opening_setting(space: BoundSpace) -> dict[str, Any]:
+    """Values of all parameters that are no layer's: those the space's name stands for, or else the best guess."""
+    values = space.start_values()
+    if space.space.start.calibration is None:
+        modes = next((one.values for one in space.settings if one.name == CALIBRATION), ())
+        values |= {CALIBRATION: min(modes, key=PREFERRED_MODES.index)} if modes else {}
+    return {one.name: values[one.name] for one in space.settings}
+
+
+def choose_opening(
+    space: BoundSpace, cost: Callable[[QuantConfig], Cost], baseline: Measurement, constraints: Constraints = Constraints()
+) -> list[Anchor]:
+    """Choose plain assignments: of those with the same lowest precision the ones that would add most if they lost nothing.
+
+    Args:
+        space: The search space.
+        cost: Configuration -> its cost.
+        baseline: The float module.
+        constraints: Limits of the front that is wanted; what is beyond them is not chosen.
+
+    Returns:
+        At most OF_EACH for every precision, first those that would add most by themselves.
+    """
+    scale = float_scale(baseline)
+    wanted = Wanted.within(constraints.limits, scale)
+    anchors = [_anchor(space, row) for row in plain_assignments(space)]
+    configs = [space.config(one.values) for one in anchors]
+    points = np.array([(one.latency_ms, one.peak_bytes, 0.0) for one in map(cost, configs)]) / scale
+    lowest = np.array([max(_RANK[name] for name in one.precision.values()) for one in configs])
+    allowed = (points <= wanted.limits).all(1)
+    chosen: list[tuple[int, float, int]] = []
+    for rank in sorted(set(lowest.tolist())):
+        taken: list[int] = []
+        for place in range(OF_EACH):
+            gains = np.where(allowed & (lowest == rank), added_hypervolume(points[taken], points, wanted.reference), 0.0)
+            if not gains.any():
+                break
+            taken.append(int(gains.argmax()))
+            chosen.append((place, -float(gains.max()), taken[-1]))
+    return [anchors[k] for _, _, k in sorted(chosen)]
+
+
+def _anchor(space: BoundSpace, row: np.ndarray) -> Anchor:
+    layers = {one.name: one.values[value] for one, value in zip(space.layers, row, strict=True)}
+    kinds = {space.graph.layer_types[name]: precision for name, precision in layers.items()}
+    label = ", ".join(f"{kind} {precision}" for kind, precision in sorted(kinds.items()))
+    free = {parameter.name for parameter in space.parameters}
+    values = {**opening_setting(space), **layers}
+    return Anchor(label, {name: value for name, value in values.items() if name in free})

@@ -1,0 +1,129 @@
+"""What a planned study begins with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import moocore
+import numpy as np
+import pytest
+from analytic import AnalyticEvaluator
+from networks import network
+
+from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
+from qsearch.search.anchors import Anchor, plain_assignments
+from qsearch.search.bound_space import bind_space
+from qsearch.search.constraints import Constraints
+from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.space import SearchSpace, load_space
+from qsearch.search.tables.cost import Cost
+from qsearch.search.wanted import float_scale
+
+GRAPH = network("convnext")[0].graph
+PRECISIONS = ("fp32", "int16", "int8", "w4a8")
+SPACE = bind_space(
+    SearchSpace.model_validate(
+        {"version": 1, "precisions": {"default": list(PRECISIONS)}, "calibration": {"modes": ["max", "mse"]}}
+    ),
+    GRAPH,
+)
+KINDS = [GRAPH.layer_types[one.name] for one in SPACE.layers]
+# Depthwise layers are slowest in integers, and all weigh alike.
+MS = {"fp32": 4.0, "int16": 2.0, "int8": 1.0, "w4a8": 1.5}
+HELD = {"fp32": 400, "int16": 200, "int8": 100, "w4a8": 50}
+
+
+def cost(config: QuantConfig) -> Cost:
+    """A sum over the layers."""
+    found = list(zip(KINDS, config.precision.values(), strict=True))
+    ms = sum(0.5 + 0.5 * (name != "fp32") if kind == "depthwise" else MS[name] for kind, name in found)
+    return Cost(ms, sum(HELD[name] for _, name in found))
+
+
+FLOAT = cost(QuantConfig(precision={one.name: "fp32" for one in SPACE.layers}))
+BASELINE = Measurement(
+    Latency(FLOAT.latency_ms, 0.0, 21, 1), Memory(FLOAT.peak_bytes, 0, 0), Accuracy(80.0, 95.0, 0.0, (-0.5, 0.5), 400, "", 0.0)
+)
+
+
+def point(config: QuantConfig) -> np.ndarray:
+    """Objectives without a loss, in shares of float's."""
+    found = cost(config)
+    return np.array([[found.latency_ms, found.peak_bytes, 0.0]]) / float_scale(BASELINE)
+
+
+def volume(points: np.ndarray) -> float:
+    """Up to the float module."""
+    return float(moocore.hypervolume(points, ref=np.ones(3)))
+
+
+def of_kinds(names: Mapping[str, str]) -> QuantConfig:
+    """One precision for all layers of a kind."""
+    layers = {one.name: names[kind] for one, kind in zip(SPACE.layers, KINDS, strict=True)}
+    return SPACE.config({**opening_setting(SPACE), **layers})
+
+
+def configs(anchors: list[Anchor]) -> list[QuantConfig]:
+    """What they mean."""
+    return [SPACE.config(one.values) for one in anchors]
+
+
+def lowest(config: QuantConfig) -> str:
+    """The precision of fewest bits."""
+    return max(config.precision.values(), key=PRECISIONS.index)
+
+
+def test_for_every_lowest_precision_it_is_what_would_add_most_if_it_lost_nothing() -> None:
+    assert set(KINDS) == {"conv", "depthwise", "dense"}
+    names = [dict(zip(sorted(set(KINDS)), some, strict=True)) for some in itertools.product(PRECISIONS, repeat=3)]
+    rows = [[one.values.index(some[kind]) for one, kind in zip(SPACE.layers, KINDS, strict=True)] for some in names]
+    assert sorted(rows) == plain_assignments(SPACE).tolist()
+    every, chosen = [of_kinds(some) for some in names], configs(choose_opening(SPACE, cost, BASELINE))
+    assert all(one in every for one in chosen)
+    # Each precision once before any comes twice; float adds nothing.
+    assert sorted(map(lowest, chosen[:3])) == sorted(map(lowest, chosen[3:])) == sorted(PRECISIONS[1:])
+    for precision in PRECISIONS[1:]:
+        taken = np.zeros((0, 3))
+        for config in (one for one in chosen if lowest(one) == precision):
+            # Every combination, by brute force.
+            most = max(volume(np.vstack([taken, point(one)])) for one in every if lowest(one) == precision)
+            taken = np.vstack([taken, point(config)])
+            assert volume(taken) == pytest.approx(most)
+    alone = [volume(point(one)) for one in chosen[:3]]
+    assert alone == sorted(alone, reverse=True)
+
+
+def test_what_is_beyond_a_limit_is_not_chosen() -> None:
+    free = configs(choose_opening(SPACE, cost, BASELINE))
+    fastest = min(cost(one).latency_ms for one in free)
+    limited = configs(choose_opening(SPACE, cost, BASELINE, Constraints.against(BASELINE, {"latency_ms": 1.01 * fastest})))
+    assert limited and all(cost(one).latency_ms <= 1.01 * fastest for one in limited)
+    assert choose_opening(SPACE, cost, BASELINE, Constraints.against(BASELINE, {"latency_ms": 0.5 * fastest})) == []
+
+
+def test_nothing_is_chosen_that_is_as_dear_as_float() -> None:
+    assert choose_opening(SPACE, lambda config: FLOAT, BASELINE) == []
+
+
+def test_it_names_what_it_is_and_only_parameters_that_are_free() -> None:
+    for anchor in choose_opening(SPACE, cost, BASELINE):
+        assert set(anchor.values) == set(SPACE.distributions())
+        assert all(part.split()[0] in KINDS and part.split()[1] in PRECISIONS for part in anchor.label.split(", "))
+        assert anchor.values["calibration"] == "mse"
+
+
+@pytest.mark.parametrize("name", ["default", "full", "hierarchical", "memory_first", "precision_preserving", "rule_driven"])
+def test_the_setting_is_the_spaces_own_or_the_best_guess(name: str) -> None:
+    evaluator = AnalyticEvaluator()
+    space = bind_space(load_space(name), evaluator.graph)
+    setting, start = opening_setting(space), space.space.start
+    assert set(setting) == {one.name for one in space.settings}
+    for one in ("weight_scale", "bias_correction", "granularity"):
+        if (given := getattr(start, one)) is not None:
+            assert setting[one] == given
+    if start.calibration is None and space.space.calibration is not None and "mse" in space.space.calibration.modes:
+        assert setting["calibration"] == "mse"
+    for anchor in choose_opening(space, evaluator.uniform_costs(space, setting), evaluator.baseline):
+        assert space.config(anchor.values) == space.config({**setting, **anchor.values})
