@@ -102,7 +102,7 @@ def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monk
         def cost(config: QuantConfig) -> Cost:
             found = true(self, *given)(config)
             depthwise = [config.precision[layer.name] for layer in self.graph.layers if layer.is_depthwise]
-            return replace(found, latency_ms=found.latency_ms + 2.0 * depthwise.count("int8"))
+            return replace(found, latency_ms=found.latency_ms + 0.8 * depthwise.count("int8"))
 
         return cost
 
