@@ -14,13 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
 from qsearch.config import named_config
 from qsearch.errors import TrialError
-from qsearch.measure.measurement import Measurement
 from qsearch.report.documents import baseline_of, record_bound, record_run, study_document
 from qsearch.report.notes import TrialNotes
 from qsearch.report.table_notes import attach_tables
@@ -44,7 +43,7 @@ from qsearch.search.profile import Profile
 from qsearch.search.provenance import layer_facts, machine_facts, package_versions
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, study_to_search
-from qsearch.search.study_trials import measured_trials
+from qsearch.search.study_trials import finished, measured_trials
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.session.local_workers import local_workers
 from qsearch.session.search_finetune import finetune_front, wished_images
@@ -99,6 +98,9 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         # One of the jobs is the measuring process; devices of a tracker are measured on by every process itself.
         more = max(0, (request.jobs or 0) - (2 if request.settings.rpc is None else 1))
         evaluator.keep_to(lane_file(handle.name, handle.url), crowded=more > 0)
+        if request.sampler == PLANNER:
+            # Before the measuring process and others start, which would disturb the kernels that are timed.
+            _enqueue_opening(handle, bound, evaluator, Constraints.against(baseline, request.limits))
         with local_workers(handle, more, request.command, say):
             run_trials(handle, request, bound, evaluator, (say, console, log))
         _record_bound(handle, request)
@@ -197,13 +199,12 @@ def run_trials(
     say, console, log = told
     with handle.guard():
         done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
-    if trials:
+        begun = trials > len(finished(handle.study, TrialState.WAITING))
+    if begun:
         say(f"continuing study {handle.name} with {done} measured trials")
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
     planned = request.sampler == PLANNER
-    if planned and not trials and not request.joins:
-        _enqueue_opening(handle, bound, evaluator, baseline, constraints)
     notes = TrialNotes(handle, evaluator.graph, baseline)
     problem = SearchProblem(
         bound,
@@ -217,7 +218,6 @@ def run_trials(
         device=evaluator.device_kind,
     )
     limits = Limits(request.budget, request.timeout_s, request.settings.seed)
-    # The measuring process starts only now, as it would disturb the kernels that are timed for the opening.
     with (
         _pipeline(request, evaluator, done) as pipeline,
         _crew(request, evaluator, handle, say) as crew,
@@ -240,6 +240,7 @@ def run_trials(
                 limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
         if outcome is None or outcome.stopped in ("enqueued", "budget"):
             if planned and pipeline is not None:
+                # So would the measuring process that of the tables' kernels, until it has nothing to do.
                 pipeline.settle()
             _choose_sampler(handle, request, bound, evaluator, constraints, trials)
             outcome = run_search(handle, problem, limits, on_trial)
@@ -255,12 +256,12 @@ def run_trials(
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
 
 
-def _enqueue_opening(
-    handle: StudyHandle, bound: BoundSpace, evaluator: Evaluator, baseline: Measurement, constraints: Constraints
-) -> None:
-    """Enqueue what a planned study begins with."""
-    cost = evaluator.uniform_costs(bound, opening_setting(bound))
-    anchors = choose_opening(bound, cost, baseline, constraints)
+def _enqueue_opening(handle: StudyHandle, bound: BoundSpace, evaluator: Evaluator, constraints: Constraints) -> None:
+    """Enqueue what a planned study begins with, unless it has begun."""
+    with handle.guard():
+        if handle.study.get_trials(deepcopy=False):
+            return
+    anchors = choose_opening(bound, evaluator.uniform_costs(bound, opening_setting(bound)), evaluator.baseline, constraints)
     with handle.guard():
         enqueue(handle.study, anchors)
 

@@ -1,1 +1,1 @@
-"""What layers cost and what they do to the outputs, measured once before the first trial."""
+"""What layers cost and what they do to the outputs, measured once to plan trials with."""

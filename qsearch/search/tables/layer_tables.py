@@ -18,7 +18,7 @@ __all__ = ["Tables", "layer_rows"]
 
 @dataclass(frozen=True)
 class Tables:
-    """What was measured before the first trial. Variables are the space's layers, values their precisions.
+    """What was measured to plan trials with. Variables are the space's layers, values their precisions.
 
     Attributes:
         latency: Milliseconds.
