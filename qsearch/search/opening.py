@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qsearch.config import QuantConfig
+from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.qtype import PRECISIONS
 from qsearch.search.anchors import PREFERRED_MODES, Anchor, plain_assignments
@@ -54,16 +55,25 @@ def choose_opening(
     """
     scale = float_scale(baseline)
     wanted = Wanted.within(constraints.limits, scale)
-    anchors = [_anchor(space, row) for row in plain_assignments(space)]
-    configs = [space.config(one.values) for one in anchors]
-    points = np.array([(one.latency_ms, one.peak_bytes, 0.0) for one in map(cost, configs)]) / scale
-    lowest = np.array([max(_RANK[name] for name in one.precision.values()) for one in configs])
+    anchors, found, lowest = [], [], []
+    for row in plain_assignments(space):
+        anchor = _anchor(space, row)
+        config = space.config(anchor.values)
+        try:
+            costs = cost(config)
+        except TrialError:
+            # It would fail as a trial too.
+            continue
+        anchors.append(anchor)
+        found.append((costs.latency_ms, costs.peak_bytes, 0.0))
+        lowest.append(max(_RANK[name] for name in config.precision.values()))
+    points, ranks = np.array(found).reshape(-1, 3) / scale, np.array(lowest)
     allowed = (points <= wanted.limits).all(1)
     chosen: list[tuple[int, float, int]] = []
-    for rank in sorted(set(lowest.tolist())):
+    for rank in sorted(set(lowest)):
         taken: list[int] = []
         for place in range(OF_EACH):
-            gains = np.where(allowed & (lowest == rank), added_hypervolume(points[taken], points, wanted.reference), 0.0)
+            gains = np.where(allowed & (ranks == rank), added_hypervolume(points[taken], points, wanted.reference), 0.0)
             if not gains.any():
                 break
             taken.append(int(gains.argmax()))

@@ -21,6 +21,7 @@ from qsearch.search.bound_space import BoundSpace, Choices, bind_space
 from qsearch.search.evaluation import requirements
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
+from qsearch.search.opening import choose_opening, opening_setting
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table
 from qsearch.search.tables.layer_tables import Tables, layer_rows
@@ -103,6 +104,28 @@ def test_a_second_study_times_nothing(measured: tuple[ModelEvaluator, BoundSpace
     assert {"cost_table", "sensitivity_table"} <= set(evaluator.seconds)
 
 
+def test_uniform_networks_tell_costs_before_there_are_tables(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
+) -> None:
+    evaluator, space, tables = measured
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
+    clauses: list[str] = []
+    monkeypatch.setattr(evaluator, "progress", clauses.append)
+    cost = evaluator.uniform_costs(space, opening_setting(space))
+    assert clauses == ["building and timing 2 uniform networks, to know what to begin with"]
+    in_float = space.config({one.name: "fp32" for one in space.layers})
+    assert cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
+    for _, layers in configs(space):
+        config = space.config(layers)
+        # The same kernels, or their kin, timed at another moment.
+        assert 0.2 < cost(config).latency_ms / tables.cost(config).latency_ms < 5
+        assert cost(config).peak_bytes == tables.cost(config).peak_bytes
+    # Tables time them again, among mixtures.
+    assert list(tmp_path.iterdir()) == []
+    for anchor in choose_opening(space, cost, evaluator.baseline):
+        assert evaluator.compile(space.config(anchor.values))
+
+
 def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
     evaluator, space, tables = measured
     in_float = space.config({one.name: "fp32" for one in space.layers})
@@ -134,7 +157,7 @@ def test_a_kernel_that_does_not_compile_takes_its_time_from_its_kin(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
     monkeypatch.setattr(evaluator, "build", fails_where(is_integer, evaluator))
     clauses: list[str] = []
     tables = measure_tables(evaluator, space, clauses.append)
@@ -148,7 +171,7 @@ def test_a_reference_that_does_not_compile_is_no_matter_of_a_kernel(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
     monkeypatch.setattr(evaluator, "build", fails_where(lambda program: not is_integer(program), evaluator))
     with pytest.raises(BuildError, match="conv_0"):
         measure_tables(evaluator, space, lambda clause: None)
@@ -158,7 +181,7 @@ def test_tables_are_not_compiled_on_a_full_disk(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory: KernelTimes(tmp_path))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
     monkeypatch.setattr(requirements, "LEAST_FREE_BYTES", 1 << 60)
     with pytest.raises(StudyError, match="the disk is full"):
         measure_tables(evaluator, space, lambda clause: None)

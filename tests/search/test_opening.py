@@ -12,6 +12,7 @@ from analytic import AnalyticEvaluator
 from networks import network
 
 from qsearch.config import QuantConfig
+from qsearch.errors import BuildError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.anchors import Anchor, plain_assignments
 from qsearch.search.bound_space import bind_space
@@ -101,6 +102,19 @@ def test_what_is_beyond_a_limit_is_not_chosen() -> None:
     limited = configs(choose_opening(SPACE, cost, BASELINE, Constraints.against(BASELINE, {"latency_ms": 1.01 * fastest})))
     assert limited and all(cost(one).latency_ms <= 1.01 * fastest for one in limited)
     assert choose_opening(SPACE, cost, BASELINE, Constraints.against(BASELINE, {"latency_ms": 0.5 * fastest})) == []
+
+
+def test_what_cannot_be_built_is_not_chosen() -> None:
+    free = configs(choose_opening(SPACE, cost, BASELINE))
+
+    def without_the_first(config: QuantConfig) -> Cost:
+        if config == free[0]:
+            raise BuildError("no kernel")
+        return cost(config)
+
+    chosen = configs(choose_opening(SPACE, without_the_first, BASELINE))
+    assert free[0] not in chosen and len(chosen) == len(free)
+    assert choose_opening(SPACE, lambda config: without_the_first(free[0]), BASELINE) == []
 
 
 def test_nothing_is_chosen_that_is_as_dear_as_float() -> None:

@@ -23,13 +23,13 @@ class Rounded:
 
     Attributes:
         reads: Reads and what rounds them.
-        weights: (Layer name, float32 (O, I/groups, kh, kw): a change of its weights).
-        biases: (Layer name, float32 (O,): a change of its bias).
+        weights: Layer name -> float32 (K, O, I/groups, kh, kw): changes of its weights.
+        biases: Layer name -> float32 (K, O): changes of its bias.
     """
 
     reads: tuple[tuple[Edge, Roundings], ...]
-    weights: tuple[tuple[str, Tensor], ...]
-    biases: tuple[tuple[str, Tensor], ...] = ()
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Projection:
 
     Attributes:
         reads: float32 (reads,): movement of the outputs for each rounded read.
-        weights: float32 (weights,): the same for each changed weight.
-        biases: float32 (biases,): the same for each changed bias.
+        weights: float32 (weights,): the same for each change of a weight, layer by layer.
+        biases: float32 (biases,): the same for each change of a bias.
     """
 
     reads: np.ndarray
@@ -100,9 +100,8 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
     edges = {edge for edge, _ in changes.reads}
     reads: dict[Edge, Tensor] = {}
     own = model.parameters
-    # A layer is there once per precision and setting.
-    weights = {name: torch.tensor(own.weight[name]).requires_grad_() for name in dict.fromkeys(n for n, _ in changes.weights)}
-    biases = {name: torch.tensor(own.bias[name]).requires_grad_() for name in dict.fromkeys(n for n, _ in changes.biases)}
+    weights = {name: torch.tensor(own.weight[name]).requires_grad_() for name in changes.weights}
+    biases = {name: torch.tensor(own.bias[name]).requires_grad_() for name in changes.biases}
 
     def read(node: Node, index: int, value: Tensor) -> Tensor:
         if (node.name, index) in edges:
@@ -120,12 +119,12 @@ def project(model: Model, image: Tensor, changes: Rounded, generator: torch.Gene
         # An operator without a derivative, or one that cuts the path of the gradient.
         return _projected_directly(model, image, changes, (plain, direction))
     slopes = iter(found)
-    of_reads, of_weights, of_biases = ({name: next(slopes) for name in leaves} for leaves in (reads, weights, biases))
+    of_reads = {edge: next(slopes) for edge in reads}
+    of_weights, of_biases = ({name: next(slopes) for name in leaves} for leaves in (weights, biases))
     with torch.no_grad():
         moved = [_dot(rounded(reads[edge], by).sub_(reads[edge]), of_reads[edge]) for edge, by in changes.reads]
-        shifted = [_dot(change, of_weights[name]) for name, change in changes.weights]
-        lifted = [_dot(change, of_biases[name]) for name, change in changes.biases]
-    return Projection(*(np.array(one, np.float32) for one in (moved, shifted, lifted)))
+        shifted, lifted = _products(changes.weights, of_weights), _products(changes.biases, of_biases)
+    return Projection(np.array(moved, np.float32), shifted, lifted)
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -136,6 +135,12 @@ def _dot(a: Tensor, b: Tensor) -> float:
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+
+
+def _products(changes: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> np.ndarray:
+    """The inner product of every change with its layer's slope."""
+    found = [by.flatten(1) @ slopes[name].reshape(-1) for name, by in changes.items()]
+    return np.array(torch.cat(found)) if found else np.zeros(0, np.float32)
 
 
 @torch.no_grad()
@@ -156,6 +161,11 @@ def _projected_directly(model: Model, image: Tensor, changes: Rounded, outputs: 
     own = model.parameters
     return Projection(
         np.array([moved(read=only(edge, by)) for edge, by in changes.reads], np.float32),
-        np.array([moved(weight={name: torch.tensor(own.weight[name]) + by}) for name, by in changes.weights], np.float32),
-        np.array([moved(bias={name: torch.tensor(own.bias[name]) + by}) for name, by in changes.biases], np.float32),
+        np.array(
+            [moved(weight={of: torch.tensor(own.weight[of]) + by}) for of, some in changes.weights.items() for by in some],
+            np.float32,
+        ),
+        np.array(
+            [moved(bias={of: torch.tensor(own.bias[of]) + by}) for of, some in changes.biases.items() for by in some], np.float32
+        ),
     )

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
         raise DataError("sensitivity needs at least one image; check the data directory")
     reads, sums = _rounded_reads(request)
     changed = _changed_weights(request)
-    weights, biases = (tuple((of[0][0], by) for of, by in group.items()) for group in (changed.weights, changed.biases))
+    (weights, of_weight), (biases, of_bias) = _by_layer(changed.weights), _by_layer(changed.biases)
     changes = Rounded(tuple(reads), weights, biases)
     generator = torch.Generator().manual_seed(request.seed)
     batch, found = request.model.graph.input.shape[0], []
@@ -117,7 +118,8 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
     pairs = len(integer_pairs(request.layers))
     activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
     activation = activation.reshape(len(request.by_ranges), pairs, len(found))
-    by_weight, by_bias = (np.stack([getattr(one, name) for one in found], 1) for name in ("weights", "biases"))
+    by_weight = np.stack([one.weights for one in found], 1)[of_weight]
+    by_bias = np.stack([one.biases for one in found], 1)[of_bias]
     # One more row, of zeros: the bias that is not corrected.
     by_bias = np.concatenate([by_bias, np.zeros((1, len(found)), np.float32)])
     weight = np.array([[by_weight[w] + by_bias[b] for w, b in row] for row in changed.used], np.float32)
@@ -172,3 +174,17 @@ def _changed_weights(request: SensitivityRequest) -> _Changes:
             row.append((list(changes.weights).index(of), bias))
         changes.used.append(row)
     return changes
+
+
+def _by_layer(changes: dict[Any, torch.Tensor]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Stack the changes of each layer; those that are given are used up, since they take much memory.
+
+    Returns:
+        Layer -> its changes, the first axis over them, and the place of each among all of these, int64 (changes,).
+    """
+    order: dict[str, list[Any]] = {}
+    places = {key: n for n, key in enumerate(changes)}
+    for key in changes:
+        order.setdefault(key[0][0], []).append(key)
+    stacked = {layer: torch.stack([changes.pop(key) for key in keys]) for layer, keys in order.items()}
+    return stacked, np.argsort([places[key] for keys in order.values() for key in keys]).astype(np.int64)

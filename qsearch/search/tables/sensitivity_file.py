@@ -21,7 +21,7 @@ from qsearch.whole_files import make_folder, write_whole
 __all__ = ["kept_sensitivity", "load_sensitivity", "save_sensitivity", "sensitivity_path"]
 
 # Raised whenever the same request would be answered with other numbers.
-_VERSION = 2
+_VERSION = 3
 
 
 def kept_sensitivity(
