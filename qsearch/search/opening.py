@@ -23,7 +23,7 @@ from qsearch.search.constraints import Constraints
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
 
-__all__ = ["OF_EACH", "choose_opening", "opening_setting"]
+__all__ = ["OF_EACH", "choose_opening", "opening_setting", "plain_anchors"]
 
 # The most of them whose lowest precision is the same.
 OF_EACH = 2
@@ -56,8 +56,7 @@ def choose_opening(
     scale = float_scale(baseline)
     wanted = Wanted.within(constraints.limits, scale)
     anchors, found, lowest = [], [], []
-    for row in plain_assignments(space):
-        anchor = _anchor(space, row)
+    for anchor in plain_anchors(space):
         config = space.config(anchor.values)
         try:
             costs = cost(config)
@@ -79,6 +78,11 @@ def choose_opening(
             taken.append(int(gains.argmax()))
             chosen.append((place, -float(gains.max()), taken[-1]))
     return [anchors[k] for _, _, k in sorted(chosen)]
+
+
+def plain_anchors(space: BoundSpace) -> list[Anchor]:
+    """What is chosen from: every plain assignment."""
+    return [_anchor(space, row) for row in plain_assignments(space)]
 
 
 def _anchor(space: BoundSpace, row: np.ndarray) -> Anchor:

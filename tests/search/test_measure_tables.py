@@ -21,9 +21,9 @@ from qsearch.search.bound_space import BoundSpace, Choices, bind_space
 from qsearch.search.evaluation import requirements
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
-from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.opening import choose_opening, opening_setting, plain_anchors
 from qsearch.search.space import SearchSpace, load_space
-from qsearch.search.tables import cost_table
+from qsearch.search.tables import cost_table, needed_kernels
 from qsearch.search.tables.layer_tables import Tables, layer_rows
 from qsearch.search.tables.measure_tables import measure_tables
 from qsearch.search.tables.needed_kernels import plain_config
@@ -124,6 +124,13 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     assert list(tmp_path.iterdir()) == []
     for anchor in choose_opening(space, cost, evaluator.baseline):
         assert evaluator.compile(space.config(anchor.values))
+
+
+def test_what_is_packed_has_all_that_a_search_begins_with(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+    evaluator, _, _ = measured
+    space = bind_space(load_space("full"), evaluator.graph)
+    packed = list(needed_kernels._configs(evaluator, space, np.random.default_rng(0), lambda: 0))
+    assert all(space.config(anchor.values) in packed for anchor in plain_anchors(space))
 
 
 def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
