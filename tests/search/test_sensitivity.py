@@ -20,6 +20,7 @@ from qsearch.models.interpret import forward, interpret
 from qsearch.quantize.bias_correction import input_means
 from qsearch.quantize.perturbation import assigned, rounded, rounded_reads, weight_change
 from qsearch.quantize.weight_store import WeightStore
+from qsearch.search.tables import sensitivity
 from qsearch.search.tables.projection import fisher_direction
 from qsearch.search.tables.sensitivity import SensitivityRequest, measure_sensitivity
 from qsearch.search.tables.sensitivity_file import kept_sensitivity, load_sensitivity, save_sensitivity, sensitivity_path
@@ -163,6 +164,21 @@ def test_a_corrected_bias_is_in_the_table():
     table = measure_sensitivity(request(MODELS["residual"], 32, ("fp32", "w4a8"), configs=configs), ignore)
     plain, corrected = (sum(row.sum() for row in table.divergence(one).values()) for one in configs)
     assert corrected < plain
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_large_networks_are_measured_a_few_layers_at_a_time(monkeypatch, corrected):
+    model = MODELS["bottlenecks"]
+    configs = [PLAIN, LAYER_WISE, QuantConfig(bias_correction="measured")] if corrected else [PLAIN, LAYER_WISE]
+    asked, passes = request(model, 6, configs=configs), []
+    whole = measure_sensitivity(asked, ignore)
+    largest = max(weight.nbytes for weight in model.parameters.weight.values())
+    monkeypatch.setattr(sensitivity, "MOST_HELD", 3 * largest)
+    parts = measure_sensitivity(asked, lambda *counts: passes.append(counts))
+    assert 2 < len(passes) // 6 < len(model.graph.layers)
+    assert passes == [(n + 1, len(passes)) for n in range(len(passes))]
+    np.testing.assert_allclose(parts.weight, whole.weight, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(parts.activation, whole.activation)
 
 
 def test_progress_counts_images():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -102,6 +103,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     )
     source.seconds["cost_table"] = time.monotonic() - start
 
+    _return_memory()
     pairs = pairs_around(source.model.graph, _layers(space))
 
     def divergence(config: QuantConfig) -> PairwiseSum:
@@ -119,6 +121,13 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
 
 def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
     return {one.name: one.values for one in space.layers}
+
+
+def _return_memory() -> None:
+    """Give back to the system what is free: tables need more memory than trials do, and glibc would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def measure_uniform_costs(

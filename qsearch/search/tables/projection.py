@@ -34,7 +34,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Projection:
-    """What one image tells.
+    """What one image tells; or several, along a second axis.
 
     Attributes:
         reads: float32 (reads,): movement of the outputs for each rounded read.

@@ -31,7 +31,7 @@ from qsearch.models.graph import Model
 from qsearch.models.interpret import one_thread
 from qsearch.quantize.perturbation import Edge, Ranges, Roundings, assigned, rounded_reads, weight_change
 from qsearch.quantize.weight_store import WeightStore
-from qsearch.search.tables.projection import Rounded, project
+from qsearch.search.tables.projection import Projection, Rounded, project
 from qsearch.search.tables.sensitivity_table import Pair, Sensitivity, integer_pairs
 
 __all__ = ["IMAGES", "SensitivityRequest", "measure_sensitivity"]
@@ -39,6 +39,8 @@ __all__ = ["IMAGES", "SensitivityRequest", "measure_sensitivity"]
 # The order of efficientnet_lite0's layers and precisions agrees to 0.98 (Spearman) with the divergence over all 375 search
 # images with 32 of them and to 0.99 with 96; fewer rank layer_wise and 4-bit choices less well.
 IMAGES = 96
+# Bytes of changed weights that are held at once; where there are more, images are run once for every so many.
+MOST_HELD = 2**31
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class SensitivityRequest:
 
 @one_thread()
 def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, int], None]) -> Sensitivity:
-    """Measure the table: one forward and one backward pass per image.
+    """Measure the table: one forward and one backward pass per image, more for the weights of large networks.
 
     Args:
         request: What to measure.
-        progress: Called after every image with the number of images done and their total.
+        progress: Called after every image with the number of passes done and their total.
 
     Returns:
         The table.
@@ -104,27 +106,50 @@ def measure_sensitivity(request: SensitivityRequest, progress: Callable[[int, in
     if not len(request.images):
         raise DataError("sensitivity needs at least one image; check the data directory")
     reads, sums = _rounded_reads(request)
-    changed = _changed_weights(request)
-    (weights, of_weight), (biases, of_bias) = _by_layer(changed.weights), _by_layer(changed.biases)
-    changes = Rounded(tuple(reads), weights, biases)
+    groups = _groups(request)
+    images, total = len(request.images), len(groups) * len(request.images)
+    weight, by_read = [], np.zeros((0, 0), np.float32)
+    for n, pairs in enumerate(groups):
+        changed = _changed_weights(request, pairs)
+        (weights, of_weight), (biases, of_bias) = _by_layer(changed.weights), _by_layer(changed.biases)
+        # Reads take no room of their own: all of them in the first pass.
+        changes = Rounded(() if n else tuple(reads), weights, biases)
+        found = _projected(request, changes, lambda done, n=n: progress(n * images + done, total))  # type: ignore[misc]
+        by_read = by_read if n else found.reads
+        # One more row, of zeros: the bias that is not corrected.
+        by_bias = np.concatenate([found.biases[of_bias], np.zeros((1, found.biases.shape[1]), np.float32)])
+        by_weight = found.weights[of_weight]
+        moved = np.array([[by_weight[w] + by_bias[b] for w, b in row] for row in changed.used], np.float32)
+        weight.append(moved.reshape(len(request.by_weights), len(pairs), by_read.shape[1]))
+    activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
+    # Shapes in full: a space that leaves no layer a choice has no pairs.
+    activation = activation.reshape(len(request.by_ranges), -1 if activation.size else 0, by_read.shape[1])
+    return Sensitivity(dict(request.layers), request.range_keys, request.weight_keys, activation, np.concatenate(weight, 1))
+
+
+def _groups(request: SensitivityRequest) -> list[list[Pair]]:
+    """The pairs in order, in groups of layers whose changed weights fit into memory together; at least one group."""
+    groups: list[list[Pair]] = [[]]
+    held = 0
+    for pair in integer_pairs(request.layers):
+        size = len(request.by_weights) * request.model.parameters.weight[pair[0]].nbytes
+        if groups[-1] and held + size > MOST_HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(pair)
+        held += size
+    return groups
+
+
+def _projected(request: SensitivityRequest, changes: Rounded, progress: Callable[[int], None]) -> Projection:
+    """What all images tell, the second axis over them; the same random directions for all changes."""
     generator = torch.Generator().manual_seed(request.seed)
     batch, found = request.model.graph.input.shape[0], []
     for start in range(0, len(request.images), batch):
         image = torch.from_numpy(np.array(request.images[start : start + batch], np.float32, order="C"))
         found.append(project(request.model, image, changes, generator))
-        progress(start + len(image), len(request.images))
-    by_read = np.stack([one.reads for one in found], 1)
-    # Shapes in full: a space that leaves no layer a choice has no pairs.
-    pairs = len(integer_pairs(request.layers))
-    activation = np.array([[by_read[places].sum(0) for places in row] for row in sums], np.float32)
-    activation = activation.reshape(len(request.by_ranges), pairs, len(found))
-    by_weight = np.stack([one.weights for one in found], 1)[of_weight]
-    by_bias = np.stack([one.biases for one in found], 1)[of_bias]
-    # One more row, of zeros: the bias that is not corrected.
-    by_bias = np.concatenate([by_bias, np.zeros((1, len(found)), np.float32)])
-    weight = np.array([[by_weight[w] + by_bias[b] for w, b in row] for row in changed.used], np.float32)
-    weight = weight.reshape(len(request.by_weights), pairs, len(found))
-    return Sensitivity(dict(request.layers), request.range_keys, request.weight_keys, activation, weight)
+        progress(start + len(image))
+    return Projection(*(np.stack([getattr(one, name) for one in found], 1) for name in ("reads", "weights", "biases")))
 
 
 def _rounded_reads(request: SensitivityRequest) -> tuple[dict[tuple[Edge, Roundings], int], list[list[list[int]]]]:
@@ -157,12 +182,12 @@ class _Changes:
     used: list[list[tuple[int, int]]] = field(default_factory=list)
 
 
-def _changed_weights(request: SensitivityRequest) -> _Changes:
+def _changed_weights(request: SensitivityRequest, pairs: Sequence[Pair]) -> _Changes:
     changes = _Changes()
     for config in request.by_weights.values():
         settings, means = config.resolve(request.model.graph.layer_types), request.means(config)
         row = []
-        for pair in integer_pairs(request.layers):
+        for pair in pairs:
             of, mean = (pair, settings[pair[0]].weights), means.get(pair[0])
             corrected = (*of, config.bias_correction)
             if of not in changes.weights or (mean is not None and corrected not in changes.biases):
