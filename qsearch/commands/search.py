@@ -135,7 +135,8 @@ def search(
 
     from qsearch.commands.tune import tune_model
     from qsearch.search.study import study_has_begun
-    from qsearch.session.search_session import SearchInterrupted, run_session
+    from qsearch.session.search_session import run_session
+    from qsearch.session.search_trials import SearchInterrupted
 
     with stdout_reserved():
         if tune and study_has_begun(name, storage):

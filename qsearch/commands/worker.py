@@ -59,7 +59,7 @@ def worker(
     limits = process_limits(restarts, trial_timeout, max_memory_gb)
     watch = supervised(limits, say) if restarts and is_own_process(context) else Watch()
 
-    from qsearch.session.search_session import SearchInterrupted
+    from qsearch.session.search_trials import SearchInterrupted
 
     with stdout_reserved():
         try:

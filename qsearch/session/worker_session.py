@@ -64,7 +64,8 @@ def join_session(request: WorkerRequest, say: Progress, console: Console) -> dic
         QSearchError: There is no such study, or this machine cannot work on it.
     """
     from qsearch.search.evaluation.objective import prepare_evaluator
-    from qsearch.session.search_session import identity_of, run_trials
+    from qsearch.session.search_session import identity_of
+    from qsearch.session.search_trials import run_trials
 
     begun = load_study(request.study, request.storage)
     with begun.guard():

@@ -27,6 +27,7 @@ from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import layer_rows
 from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.session.supervisor import Watch
 
 PLANNED = ("search", "--sampler", "planner")
 
@@ -93,6 +94,16 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     steps.clear()
     assert invoke(tmp_path, *PLANNED, "--budget", "6").exit_code == 0
     assert steps == tables
+
+
+def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    for owner, name in ((Watch, "beat"), (Watch, "rest"), (AnalyticEvaluator, "tables")):
+        step = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
+    assert invoke(tmp_path, *PLANNED, "--budget", "4").exit_code == 0
+    before = steps[: steps.index("tables")]
+    assert "beat" in before and before[-1] == "rest"
 
 
 def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,176 @@
+"""The trials of one run of `search`: what a planned study begins with, the planner's tables, and what follows."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from qsearch.report.documents import baseline_of
+from qsearch.report.notes import TrialNotes
+from qsearch.report.table_notes import attach_tables
+from qsearch.search.anchors import enqueue
+from qsearch.search.bound_space import BoundSpace
+from qsearch.search.constraints import Constraints
+from qsearch.search.evaluation.evaluator import Evaluator, Progress
+from qsearch.search.locks import lane_file
+from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.pipeline import Pipeline
+from qsearch.search.loop.problem import Crew, Outcome
+from qsearch.search.loop.processors import default_jobs
+from qsearch.search.members import this_member
+from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.planner import PlannerSampler
+from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
+from qsearch.search.study import StudyHandle
+from qsearch.search.study_trials import finished, measured_trials
+from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.session.search_request import SearchRequest
+from qsearch.session.trial_log import TrialLog
+from qsearch.session.trial_progress import TrialProgress
+
+__all__ = ["SearchInterrupted", "enqueue_opening", "run_trials"]
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """The user interrupted a search; that its study is intact was said."""
+
+
+def run_trials(
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console, TrialLog]
+) -> None:
+    """Run trials of an open study until its budget is met.
+
+    Args:
+        handle: The study.
+        request: What is wanted.
+        bound: Its space, over the model's layers.
+        evaluator: Measures, and counts against the study's float module.
+        told: What a person is told, the terminal, and the log.
+
+    Raises:
+        SearchInterrupted: The user interrupted the search.
+        StudyError: The study cannot be written, or trial after trial failed.
+    """
+    say, console, log = told
+    with handle.guard():
+        done, trials = len(measured_trials(handle.study)), len(handle.study.get_trials(deepcopy=False))
+        begun = trials > len(finished(handle.study, TrialState.WAITING))
+    if begun:
+        say(f"continuing study {handle.name} with {done} measured trials")
+    baseline = baseline_of(handle) or evaluator.baseline
+    constraints = Constraints.against(baseline, request.limits)
+    planned = request.sampler == PLANNER
+    notes = TrialNotes(handle, evaluator.graph, baseline)
+    problem = SearchProblem(
+        bound,
+        evaluator.evaluate,
+        notes,
+        constraints,
+        request.early_stopping,
+        anchored=not planned and not request.joins,
+        beat=request.watch.beat,
+        rest=request.watch.rest,
+        device=evaluator.device_kind,
+    )
+    limits = Limits(request.budget, request.timeout_s, request.settings.seed)
+    with (
+        _pipeline(request, evaluator, done) as pipeline,
+        _crew(request, evaluator, handle, say) as crew,
+        TrialProgress((done, request.budget), baseline, say, console) as progress,
+    ):
+
+        def on_trial(trial: FrozenTrial) -> None:
+            # Others may have measured some of them.
+            progress.on_trial(trial, len(measured_trials(handle.study)))
+            log.on_trial(trial)
+
+        problem = replace(problem, pipeline=pipeline, crew=crew)
+        outcome: Outcome | None = None
+        if planned:
+            # Tables take minutes: what does without them comes first.
+            handle.study.sampler = make_sampler("random", request.settings.seed, trials)
+            begin = time.monotonic()
+            outcome = run_search(handle, problem, replace(limits, enqueued_only=True), on_trial)
+            if limits.timeout_s is not None:
+                limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
+        if outcome is None or outcome.stopped in ("enqueued", "budget"):
+            # No trial is under way: tables may take longer than any of them.
+            request.watch.rest()
+            if planned and pipeline is not None:
+                # So would the measuring process that of the tables' kernels, until it has nothing to do.
+                pipeline.settle()
+            _choose_sampler(handle, request, bound, evaluator, constraints, trials)
+            outcome = run_search(handle, problem, limits, on_trial)
+    request.watch.rest()
+    with handle.guard():
+        done = len(measured_trials(handle.study))
+    _say_end(outcome, done, handle, request, say)
+
+
+def _say_end(outcome: Outcome, done: int, handle: StudyHandle, request: SearchRequest, say: Progress) -> None:
+    """Say how trials ended, where it was not their budget that ended them.
+
+    Raises:
+        SearchInterrupted: The user did.
+    """
+    if outcome.stopped == "interrupted":
+        say(f"interrupted; study {handle.name} is intact with {done} measured trials, the same command continues it")
+        raise SearchInterrupted
+    if outcome.stopped == "timeout":
+        say(f"time is up after {done} of {request.budget} trials; the same command continues the study")
+    if outcome.stopped == "exhausted":
+        say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
+
+
+def enqueue_opening(handle: StudyHandle, bound: BoundSpace, evaluator: Evaluator, constraints: Constraints) -> None:
+    """Enqueue what a planned study begins with, unless it has begun."""
+    with handle.guard():
+        if handle.study.get_trials(deepcopy=False):
+            return
+    anchors = choose_opening(bound, evaluator.uniform_costs(bound, opening_setting(bound)), evaluator.baseline, constraints)
+    with handle.guard():
+        enqueue(handle.study, anchors)
+
+
+def _choose_sampler(
+    handle: StudyHandle,
+    request: SearchRequest,
+    bound: BoundSpace,
+    evaluator: Evaluator,
+    constraints: Constraints,
+    trials: int,
+) -> None:
+    """Give a study of so many trials its sampler, with the tables that the planner needs."""
+    seed = request.settings.seed
+    # Processes that begin at the same time must not draw the same.
+    of = (trials, zlib.crc32(json.dumps(this_member()).encode())) if request.joins else (trials,)
+    if request.sampler != PLANNER:
+        handle.study.sampler = make_sampler(request.sampler, seed, *of)
+        return
+    handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, *of), constraints)
+    if not request.joins:
+        attach_tables(handle, layer_rows(bound, sampler.tables))
+
+
+def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> AbstractContextManager[Pipeline | None]:
+    """The measuring process, for as many jobs as there are to be; none where nothing is left to measure."""
+    if done >= request.budget or request.dask is not None:
+        return nullcontext()
+    return evaluator.pipeline(min(request.jobs or 2, default_jobs(request.settings.threads)))
+
+
+def _crew(
+    request: SearchRequest, evaluator: Evaluator, handle: StudyHandle, say: Progress
+) -> AbstractContextManager[Crew | None]:
+    """The workers of a Dask cluster, where they are to do it."""
+    if request.dask is None:
+        return nullcontext()
+    from qsearch.search.evaluation.dask_crew import dask_crew
+
+    return dask_crew(request.dask, evaluator, request.settings, lane_file(handle.name, handle.url), say)
