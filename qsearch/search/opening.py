@@ -26,7 +26,7 @@ from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
 __all__ = ["OF_EACH", "choose_opening", "opening_setting", "plain_anchors"]
 
 # The most of them whose lowest precision is the same.
-OF_EACH = 3
+OF_EACH = 2
 _RANK = {name: rank for rank, name in enumerate(PRECISIONS)}
 
 
