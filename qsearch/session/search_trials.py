@@ -91,22 +91,25 @@ def run_trials(
             log.on_trial(trial)
 
         problem = replace(problem, pipeline=pipeline, crew=crew)
-        outcome: Outcome | None = None
-        if planned:
-            # Tables take minutes: what does without them comes first.
-            handle.study.sampler = make_sampler("random", request.settings.seed, trials)
-            begin = time.monotonic()
-            outcome = run_search(handle, problem, replace(limits, enqueued_only=True), on_trial)
-            if limits.timeout_s is not None:
-                limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
-        if outcome is None or outcome.stopped in ("enqueued", "budget"):
-            # No trial is under way: tables may take longer than any of them.
-            request.watch.rest()
-            if planned and pipeline is not None:
-                # So would the measuring process that of the tables' kernels, until it has nothing to do.
-                pipeline.settle()
-            _choose_sampler(handle, request, bound, evaluator, constraints, trials)
-            outcome = run_search(handle, problem, limits, on_trial)
+        try:
+            if planned:
+                # Tables take minutes: what does without them comes first.
+                handle.study.sampler = make_sampler("random", request.settings.seed, trials)
+                begin = time.monotonic()
+                outcome = run_search(handle, problem, replace(limits, enqueued_only=True), on_trial)
+                if limits.timeout_s is not None:
+                    limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
+            if not planned or outcome.stopped in ("enqueued", "budget"):
+                # No trial is under way: tables may take longer than any of them.
+                request.watch.rest()
+                if planned and pipeline is not None:
+                    # Nor may the measuring process be at work while their kernels are timed.
+                    pipeline.settle()
+                _choose_sampler(handle, request, bound, evaluator, constraints, trials)
+                outcome = run_search(handle, problem, limits, on_trial)
+        except KeyboardInterrupt:
+            # In the tables: of a trial it is an outcome.
+            outcome = Outcome("interrupted", 0)
     request.watch.rest()
     with handle.guard():
         done = len(measured_trials(handle.study))

@@ -96,6 +96,21 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     assert steps == tables
 
 
+def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnalyticEvaluator, "tables", interrupted)
+        result = invoke(tmp_path, *PLANNED, "--budget", "8")
+    assert result.exit_code == 130
+    measured = len(handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,)))
+    assert measured > 0
+    assert f"study demo is intact with {measured} measured trials, the same command continues it" in result.stderr
+    assert invoke(tmp_path, *PLANNED, "--budget", "8").exit_code == 0
+    assert len(handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))) == 8
+
+
 def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
     for owner, name in ((Watch, "beat"), (Watch, "rest"), (AnalyticEvaluator, "tables")):
