@@ -54,6 +54,7 @@ def test_what_was_lost_comes_back_and_can_be_deployed(folder: Path) -> None:
     assert "fine-tuned from config.json" in metrics["remark"] and metrics["finetuning"]["training_images"] == 720
 
 
+@pytest.mark.slow
 def test_as_text_and_once_more_without_training(folder: Path) -> None:
     options = ("--epochs", "1", "--checkpoint", "kept")
     first = within(folder, *MODEL, *options)
@@ -152,6 +153,7 @@ def test_the_demo_gains_most_of_its_loss_back(tmp_path: Path) -> None:
     assert found["finetuning"]["agreement"]["same"] >= 0.999 * found["finetuning"]["agreement"]["images"]
 
 
+@pytest.mark.slow
 def test_a_search_fine_tunes_the_points_that_lose_most(folder: Path) -> None:
     (folder / "space.yaml").write_text(
         "version: 1\nname: four\nprecisions: {default: [fp32, w4a8]}\ngranularities: [layer_wise]\n"

@@ -73,6 +73,7 @@ def test_a_run_in_blocks_is_a_whole_run_or_certain_to_be_needless(real: RealSear
     assert -0.5 <= bound.loss_bounds_pp[0] <= measured.accuracy.top1_loss_pp <= bound.loss_bounds_pp[1]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_fails_says_why(real: RealSearch) -> None:
     settings = Settings(model="nowhere:Net", cache_dir=real.folder / "studies" / "cache")
     baseline = measurement_from_json(trials(real.folder)[0].user_attrs["measurement"])
@@ -101,6 +102,7 @@ def test_evaluate(real: RealSearch) -> None:
     assert loss == pytest.approx(real.document["front"][0]["heldout"]["top1_loss_pp"])
 
 
+@pytest.mark.slow
 def test_damaged_caches_are_rebuilt(small: Path) -> None:
     options = ("evaluate", *SMALL[1:5], "--precision", "int8", "--json")
     first = within(small, *options)
@@ -160,6 +162,7 @@ def test_another_search_is_refused(small: Path) -> None:
     assert completed(small, "small") == before
 
 
+@pytest.mark.slow
 def test_no_compiler(small: Path, tmp_path: Path) -> None:
     # The kernels are in the cache; a bundle must be linked all the same.
     result = command(small, "export", "--study", "small", "--out", "nothing", PATH=str(tmp_path))

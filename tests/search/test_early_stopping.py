@@ -195,6 +195,7 @@ def test_a_trial_that_stops_is_certain_to_be_off_the_front(handle: StudyHandle) 
     assert len(evaluator.measured) == len(set(evaluator.measured)) == 46
 
 
+@pytest.mark.slow
 def test_the_front_is_that_of_full_runs(handle: StudyHandle, tmp_path: Path) -> None:
     evaluator = AnalyticEvaluator(blocks=True)
     run_search(handle, problem(evaluator), Limits(32))
@@ -233,6 +234,7 @@ def test_the_rule_needs_certainty() -> None:
     )
 
 
+@pytest.mark.slow
 def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path) -> None:
     options = ("search", "--budget", "28", "--sampler", "random", "--json")
     stopping = json.loads(invoke(tmp_path, *options, BLOCKS="1").stdout)

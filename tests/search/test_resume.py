@@ -73,6 +73,7 @@ def test_kill_in_mid_trial_and_the_same_command_again(tmp_path: Path, at: str) -
     assert json.loads(again.stdout)["trials"]["complete"] == 22
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment(tmp_path: Path) -> None:
     process = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
