@@ -57,6 +57,7 @@ def check_whole(folder: Path, before: dict[int, str]) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["21"])
 def test_kill_in_mid_trial_and_the_same_command_again(tmp_path: Path, at: str) -> None:
     assert run(tmp_path, TROUBLE="kill", TROUBLE_AT=at).returncode == -signal.SIGKILL

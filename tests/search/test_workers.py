@@ -92,6 +92,7 @@ def test_a_disk_that_fills_up_beneath_a_module_is_no_fault_of_its_configuration(
         builder.pack(INT8, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_measures_what_this_process_would(builder: ModuleBuilder, tmp_path: Path) -> None:
     given, fp32 = images(40), QuantConfig(default_precision="fp32")
     logits = run_images(builder.prepare(fp32).open, given)
