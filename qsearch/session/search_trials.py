@@ -105,7 +105,8 @@ def run_trials(
                 if planned and pipeline is not None:
                     # Nor may the measuring process be at work while their kernels are timed.
                     pipeline.settle()
-                _choose_sampler(handle, request, bound, evaluator, constraints, trials)
+                with progress.aside():
+                    _choose_sampler(handle, request, bound, evaluator, constraints, trials)
                 outcome = run_search(handle, problem, limits, on_trial)
         except KeyboardInterrupt:
             # In the tables: of a trial it is an outcome.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from optuna.trial import FrozenTrial, TrialState
@@ -56,6 +58,17 @@ class TrialProgress:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the terminal to what is said inside the block, which would be written behind the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def on_trial(self, trial: FrozenTrial, done: int) -> None:
         """Show a trial that was measured or failed; so many are measured now, by whomever."""
