@@ -103,9 +103,9 @@ def run_trials(
                 # No trial is under way: tables may take longer than any of them.
                 request.watch.rest()
                 if planned and pipeline is not None:
-                    # Nor may the measuring process be at work while their kernels are timed.
+                    # The measuring process would disturb the kernels that are timed for them.
                     pipeline.settle()
-                with progress.aside():
+                with progress.aside() if planned else nullcontext():
                     _choose_sampler(handle, request, bound, evaluator, constraints, trials)
                 outcome = run_search(handle, problem, limits, on_trial)
         except KeyboardInterrupt:
