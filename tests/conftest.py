@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapt_bundles import write_dark_bundle
 from real_search import RealSearch, search_small, search_with_a_kill, within
 
@@ -26,7 +27,9 @@ LONGEST = (*REAL, "tests/commands/", "tests/search/", "tests/export/", "tests/me
 def pytest_configure(config: pytest.Config) -> None:
     """Keep torch to one thread where each of several processes tests on a processor of its own; seal with a key of the run's."""
     if "PYTEST_XDIST_WORKER" in os.environ:
+        # For processes that tests start; torch, loaded by the imports above, has read it already.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     else:
         # Processes that tests start, and those that share them, inherit it.
         config.stash[STATE] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="qsearch-state-")
