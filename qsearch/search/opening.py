@@ -3,11 +3,14 @@
 Tables take as long as many trials. What a search may soon know is how plain assignments do, one precision for all layers of a
 kind, which is where all layers change at once and sums of single changes are furthest off: the kernels of the few uniform
 networks tell their latencies, and their bytes are known. What they lose is not: so that a precision that the model does not
-bear cannot crowd out the others, some are taken for every precision that may be the lowest of a configuration.
+bear cannot crowd out the others, some are taken for every precision that may be the lowest of a configuration. Where two
+precisions read the same values and differ in their weights, there are also mixtures of both: narrow weights only where most
+weights are spare nearly as many bytes, and leave the many small layers alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +20,25 @@ from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
 from qsearch.qtype import PRECISIONS
-from qsearch.search.anchors import PREFERRED_MODES, Anchor, plain_assignments
+from qsearch.search.anchors import PREFERRED_MODES, Anchor, plain_assignments, weight_count
 from qsearch.search.bound_space import CALIBRATION, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
 
-__all__ = ["OF_EACH", "choose_opening", "opening_setting", "plain_anchors"]
+__all__ = ["OF_EACH", "choose_opening", "mixed_anchors", "opening_setting", "plain_anchors"]
 
-# The most of them whose lowest precision is the same.
+# The most plain ones whose lowest precision is the same, and the most mixtures.
 OF_EACH = 2
+# In a mixture the layers that hold so much of all weights have the narrow ones.
+NARROW = 0.9
 _RANK = {name: rank for rank, name in enumerate(PRECISIONS)}
+# Precision -> the next one with wider weights that reads the same values.
+_WIDER = {
+    narrow.name: wide.name
+    for wide, narrow in itertools.combinations(PRECISIONS.values(), 2)
+    if wide.activation == narrow.activation and wide.weight.qmax > narrow.weight.qmax
+}
 
 
 def opening_setting(space: BoundSpace) -> dict[str, Any]:
@@ -42,7 +53,7 @@ def opening_setting(space: BoundSpace) -> dict[str, Any]:
 def choose_opening(
     space: BoundSpace, cost: Callable[[QuantConfig], Cost], baseline: Measurement, constraints: Constraints = Constraints()
 ) -> list[Anchor]:
-    """Choose plain assignments: of those with the same lowest precision the ones that would add most if they lost nothing.
+    """Choose assignments: of those with the same lowest precision the ones that would add most if they lost nothing.
 
     Args:
         space: The search space.
@@ -51,12 +62,13 @@ def choose_opening(
         constraints: Limits of the front that is wanted; what is beyond them is not chosen.
 
     Returns:
-        At most OF_EACH for every precision, first those that would add most by themselves.
+        At most OF_EACH plain ones and OF_EACH mixtures for every precision, first those that would add most by themselves.
     """
     scale = float_scale(baseline)
     wanted = Wanted.within(constraints.limits, scale)
-    anchors, found, lowest = [], [], []
-    for anchor in plain_anchors(space):
+    anchors, found, kinds = [], [], []
+    every = [(False, anchor) for anchor in plain_anchors(space)] + [(True, anchor) for anchor in mixed_anchors(space)]
+    for is_mixed, anchor in every:
         config = space.config(anchor.values)
         try:
             costs = cost(config)
@@ -65,14 +77,15 @@ def choose_opening(
             continue
         anchors.append(anchor)
         found.append((costs.latency_ms, costs.peak_bytes, 0.0))
-        lowest.append(max(_RANK[name] for name in config.precision.values()))
-    points, ranks = np.array(found).reshape(-1, 3) / scale, np.array(lowest)
+        kinds.append((max(_RANK[name] for name in config.precision.values()), is_mixed))
+    points = np.array(found).reshape(-1, 3) / scale
     allowed = (points <= wanted.limits).all(1)
     chosen: list[tuple[int, float, int]] = []
-    for rank in sorted(set(lowest)):
+    for kind in sorted(set(kinds)):
+        alike = allowed & np.array([one == kind for one in kinds])
         taken: list[int] = []
         for place in range(OF_EACH):
-            gains = np.where(allowed & (ranks == rank), added_hypervolume(points[taken], points, wanted.reference), 0.0)
+            gains = np.where(alike, added_hypervolume(points[taken], points, wanted.reference), 0.0)
             if not gains.any():
                 break
             taken.append(int(gains.argmax()))
@@ -81,8 +94,35 @@ def choose_opening(
 
 
 def plain_anchors(space: BoundSpace) -> list[Anchor]:
-    """What is chosen from: every plain assignment."""
+    """One precision for all layers of a kind: every such assignment."""
     return [_anchor(space, row) for row in plain_assignments(space)]
+
+
+def mixed_anchors(space: BoundSpace) -> list[Anchor]:
+    """The same with narrow weights only where most weights are, and the next wider ones that read the same values elsewhere."""
+    heavy = _heaviest(space)
+    anchors: dict[str, Anchor] = {}
+    seen = {space.config(one.values).content_hash() for one in plain_anchors(space)}
+    for narrow, wide in _WIDER.items():
+        for plain in plain_anchors(space):
+            light = [one.name for one in space.layers if plain.values.get(one.name) == narrow and wide in one.values]
+            moved = {name: wide for name in light if name not in heavy}
+            anchor = Anchor(f"{plain.label}, but {wide} for {narrow} in small layers", plain.values | moved)
+            anchors.setdefault(space.config(anchor.values).content_hash(), anchor)
+    return [anchor for digest, anchor in anchors.items() if digest not in seen]
+
+
+def _heaviest(space: BoundSpace) -> set[str]:
+    """The fewest layers that hold NARROW of the weights."""
+    counts = {one.name: weight_count(space.graph, space.graph.by_name[one.name]) for one in space.layers}
+    found: set[str] = set()
+    held, enough = 0, NARROW * sum(counts.values())
+    for name in sorted(counts, key=lambda name: -counts[name]):
+        if held >= enough:
+            break
+        found.add(name)
+        held += counts[name]
+    return found
 
 
 def _anchor(space: BoundSpace, row: np.ndarray) -> Anchor:

@@ -36,8 +36,8 @@ PLAIN = "-plain"
 # How often other processes' measurements are looked at, in measurements.
 REFRESH = 50
 # Of a configuration on the front: with one each, the front of thousands would be that of the luckiest. Some are off it for
-# bad luck; that of a single timing is mostly less than NEAR, a share of the latency.
-TIMINGS, NEAR = 9, 0.1
+# bad luck; that of a single timing is mostly less than NEAR, a share of the latency, and falls with their number's root.
+TIMINGS, NEAR = 9, 0.05
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,15 @@ def settle(problem: Problem, at_least: int = 1) -> None:
 
 
 def _near_front(problem: Problem) -> list[str]:
-    """The known configurations that would be on the front if they were faster by NEAR."""
+    """The known configurations that would be on the front if their timings were as unlucky as they may be."""
     known = problem.measured.known
     front = np.array([known[digest].objectives for digest in _front(problem)])
-    slack = np.array([1.0 - NEAR, 1.0, 1.0])
-    return [digest for digest, one in known.items() if not (front < np.array(one.objectives) * slack).all(axis=1).any()]
+
+    def behind(digest: str) -> bool:
+        slack = (1.0 - NEAR / problem.measured.timings(digest) ** 0.5, 1.0, 1.0)
+        return bool((front < np.array(known[digest].objectives) * slack).all(axis=1).any())
+
+    return [digest for digest in known if not behind(digest)]
 
 
 def _front(problem: Problem) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import moocore
 import numpy as np
 import pytest
 from analytic import AnalyticEvaluator, plain_settings
@@ -240,10 +241,14 @@ def test_settling_undoes_luck(problem, source):
     assert reference_hypervolume(problem) > front
     settle(problem)
     counts = {digest: problem.measured.timings(digest) for digest in problem.measured.known}
-    assert counts[lucky.content_hash()] == TIMINGS and set(counts.values()) == {1, TIMINGS}, "what is far off needs no more"
+    objectives = np.array([problem.measured.known[digest].objectives for digest in counts])
+    on_front = moocore.is_nondominated(objectives)
+    assert counts[lucky.content_hash()] == TIMINGS, "it was on the front until it was timed again"
+    assert {count for count, is_on in zip(counts.values(), on_front, strict=True) if is_on} == {TIMINGS}
+    assert min(counts.values()) == 1, "what is far off needs no more"
     assert reference_hypervolume(problem) == pytest.approx(front)
     settle(problem, at_least=3)
-    assert {problem.measured.timings(digest) for digest in problem.measured.known} == {3, TIMINGS}
+    assert min(problem.measured.timings(digest) for digest in problem.measured.known) == 3
 
 
 def test_one_timing_has_no_halves(problem):

@@ -21,7 +21,7 @@ from qsearch.search.bound_space import BoundSpace, Choices, bind_space
 from qsearch.search.evaluation import requirements
 from qsearch.search.evaluation.evaluator import Settings
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
-from qsearch.search.opening import choose_opening, opening_setting, plain_anchors
+from qsearch.search.opening import choose_opening, mixed_anchors, opening_setting, plain_anchors
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables import cost_table, needed_kernels
 from qsearch.search.tables.layer_tables import Tables, layer_rows
@@ -130,7 +130,7 @@ def test_what_is_packed_has_all_that_a_search_begins_with(measured: tuple[ModelE
     evaluator, _, _ = measured
     space = bind_space(load_space("full"), evaluator.graph)
     packed = list(needed_kernels._configs(evaluator, space, np.random.default_rng(0), lambda: 0))
-    assert all(space.config(anchor.values) in packed for anchor in plain_anchors(space))
+    assert all(space.config(anchor.values) in packed for anchor in (*plain_anchors(space), *mixed_anchors(space)))
 
 
 def test_float_costs_what_it_was_measured_at(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:

@@ -14,10 +14,10 @@ from networks import network
 from qsearch.config import QuantConfig
 from qsearch.errors import BuildError
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
-from qsearch.search.anchors import Anchor, plain_assignments
+from qsearch.search.anchors import Anchor, plain_assignments, weight_count
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
-from qsearch.search.opening import OF_EACH, choose_opening, opening_setting
+from qsearch.search.opening import NARROW, OF_EACH, choose_opening, mixed_anchors, opening_setting, plain_anchors
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import float_scale
@@ -81,8 +81,11 @@ def test_for_every_lowest_precision_it_is_what_would_add_most_if_it_lost_nothing
     names = [dict(zip(sorted(set(KINDS)), some, strict=True)) for some in itertools.product(PRECISIONS, repeat=3)]
     rows = [[one.values.index(some[kind]) for one, kind in zip(SPACE.layers, KINDS, strict=True)] for some in names]
     assert sorted(rows) == plain_assignments(SPACE).tolist()
-    every, chosen = [of_kinds(some) for some in names], configs(choose_opening(SPACE, cost, BASELINE))
-    assert all(one in every for one in chosen)
+    every, opening = [of_kinds(some) for some in names], configs(choose_opening(SPACE, cost, BASELINE))
+    chosen = [one for one in opening if one in every]
+    mixed, mixtures = [one for one in opening if one not in every], configs(mixed_anchors(SPACE))
+    assert all(one in mixtures for one in mixed) and len(mixed) == OF_EACH
+    assert volume(point(mixed[0])) == pytest.approx(max(volume(point(one)) for one in mixtures))
     # Each precision once before any comes twice; float adds nothing.
     assert sorted(map(lowest, chosen[:3])) == sorted(PRECISIONS[1:])
     assert all(1 < [lowest(one) for one in chosen].count(precision) <= OF_EACH for precision in PRECISIONS[1:])
@@ -95,6 +98,26 @@ def test_for_every_lowest_precision_it_is_what_would_add_most_if_it_lost_nothing
             assert volume(taken) == pytest.approx(most)
     alone = [volume(point(one)) for one in chosen[:3]]
     assert alone == sorted(alone, reverse=True)
+
+
+def test_in_mixtures_weights_are_narrow_where_most_of_them_are() -> None:
+    weights = {one.name: weight_count(GRAPH, GRAPH.by_name[one.name]) for one in SPACE.layers}
+    plain, found = configs(plain_anchors(SPACE)), configs(mixed_anchors(SPACE))
+    assert found and len({one.content_hash() for one in found + plain}) == len(found) + len(plain)
+    narrow, wide = (of_kinds(dict.fromkeys(KINDS, precision)) for precision in ("w4a8", "int8"))
+    # Of int8 and w4a8 alone, as much of w4a8 as there may be.
+    two = [one for one in found if set(one.precision.values()) == {"int8", "w4a8"}]
+    mixture = max(two, key=lambda one: list(one.precision.values()).count("w4a8"))
+    held = sorted((weights[name] for name, precision in mixture.precision.items() if precision == "w4a8"), reverse=True)
+    assert sum(held) >= NARROW * sum(weights.values()) > sum(held[:-1])
+    assert held == sorted(weights.values(), reverse=True)[: len(held)]
+    assert cost(narrow).peak_bytes < cost(mixture).peak_bytes < cost(wide).peak_bytes
+
+
+def test_without_narrow_weights_there_are_no_mixtures() -> None:
+    precisions = {"default": ["fp32", "int16", "int8"]}
+    space = bind_space(SearchSpace.model_validate({"version": 1, "precisions": precisions}), GRAPH)
+    assert mixed_anchors(space) == []
 
 
 def test_what_is_beyond_a_limit_is_not_chosen() -> None:
@@ -125,7 +148,8 @@ def test_nothing_is_chosen_that_is_as_dear_as_float() -> None:
 def test_it_names_what_it_is_and_only_parameters_that_are_free() -> None:
     for anchor in choose_opening(SPACE, cost, BASELINE):
         assert set(anchor.values) == set(SPACE.distributions())
-        assert all(part.split()[0] in KINDS and part.split()[1] in PRECISIONS for part in anchor.label.split(", "))
+        plain = anchor.label.removesuffix(", but int8 for w4a8 in small layers")
+        assert all(part.split()[0] in KINDS and part.split()[1] in PRECISIONS for part in plain.split(", "))
         assert anchor.values["calibration"] == "mse"
 
 

@@ -13,7 +13,7 @@ from qsearch.errors import TrialError
 from qsearch.models.graph import Model
 from qsearch.quantize.program import Program
 from qsearch.search.bound_space import BoundSpace
-from qsearch.search.opening import plain_anchors
+from qsearch.search.opening import mixed_anchors, plain_anchors
 from qsearch.search.tables.cost_fit import covering, mixture, pairs_around
 from qsearch.search.tables.settings import assignment_config, table_settings
 
@@ -72,7 +72,7 @@ def _configs(
 ) -> Iterator[QuantConfig]:
     yield QuantConfig(default_precision="fp32")
     yield space.config(space.start_values())
-    yield from (space.config(one.values) for one in plain_anchors(space))
+    yield from (space.config(one.values) for one in (*plain_anchors(space), *mixed_anchors(space)))
     layers = {one.name: one.values for one in space.layers}
     sizes, settings = [len(values) for values in layers.values()], table_settings(space)
     if not sizes:
