@@ -73,6 +73,7 @@ def run_trials(
         notes,
         constraints,
         request.early_stopping,
+        confirmed=True,
         anchored=not planned and not request.joins,
         beat=request.watch.beat,
         rest=request.watch.rest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from analytic import AnalyticEvaluator, invoke
 from optuna.trial import TrialState
 
+from qsearch.config import QuantConfig
 from qsearch.measure.accuracy import compare_accuracy, mean_divergence
 from qsearch.measure.image_blocks import ImageHistory, Seen, loss_bounds
+from qsearch.measure.measurement import Measurement
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import hypervolume, study_front
@@ -247,6 +250,21 @@ def test_images_are_counted_and_early_stopping_can_be_turned_off(tmp_path: Path)
     assert whole["image_evaluations"] == {"made": 28_000, "without_early_stopping": 28_000}
     assert whole["trials"]["complete"] == 28
     assert [point["trial"] for point in whole["front"]] == [point["trial"] for point in stopping["front"]]
+
+
+def test_without_early_stopping_a_trial_is_told_of_the_others_all_the_same(handle: StudyHandle) -> None:
+    evaluator, told = AnalyticEvaluator(), []
+
+    def evaluate(config: QuantConfig, rule: StoppingRule) -> Measurement:
+        told.append(rule)
+        return evaluator.evaluate(config, rule)
+
+    searched = replace(problem(evaluator), evaluate=evaluate, early_stopping=False, confirmed=True)
+    assert run_search(handle, searched, Limits(6)).completed == 6
+    assert [len(rule.trials) for rule in told] == list(range(6)) and not any(rule.stops for rule in told)
+    best = StoppingRule({3: (0.0, 0.0, -100.0)}, stops=False)
+    best.check(evaluator.baseline.latency, evaluator.baseline.memory)
+    assert best.dominated((1.0, 1.0, 0.0)) == "dominated by trial 3"
 
 
 def test_a_stop_carries_what_is_known() -> None:

@@ -164,6 +164,9 @@ class ScriptedDevice:
         (StoppingRule({}), [1.0, 2.0, 2.1], set(), 2.0),
         (StoppingRule({}), [2.0, 1.0, 2.1], set(), 2.0),
         (StoppingRule({7: (1.5, 1.0, 100.0)}), [2.0, 2.2, 2.1], set(), 2.1),
+        # Where nothing is stopped too; what is dominated goes on and is timed once.
+        (StoppingRule({}, stops=False), [1.0, 2.0, 2.1], set(), 2.0),
+        (StoppingRule({7: (0.5, 1.0, -1.0)}, stops=False), [2.0], set(), 2.0),
         # The noisy ones do not count; of two that are left it is no faster than the slower.
         (StoppingRule({}), [1.0, 2.0, 2.1], {1}, 2.1),
         (StoppingRule({}), [1.0, 2.0, 2.1], {0, 2}, 2.0),

@@ -88,10 +88,12 @@ class StoppingRule:
     Attributes:
         trials: Number -> objective values of the completed trials; small, to be sent to another process.
         constraints: The study's.
+        stops: Whether it stops trials; one that does not only tells what reaches the front.
     """
 
     trials: Mapping[int, Sequence[float]]
     constraints: Constraints = Constraints()
+    stops: bool = True
 
     def check(self, latency: Latency, memory: Memory, seen: Seen | None = None) -> None:
         """Stop the trial if nothing it can still show would change its outcome.
@@ -104,6 +106,8 @@ class StoppingRule:
         Raises:
             EarlyStop: Its outcome is certain.
         """
+        if not self.stops:
+            return
         bound = Bound("", latency, memory, seen, False)
         reason, infeasible = self._beyond_constraints(bound.least), True
         if reason is None:

@@ -40,11 +40,12 @@ class SearchProblem:
 
     Attributes:
         space: The search space over the model's layers.
-        evaluate: Measures one configuration; a TrialError fails the trial alone. With early stopping it is given a
-            StoppingRule as well, and may raise EarlyStop.
+        evaluate: Measures one configuration; a TrialError fails the trial alone. With early stopping or
+            confirmation it is given a StoppingRule as well, and may raise EarlyStop.
         annotate: Adds notes and pictures to a measured trial before it is finished.
         constraints: Limits beyond which a trial is infeasible.
         early_stopping: Whether trials end as soon as their outcome is certain.
+        confirmed: Whether what reaches the front is timed again, as it may be there by luck.
         anchored: Whether plain starting points come first; a sampler that knows the space does without.
         pipeline: Measures a trial while the next one is built, in place of `evaluate`; None for one by one.
         crew: Builds and measures trials elsewhere, in place of both.
@@ -58,6 +59,7 @@ class SearchProblem:
     annotate: Annotate | None = None
     constraints: Constraints = Constraints()
     early_stopping: bool = False
+    confirmed: bool = False
     anchored: bool = True
     pipeline: Pipeline | None = None
     crew: Crew | None = None

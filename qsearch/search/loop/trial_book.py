@@ -210,12 +210,13 @@ class TrialBook:
         self.heart.end(trial)
 
     def rule(self) -> StoppingRule | None:
-        """What ends the next trial early, if anything may."""
-        if not self.problem.early_stopping:
+        """What ends the next trial early, or has it timed again, if anything may."""
+        stops = self.problem.early_stopping
+        if not (stops or self.problem.confirmed):
             return None
         with self.handle.guard():
             complete = {trial.number: trial.values for trial in finished(self.handle.study)}
-        return StoppingRule(complete | self.measured, self.problem.constraints)
+        return StoppingRule(complete | self.measured, self.problem.constraints, stops)
 
     def ended(self, begun: Begun, result: Callable[[], Measurement]) -> Measurement | Bound | TrialError:
         """How a trial ended; stopping rules know it from now on."""
