@@ -76,6 +76,7 @@ class Bench:
         space: Its default space.
         make_sampler: Makes the sampler that is asked.
         early_stopping: Whether trials may end early.
+        confirmed: Whether what reaches the front is timed again.
         values: Parameter values of the trials.
         seconds: Mode -> wall time of each stretch.
         found: Mode -> configuration -> its measurements.
@@ -85,6 +86,7 @@ class Bench:
     space: BoundSpace
     make_sampler: Callable[[], optuna.samplers.BaseSampler]
     early_stopping: bool
+    confirmed: bool
     values: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     found: dict[str, dict[str, list[Measurement]]] = field(default_factory=lambda: {mode: {} for mode in MODES})
@@ -109,8 +111,8 @@ class Bench:
                 assert pipeline is not None
                 pipeline.result(pipeline.measure(pipeline.pack(self.space.config(self.values[0])), None))
             notes = TrialNotes(handle, self.evaluator.graph, self.evaluator.baseline)
-            options = {"early_stopping": self.early_stopping, "anchored": False, "pipeline": pipeline}
-            problem = SearchProblem(self.space, self.evaluator.evaluate, notes, **options)
+            options = {"early_stopping": self.early_stopping, "confirmed": self.confirmed, "pipeline": pipeline}
+            problem = SearchProblem(self.space, self.evaluator.evaluate, notes, anchored=False, **options)
             start = time.monotonic()
             run_search(handle, problem, Limits(len(self.values)))
             self.seconds[mode].append(time.monotonic() - start)
@@ -148,6 +150,7 @@ def report(bench: Bench, model: str) -> dict[str, Any]:
         "model": model,
         "trials": count,
         "early_stopping": bench.early_stopping,
+        "confirmed": bench.confirmed,
         "trials_per_minute": {mode: [round(one, 1) for one in rates[mode]] for mode in MODES},
         # Of the pipeline's rate to that of each other mode.
         "ratio": {mode: round(float(np.median(found)), 3) for mode, found in ratios.items()},
@@ -197,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="stretches of each kind")
     parser.add_argument("--sampler", default=PLANNER, choices=[PLANNER, "random"])
     parser.add_argument("--early-stopping", action="store_true")
+    parser.add_argument("--confirmed", action="store_true", help="time what reaches the front again, as a search does")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument("--cache", type=Path, default=Path("studies/cache"))
     return parser.parse_args()
@@ -216,6 +220,7 @@ def main() -> None:
         space,
         lambda: PlannerSampler(space, tables, 0) if tables else make_sampler("random", 0, 0),
         options.early_stopping,
+        options.confirmed,
     )
     bench.draw(options.trials)
     for index in range(options.rounds):
