@@ -100,16 +100,19 @@ def plain_anchors(space: BoundSpace) -> list[Anchor]:
 
 def mixed_anchors(space: BoundSpace) -> list[Anchor]:
     """The same with narrow weights only where most weights are, and the next wider ones that read the same values elsewhere."""
+    plain = plain_anchors(space)
+    seen = {space.config(one.values).content_hash() for one in plain}
     heavy = _heaviest(space)
-    anchors: dict[str, Anchor] = {}
-    seen = {space.config(one.values).content_hash() for one in plain_anchors(space)}
-    for narrow, wide in _WIDER.items():
-        for plain in plain_anchors(space):
-            light = [one.name for one in space.layers if plain.values.get(one.name) == narrow and wide in one.values]
-            moved = {name: wide for name in light if name not in heavy}
-            anchor = Anchor(f"{plain.label}, but {wide} for {narrow} in small layers", plain.values | moved)
-            anchors.setdefault(space.config(anchor.values).content_hash(), anchor)
-    return [anchor for digest, anchor in anchors.items() if digest not in seen]
+    small = [one for one in space.layers if one.name not in heavy]
+    found = []
+    for (narrow, wide), one in itertools.product(_WIDER.items(), plain):
+        moved = {layer.name: wide for layer in small if one.values.get(layer.name) == narrow and wide in layer.values}
+        anchor = Anchor(f"{one.label}, but {wide} for {narrow} in small layers", one.values | moved)
+        digest = space.config(anchor.values).content_hash()
+        if digest not in seen:
+            seen.add(digest)
+            found.append(anchor)
+    return found
 
 
 def _heaviest(space: BoundSpace) -> set[str]:

@@ -103,6 +103,7 @@ class ModuleMeasurer:
             handle = self.device.handle(prepared)
             latency = self._timed(handle)
         clock.lap("latency")
+        # Without a look between them, images need no blocks.
         check = None if rule is None or not rule.stops else partial(rule.check, latency, prepared.memory)
         with self.processors.together():
             accuracy = self.scorer.compare(self.logits(prepared, check), self.float_logits)
