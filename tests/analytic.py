@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.workers import Measure, Worker
 from qsearch.search.profile import Profile
 from qsearch.search.tables.cost import Cost
-from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.layer_tables import Draft, Tables
 from qsearch.search.tables.pairwise import PairwiseSum, nothing
 from qsearch.search.tables.settings import Setting, table_settings
 
@@ -122,17 +122,21 @@ class AnalyticEvaluator:
         """None."""
         return ()
 
-    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
-        """The formulas."""
-
-        def cost(config: QuantConfig) -> Cost:
-            found = self._measure(config)
-            return Cost(found.latency.median_ms, found.memory.peak_bytes)
-
-        return cost
+    def draft(self, space: BoundSpace, setting: Mapping[str, Any]) -> Draft:
+        """The formulas, and tables that know of no other setting."""
+        none = nothing([len(one.values) for one in space.layers])
+        only = (Setting(setting, none, none),)
+        return Draft(self._costs, lambda: replace(self._tables(space), settings=only))
 
     def tables(self, space: BoundSpace) -> Tables:
         """The formulas as sums over the layers."""
+        return self._tables(space)
+
+    def _costs(self, config: QuantConfig) -> Cost:
+        found = self._measure(config)
+        return Cost(found.latency.median_ms, found.memory.peak_bytes)
+
+    def _tables(self, space: BoundSpace) -> Tables:
 
         def total(values: np.ndarray) -> PairwiseSum:
             of_layers = zip(space.layers, values, strict=True)
@@ -141,10 +145,9 @@ class AnalyticEvaluator:
         def divergence(config: QuantConfig) -> PairwiseSum:
             return total(np.outer(self._loss * self._factor(config) / LOSS_PER_NAT, (0.0, 1.0)))
 
-        cost = self.uniform_costs(space, {})
         latency = total(np.stack([self._cost, self._cost * (1 - self._gain)], 1))
         held = total(np.tile((4000.0, 1000.0), (len(space.layers), 1)))
-        return Tables(latency, held, divergence, cost, self.baseline, plain_settings(space))
+        return Tables(latency, held, divergence, self._costs, self.baseline, plain_settings(space))
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:
         """Measure again, a little worse; the environment may make it AGAIN=worse for the largest, or AGAIN=noise."""

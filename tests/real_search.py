@@ -26,7 +26,7 @@ CLI = Path(__file__).parents[1] / "cli.py"
 BUDGET = 6
 # A network of three layers and two dozen images of noise: what the demo would show, in seconds.
 SMALL = ("search", "--model", "broken_networks:Net", "--data", "data", "--no-early-stopping", "--study", "small")
-# The planner measures tables first; `.ci/run` and test_planner_search.py have it.
+# The planner times kernels first; `.ci/run` and test_planner_search.py have it.
 SEARCH = ("search", "--study", "real", "--sampler", "random", "--budget", str(BUDGET), "--no-early-stopping", "--json")
 # What a process killed at another moment would have left.
 STRAYS = (

@@ -1,16 +1,19 @@
-"""The trials of one run of `search`: what a planned study begins with, the planner's tables, and what follows."""
+"""The trials of one run of `search`: of a planned one its opening, those planned over a draft of the tables, and the rest."""
 
 from __future__ import annotations
 
 import json
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from qsearch.measure.measurement import Measurement
 from qsearch.report.documents import baseline_of
 from qsearch.report.notes import TrialNotes
 from qsearch.report.table_notes import attach_tables
@@ -24,17 +27,17 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
-from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.opening import BEFORE_TABLES, choose_opening, opening_setting
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished, measured_trials
-from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.search.tables.layer_tables import Draft, Tables, layer_rows
 from qsearch.session.search_request import SearchRequest
 from qsearch.session.trial_log import TrialLog
 from qsearch.session.trial_progress import TrialProgress
 
-__all__ = ["SearchInterrupted", "enqueue_opening", "run_trials"]
+__all__ = ["SearchInterrupted", "draft_of", "enqueue_opening", "run_trials"]
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -42,7 +45,12 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def run_trials(
-    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, told: tuple[Progress, Console, TrialLog]
+    handle: StudyHandle,
+    request: SearchRequest,
+    bound: BoundSpace,
+    evaluator: Evaluator,
+    draft: Callable[[], Draft],
+    told: tuple[Progress, Console, TrialLog],
 ) -> None:
     """Run trials of an open study until its budget is met.
 
@@ -51,6 +59,7 @@ def run_trials(
         request: What is wanted.
         bound: Its space, over the model's layers.
         evaluator: Measures, and counts against the study's float module.
+        draft: See `draft_of`.
         told: What a person is told, the terminal, and the log.
 
     Raises:
@@ -66,7 +75,7 @@ def run_trials(
     baseline = baseline_of(handle) or evaluator.baseline
     constraints = Constraints.against(baseline, request.limits)
     planned = request.sampler == PLANNER
-    notes = TrialNotes(handle, evaluator.graph, baseline)
+    notes, left_s = TrialNotes(handle, evaluator.graph, baseline), request.timeout_s
     problem = SearchProblem(
         bound,
         evaluator.evaluate,
@@ -79,7 +88,6 @@ def run_trials(
         rest=request.watch.rest,
         device=evaluator.device_kind,
     )
-    limits = Limits(request.budget, request.timeout_s, request.settings.seed)
     with (
         _pipeline(request, evaluator, done) as pipeline,
         _crew(request, evaluator, handle, say) as crew,
@@ -92,23 +100,34 @@ def run_trials(
             log.on_trial(trial)
 
         problem = replace(problem, pipeline=pipeline, crew=crew)
+
+        def run(budget: int, enqueued_only: bool = False) -> Outcome:
+            nonlocal left_s
+            begin = time.monotonic()
+            outcome = run_search(handle, problem, Limits(budget, left_s, request.settings.seed, enqueued_only), on_trial)
+            # Of trials alone: tables take as long as they do.
+            left_s = None if left_s is None else max(0.0, left_s - (time.monotonic() - begin))
+            return outcome
+
         try:
             if planned:
                 # Tables take minutes: what does without them comes first.
                 handle.study.sampler = make_sampler("random", request.settings.seed, trials)
-                begin = time.monotonic()
-                outcome = run_search(handle, problem, replace(limits, enqueued_only=True), on_trial)
-                if limits.timeout_s is not None:
-                    limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - begin)))
-            if not planned or outcome.stopped in ("enqueued", "budget"):
-                # No trial is under way: tables may take longer than any of them.
-                request.watch.rest()
-                if planned and pipeline is not None:
-                    # The measuring process would disturb the kernels that are timed for them.
-                    pipeline.settle()
-                with progress.aside() if planned else nullcontext():
-                    _choose_sampler(handle, request, bound, evaluator, constraints, trials)
-                outcome = run_search(handle, problem, limits, on_trial)
+                outcome = run(request.budget, enqueued_only=True)
+                for tables, budget in _parts(handle, request, bound, evaluator, draft):
+                    if outcome.stopped not in ("enqueued", "budget"):
+                        break
+                    # No trial is under way: tables may take longer than any of them.
+                    request.watch.rest()
+                    if pipeline is not None:
+                        # The measuring process would disturb the kernels that are timed for them.
+                        pipeline.settle()
+                    with progress.aside():
+                        _plan(handle, request, bound, tables(), constraints, trials)
+                    outcome = run(budget)
+            else:
+                handle.study.sampler = make_sampler(request.sampler, request.settings.seed, *_drawn(request, trials))
+                outcome = run(request.budget)
         except KeyboardInterrupt:
             # In the tables: of a trial it is an outcome.
             outcome = Outcome("interrupted", 0)
@@ -133,34 +152,49 @@ def _say_end(outcome: Outcome, done: int, handle: StudyHandle, request: SearchRe
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
 
 
-def enqueue_opening(handle: StudyHandle, bound: BoundSpace, evaluator: Evaluator, constraints: Constraints) -> None:
+def draft_of(evaluator: Evaluator, bound: BoundSpace) -> Callable[[], Draft]:
+    """Makes what trials are planned with before there are tables, when it is first asked for."""
+    return cache(lambda: evaluator.draft(bound, opening_setting(bound)))
+
+
+def enqueue_opening(
+    handle: StudyHandle, bound: BoundSpace, baseline: Measurement, draft: Callable[[], Draft], constraints: Constraints
+) -> None:
     """Enqueue what a planned study begins with, unless it has begun."""
     with handle.guard():
         if handle.study.get_trials(deepcopy=False):
             return
-    anchors = choose_opening(bound, evaluator.uniform_costs(bound, opening_setting(bound)), evaluator.baseline, constraints)
+    anchors = choose_opening(bound, draft().cost, baseline, constraints)
     with handle.guard():
         enqueue(handle.study, anchors)
 
 
-def _choose_sampler(
-    handle: StudyHandle,
-    request: SearchRequest,
-    bound: BoundSpace,
-    evaluator: Evaluator,
-    constraints: Constraints,
-    trials: int,
+def _parts(
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, evaluator: Evaluator, draft: Callable[[], Draft]
+) -> Iterator[tuple[Callable[[], Tables], int]]:
+    """What is planned over after the opening, one after the other: what makes the tables, and how many trials there are then."""
+    with handle.guard():
+        done = len(measured_trials(handle.study))
+    most = max(done, request.budget)
+    if done < BEFORE_TABLES or most <= BEFORE_TABLES:
+        yield lambda: draft().tables(), min(request.budget, BEFORE_TABLES)
+    if most > BEFORE_TABLES:
+        yield lambda: evaluator.tables(bound), request.budget
+
+
+def _plan(
+    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, tables: Tables, constraints: Constraints, trials: int
 ) -> None:
-    """Give a study of so many trials its sampler, with the tables that the planner needs."""
-    seed = request.settings.seed
-    # Processes that begin at the same time must not draw the same.
-    of = (trials, zlib.crc32(json.dumps(this_member()).encode())) if request.joins else (trials,)
-    if request.sampler != PLANNER:
-        handle.study.sampler = make_sampler(request.sampler, seed, *of)
-        return
-    handle.study.sampler = sampler = PlannerSampler(bound, evaluator.tables(bound), derived_seed(seed, *of), constraints)
+    """Have a study, which had so many trials, planned over some tables from now on."""
+    seed = derived_seed(request.settings.seed, *_drawn(request, trials))
+    handle.study.sampler = PlannerSampler(bound, tables, seed, constraints)
     if not request.joins:
-        attach_tables(handle, layer_rows(bound, sampler.tables))
+        attach_tables(handle, layer_rows(bound, tables))
+
+
+def _drawn(request: SearchRequest, trials: int) -> tuple[int, ...]:
+    """What a seed is of: processes that begin at the same time must not draw the same."""
+    return (trials, zlib.crc32(json.dumps(this_member()).encode())) if request.joins else (trials,)
 
 
 def _pipeline(request: SearchRequest, evaluator: Evaluator, done: int) -> AbstractContextManager[Pipeline | None]:

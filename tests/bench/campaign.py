@@ -23,13 +23,14 @@ from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
 from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.opening import BEFORE_TABLES
 from qsearch.search.planner import PlannerSampler
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished
 
-__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "make_study", "measure_all", "settle"]
+__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "made_study", "measure_all", "search", "settle"]
 
 # Appended to a sampler's name: without the starting points that `search` gives the usual samplers.
 PLAIN = "-plain"
@@ -50,7 +51,7 @@ class Run:
         digests: Content hashes of the measured configurations, in the order of trials.
         seconds: Processor seconds from the begin of the search to the end of each of them, float each: what the trials
             took when they were measured, what sampler and loop took now. The tables of a planner are not among them.
-        opening: How many of them came before the tables.
+        opening: How many of them came before the draft of the tables.
     """
 
     sampler: str
@@ -80,16 +81,24 @@ def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
     return run
 
 
-def make_study(problem: Problem, sampler: str, seed: int) -> StudyHandle:
-    """A study in memory, with its sampler; the planner's opening is enqueued."""
+def made_study(problem: Problem, sampler: str) -> StudyHandle:
+    """A study in memory; the planner's opening is enqueued."""
     study = optuna.create_study(directions=["minimize"] * 3)
     if sampler == PLANNER:
-        tables = problem.tables()
-        enqueue(study, tables.opening)
-        study.sampler = PlannerSampler(problem.space, tables.tables, derived_seed(seed, 0))
-    else:
-        study.sampler = make_sampler(sampler.removesuffix(PLAIN), seed, 0)
+        enqueue(study, problem.tables().opening)
     return StudyHandle(study, "sqlite:///in-memory.db")
+
+
+def search(problem: Problem, handle: StudyHandle, searched: SearchProblem, sampler: str, limits: Limits) -> None:
+    """Search as the product does: the planner over the draft of its tables first."""
+    study, seed = handle.study, derived_seed(limits.seed, 0)
+    if sampler == PLANNER:
+        study.sampler = PlannerSampler(problem.space, problem.tables().draft, seed)
+        run_search(handle, searched, replace(limits, budget=min(limits.budget, BEFORE_TABLES)))
+        study.sampler = PlannerSampler(problem.space, problem.tables().tables, seed)
+    else:
+        study.sampler = make_sampler(sampler.removesuffix(PLAIN), limits.seed, 0)
+    run_search(handle, searched, limits)
 
 
 def anchored(sampler: str) -> bool:
@@ -98,7 +107,7 @@ def anchored(sampler: str) -> bool:
 
 
 def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
-    handle = make_study(problem, sampler, seed)
+    handle = made_study(problem, sampler)
     run, spent, last = Run(sampler, seed, [], [], len(finished(handle.study, TrialState.WAITING))), 0.0, cpu_seconds()
 
     def evaluate(config: QuantConfig) -> Measurement:
@@ -112,7 +121,7 @@ def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
         return found.measurement
 
     searched = SearchProblem(problem.space, evaluate, anchored=anchored(sampler))
-    run_search(handle, searched, Limits(trials, seed=seed))
+    search(problem, handle, searched, sampler, Limits(trials, seed=seed))
     return run
 
 

@@ -54,16 +54,20 @@ class TimedTables:
     """The planner's tables.
 
     Attributes:
+        draft: Tables that the first planned trials are planned over.
         tables: They themselves.
         opening: What a planned study begins with.
         opening_s: Processor seconds that it takes to choose the opening where nothing is known yet.
-        cpu_s: Processor seconds that the tables take after that.
+        draft_s: Those of the draft after that.
+        cpu_s: Those that the tables take after the draft.
         compile_s: Those of the tables that kernels take to compile, which trials would compile if the tables had not.
     """
 
+    draft: Tables
     tables: Tables
     opening: list[Anchor]
     opening_s: float
+    draft_s: float
     cpu_s: float
     compile_s: float
 
@@ -212,7 +216,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             cold = Path(folder)
             for part in ("images", "statistics"):
                 shutil.copytree(settings.cache_dir / part, cold / part, copy_function=os.link)
-            opening_s, cpu_s = _tables_seconds(replace(settings, cache_dir=cold), space)
+            opening_s, draft_s, cpu_s = _tables_seconds(replace(settings, cache_dir=cold), space)
             # What took minutes is not done again for the tables that are used.
             for part in ("kernels", "sensitivity"):
                 _give(cold / part, settings.cache_dir / part)
@@ -220,9 +224,12 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             shutil.rmtree(cold / "sensitivity")
             for times in (cold / "kernels").glob("*.time.json"):
                 times.unlink()
-            _, compiled_s = _tables_seconds(replace(settings, cache_dir=cold), space)
-        write_json(path, {"opening_s": opening_s, "cpu_s": cpu_s, "compile_s": max(cpu_s - compiled_s, 0.0)})
-    return TimedTables(evaluator.tables(space), _opening(evaluator, space), **json.loads(path.read_text(encoding="utf-8")))
+            *_, compiled_s = _tables_seconds(replace(settings, cache_dir=cold), space)
+        compile_s = max(cpu_s - compiled_s, 0.0)
+        write_json(path, {"opening_s": opening_s, "draft_s": draft_s, "cpu_s": cpu_s, "compile_s": compile_s})
+    seconds, draft = json.loads(path.read_text(encoding="utf-8")), evaluator.draft(space, opening_setting(space))
+    opening = choose_opening(space, draft.cost, evaluator.baseline)
+    return TimedTables(draft.tables(), evaluator.tables(space), opening, **seconds)
 
 
 def _give(source: Path, target: Path) -> None:
@@ -233,18 +240,17 @@ def _give(source: Path, target: Path) -> None:
             os.link(file, target / file.name)
 
 
-def _opening(evaluator: ModelEvaluator, space: BoundSpace) -> list[Anchor]:
-    return choose_opening(space, evaluator.uniform_costs(space, opening_setting(space)), evaluator.baseline)
-
-
-def _tables_seconds(settings: Settings, space: BoundSpace) -> tuple[float, float]:
-    """Processor seconds of the opening, and of the tables after it."""
+def _tables_seconds(settings: Settings, space: BoundSpace) -> tuple[float, float, float]:
+    """Processor seconds of the opening, of the draft after it, and of the tables after that."""
     evaluator = open_evaluator(settings, _say)
     start = cpu_seconds()
-    _opening(evaluator, space)
+    draft = evaluator.draft(space, opening_setting(space))
+    choose_opening(space, draft.cost, evaluator.baseline)
     opened = cpu_seconds()
+    draft.tables()
+    drafted = cpu_seconds()
     evaluator.tables(space)
-    return opened - start, cpu_seconds() - opened
+    return opened - start, drafted - opened, cpu_seconds() - drafted
 
 
 def source_digest(*patterns: str) -> str:

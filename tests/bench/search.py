@@ -78,7 +78,12 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
     }
     if PLANNER in curves:
         cost = problem.tables()
-        document["tables_seconds"] = {"of_opening": cost.opening_s, "in_all": cost.cpu_s, "of_compiling": cost.compile_s}
+        document["tables_seconds"] = {
+            "of_opening": cost.opening_s,
+            "of_draft": cost.draft_s,
+            "in_all": cost.cpu_s,
+            "of_compiling": cost.compile_s,
+        }
         planner = curves[PLANNER].without(cost.compile_s)
         document["verdicts"]["at_equal_time_without_compiling"] = at_equal_time(curves | {PLANNER: planner})
     return document, curves

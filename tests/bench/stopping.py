@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from campaign import anchored, kept_run, make_study
+from campaign import anchored, kept_run, made_study, search
 from measured import Measured
 from problems import Problem, add_options, open_problem
 
@@ -27,7 +27,7 @@ from qsearch.errors import QSearchError
 from qsearch.measure.image_blocks import ImageHistory, Tally
 from qsearch.measure.measurement import Measurement
 from qsearch.search.front import hypervolume
-from qsearch.search.loop.driver import Limits, SearchProblem, run_search
+from qsearch.search.loop.driver import Limits, SearchProblem
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.samplers import PLANNER
 from qsearch.search.study_trials import measured_trials
@@ -36,14 +36,14 @@ from qsearch.search.study_trials import measured_trials
 def compare_one(problem: Problem, sampler: str, seed: int, trials: int) -> dict[str, Any]:
     """One search without early stopping, and one with it."""
     full = kept_run(problem, sampler, seed, trials)
-    handle = make_study(problem, sampler, seed)
+    handle = made_study(problem, sampler)
     history = ImageHistory(problem.float_run.logits, problem.float_run.labels)
 
     def evaluate(config: QuantConfig, rule: StoppingRule) -> Measurement:
         return replay(history, problem.measured.with_answers(config), rule)
 
     searched = SearchProblem(problem.space, evaluate, early_stopping=True, anchored=anchored(sampler))
-    run_search(handle, searched, Limits(trials, seed=seed))
+    search(problem, handle, searched, sampler, Limits(trials, seed=seed))
     tried = measured_trials(handle.study)
     completed = [trial.user_attrs["config_hash"] for trial in tried if trial.values]
     images = np.mean([trial.user_attrs["images"] for trial in tried])

@@ -11,6 +11,7 @@ from campaign import Run
 from problems import Problem
 
 from qsearch.search.front import hypervolume
+from qsearch.search.opening import BEFORE_TABLES
 from qsearch.search.samplers import PLANNER
 
 __all__ = ["TRIALS", "Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
@@ -26,7 +27,7 @@ class Curves:
     Attributes:
         percent: Hypervolume after each trial, percent of the reference, float64 (seeds, trials).
         seconds: Processor seconds from the begin to the end of each trial, tables included, float64 (seeds, trials).
-        opening: Trials before the tables; 0 where there are none.
+        opening: Trials before the draft of the tables; 0 where there are none.
     """
 
     percent: np.ndarray
@@ -35,7 +36,7 @@ class Curves:
 
     def without(self, seconds: float) -> Curves:
         """The same, had the tables taken so much less."""
-        before = np.arange(self.seconds.shape[1]) < self.opening
+        before = np.arange(self.seconds.shape[1]) < BEFORE_TABLES
         return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.opening)
 
     def at_trial(self, count: int) -> np.ndarray:
@@ -66,7 +67,8 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
         seconds.append(np.array(run.seconds[:count]))
         if run.sampler == PLANNER:
             tables = problem.tables()
-            seconds[-1] += np.where(np.arange(count) < run.opening, tables.opening_s, tables.opening_s + tables.cpu_s)
+            trial = np.arange(count)
+            seconds[-1] += tables.opening_s + tables.draft_s * (trial >= run.opening) + tables.cpu_s * (trial >= BEFORE_TABLES)
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
         percent.append([hypervolume(points[: n + 1], problem.baseline) for n in range(count)])  # type: ignore[arg-type]
     return Curves(100.0 * np.array(percent) / reference, np.array(seconds), runs[0].opening)
@@ -102,13 +104,14 @@ def verdicts(curves: Mapping[str, Curves]) -> dict[str, Any]:
 
 
 def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
-    """All samplers at the times that the planner takes for some numbers of trials, the first of them when its tables are made."""
+    """All samplers at the times that the planner takes for some numbers of trials, and when its draft and its tables are made."""
     planner = curves[PLANNER]
     counts = [count for count in COMPARED if count <= planner.percent.shape[1]]
     times = []
     if planner.opening:
         # Just before the first trial that was planned with them.
-        times.append((planner.opening, float(planner.seconds[:, planner.opening].min()) - 1e-6))
+        made = [count for count in (planner.opening, BEFORE_TABLES) if count < planner.seconds.shape[1]]
+        times += [(count, float(planner.seconds[:, count].min()) - 1e-6) for count in made]
     times += [(count, float(planner.seconds[:, count - 1].mean())) for count in counts]
     return [_at_time(curves, *time) for time in times]
 

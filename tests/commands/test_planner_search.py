@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,25 @@ from qsearch.report.table_notes import attach_tables, table_rows
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
+from qsearch.search.opening import BEFORE_TABLES
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
-from qsearch.search.tables.layer_tables import layer_rows
+from qsearch.search.tables.layer_tables import Draft, layer_rows
 from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.session import search_trials
 from qsearch.session.supervisor import Watch
 
 PLANNED = ("search", "--sampler", "planner")
+# Trials before the tables in this process; that of others has the true number.
+EARLY = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _early_tables() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search_trials, "BEFORE_TABLES", EARLY)
+        yield
 
 
 def handle_of(folder: Path, name: str = "demo") -> StudyHandle:
@@ -81,19 +92,47 @@ def test_a_planned_search_continues_with_its_tables(planned: tuple[Path, dict], 
 
 def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    for name in ("uniform_costs", "pipeline", "evaluate", "tables"):
+    for name in ("draft", "pipeline", "evaluate", "tables"):
         step = getattr(AnalyticEvaluator, name)
         monkeypatch.setattr(AnalyticEvaluator, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
-    # Tables here are made of what `uniform_costs` gives.
-    tables = ["tables", "uniform_costs"]
-    assert invoke(tmp_path, *PLANNED, "--budget", "6").exit_code == 0
+    draft = AnalyticEvaluator.draft
+
+    def told(*given: Any) -> Draft:
+        found = draft(*given)
+        return replace(found, tables=lambda: steps.append("its tables") or found.tables())
+
+    monkeypatch.setattr(AnalyticEvaluator, "draft", told)
+    assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2)).exit_code == 0
     opening = len([trial for trial in handle_of(tmp_path).study.get_trials() if "anchor" in trial.user_attrs])
-    assert 0 < opening < 6
-    assert steps == ["uniform_costs", "pipeline", *opening * ["evaluate"], *tables, *(6 - opening) * ["evaluate"]]
+    assert 0 < opening < EARLY
+    drafted = EARLY - opening
+    assert steps == [
+        *("draft", "pipeline", *opening * ["evaluate"]),
+        *("its tables", *drafted * ["evaluate"]),
+        *("tables", *2 * ["evaluate"]),
+    ]
     # Nothing is left to measure: no process either.
     steps.clear()
-    assert invoke(tmp_path, *PLANNED, "--budget", "6").exit_code == 0
-    assert steps == tables
+    assert invoke(tmp_path, *PLANNED, "--budget", "4").exit_code == 0
+    assert steps == ["tables"]
+
+
+def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = AnalyticEvaluator.tables
+    monkeypatch.setattr(AnalyticEvaluator, "tables", lambda *given: pytest.fail("tables were measured"))
+    for budget in (EARLY - 1, EARLY, EARLY):
+        result = invoke(tmp_path, *PLANNED, "--budget", str(budget), "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["bound"]["trials"] == budget
+    assert table_rows(handle_of(tmp_path))
+    monkeypatch.setattr(AnalyticEvaluator, "tables", tables)
+    monkeypatch.setattr(AnalyticEvaluator, "draft", lambda *given: pytest.fail("they were drafted again"))
+    assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2)).exit_code == 0
+    evaluator = AnalyticEvaluator()
+    space = bind_space(load_space("default"), evaluator.graph)
+    assert table_rows(handle_of(tmp_path)) == layer_rows(space, evaluator.tables(space))
+    trials = handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))
+    assert len({trial.user_attrs["config_hash"] for trial in trials}) == len(trials) == EARLY + 2
 
 
 def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +141,13 @@ def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Pa
 
     with monkeypatch.context() as patched:
         patched.setattr(AnalyticEvaluator, "tables", interrupted)
-        result = invoke(tmp_path, *PLANNED, "--budget", "8")
+        result = invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2))
     assert result.exit_code == 130
     measured = len(handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,)))
-    assert measured > 0
+    assert measured == EARLY
     assert f"study demo is intact with {measured} measured trials, the same command continues it" in result.stderr
-    assert invoke(tmp_path, *PLANNED, "--budget", "8").exit_code == 0
-    assert len(handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))) == 8
+    assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2)).exit_code == 0
+    assert len(handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))) == EARLY + 2
 
 
 def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,23 +155,25 @@ def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest
     for owner, name in ((Watch, "beat"), (Watch, "rest"), (AnalyticEvaluator, "tables")):
         step = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
-    assert invoke(tmp_path, *PLANNED, "--budget", "4").exit_code == 0
+    assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 1)).exit_code == 0
     before = steps[: steps.index("tables")]
     assert "beat" in before and before[-1] == "rest"
 
 
 def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = AnalyticEvaluator.uniform_costs
+    true = AnalyticEvaluator.draft
 
-    def slow_if_depthwise(self: AnalyticEvaluator, *given: Any) -> Callable[[QuantConfig], Cost]:
+    def slow_if_depthwise(self: AnalyticEvaluator, *given: Any) -> Draft:
+        draft = true(self, *given)
+
         def cost(config: QuantConfig) -> Cost:
-            found = true(self, *given)(config)
+            found = draft.cost(config)
             depthwise = [config.precision[layer.name] for layer in self.graph.layers if layer.is_depthwise]
             return replace(found, latency_ms=found.latency_ms + 0.8 * depthwise.count("int8"))
 
-        return cost
+        return replace(draft, cost=cost)
 
-    monkeypatch.setattr(AnalyticEvaluator, "uniform_costs", slow_if_depthwise)
+    monkeypatch.setattr(AnalyticEvaluator, "draft", slow_if_depthwise)
     assert invoke(tmp_path, *PLANNED, "--budget", "1").exit_code == 0
     first, *waiting = handle_of(tmp_path).study.get_trials()
     assert first.state == TrialState.COMPLETE
@@ -240,23 +281,23 @@ def test_a_note_that_the_user_has_changed_stays(planned: tuple[Path, dict], tmp_
 @pytest.mark.slow
 def test_a_real_planned_search(small: Path) -> None:
     # A trial that stops early is a matter of luck on so few images.
-    options = (*PLANNED, *SMALL[1:-1], "planned", "--no-early-stopping", "--json", "--budget")
+    options = (*PLANNED, *SMALL[1:-1], "planned", "--no-early-stopping", "--space", "full", "--json", "--budget")
     for file in (small / "studies" / "cache" / "kernels").glob("*.time.json"):
         # Another test may have timed the kernels already.
         file.unlink()
-    first = within(small, *options, "3")
+    first = within(small, *options, str(BEFORE_TABLES + 1))
     assert first.returncode == 0, first.stderr
     assert "mixed configurations for the cost table" in first.stderr
     done, handle = completed(small, "planned"), handle_of(small, "planned")
-    assert len(done) == 3 and len(table_rows(handle)) == 3
-    again = within(small, *options, "5")
+    assert len(done) == BEFORE_TABLES + 1 and len(table_rows(handle)) == 3
+    again = within(small, *options, str(BEFORE_TABLES + 3))
     assert again.returncode == 0, again.stderr
     # Kernel times were kept, and a table that is measured twice would have other rows.
     assert "mixed configurations" not in again.stderr
     assert table_rows(handle_of(small, "planned")) == table_rows(handle)
-    assert len(set(completed(small, "planned").values())) == 5
+    assert len(set(completed(small, "planned").values())) == BEFORE_TABLES + 3
     document = json.loads(again.stdout)
-    assert document["bound"]["trials"] == 5
+    assert document["bound"]["trials"] == BEFORE_TABLES + 3
     assert {"cost_table", "sensitivity_table"} <= set(document["seconds"])
     trials = handle_of(small, "planned").study.get_trials(states=(TrialState.COMPLETE,))
-    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == 5
+    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == BEFORE_TABLES + 3

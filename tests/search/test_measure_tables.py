@@ -111,7 +111,8 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
     clauses: list[str] = []
     monkeypatch.setattr(evaluator, "progress", clauses.append)
-    cost = evaluator.uniform_costs(space, opening_setting(space))
+    draft = evaluator.draft(space, opening_setting(space))
+    cost = draft.cost
     assert clauses == ["building and timing 2 uniform networks, to know what to begin with"]
     in_float = space.config({one.name: "fp32" for one in space.layers})
     assert cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
@@ -124,6 +125,16 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     assert list(tmp_path.iterdir()) == []
     for anchor in choose_opening(space, cost, evaluator.baseline):
         assert evaluator.compile(space.config(anchor.values))
+    # Planned over, they are sums over the layers as these are in uniform networks.
+    drafted = draft.tables()
+    assert [one.values for one in drafted.settings] == [opening_setting(space)] and drafted.cost(in_float) == cost(in_float)
+    for row in (np.zeros_like(lowest(space)), lowest(space)):
+        config = assignment_config(space, opening_setting(space), row)
+        assert drafted.latency(row[None])[0] == pytest.approx(cost(config).latency_ms)
+        assert drafted.weight_bytes(row[None])[0] == pytest.approx(tables.weight_bytes(row[None])[0], abs=0.5)
+    # The same images and directions.
+    assert layer_rows(space, drafted)[0]["divergence"] > 0
+    np.testing.assert_allclose(drafted.divergence(config)(row[None]), tables.divergence(config)(row[None]))
 
 
 def test_what_is_packed_has_all_that_a_search_begins_with(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:

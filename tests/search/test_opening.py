@@ -164,5 +164,5 @@ def test_the_setting_is_the_spaces_own_or_the_best_guess(name: str) -> None:
             assert setting[one] == given
     if start.calibration is None and space.space.calibration is not None and "mse" in space.space.calibration.modes:
         assert setting["calibration"] == "mse"
-    for anchor in choose_opening(space, evaluator.uniform_costs(space, setting), evaluator.baseline):
+    for anchor in choose_opening(space, evaluator.draft(space, setting).cost, evaluator.baseline):
         assert space.config(anchor.values) == space.config({**setting, **anchor.values})

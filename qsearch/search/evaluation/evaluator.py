@@ -15,11 +15,10 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.profile import Profile
-from qsearch.search.tables.cost import Cost
 
 if TYPE_CHECKING:
     # Loads torch and TVM, which reading a study needs neither of.
-    from qsearch.search.tables.layer_tables import Tables
+    from qsearch.search.tables.layer_tables import Draft, Tables
 
 __all__ = ["CACHE", "Evaluator", "Progress", "Settings", "said_once"]
 
@@ -164,8 +163,8 @@ class Evaluator(Protocol):
         """Methods that find nothing to do in the model, by their names in a configuration."""
         ...
 
-    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
-        """Configuration -> its cost, as far as the kernels of uniform networks tell it.
+    def draft(self, space: BoundSpace, setting: Mapping[str, Any]) -> Draft:
+        """What trials can be planned with while there are no tables yet.
 
         Args:
             space: The search space.

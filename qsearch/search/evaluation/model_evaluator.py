@@ -41,9 +41,8 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.processors import Processors, default_jobs, split_processors
 from qsearch.search.loop.workers import Worker
 from qsearch.search.provenance import device_kind
-from qsearch.search.tables.cost import Cost
-from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.measure_tables import measure_tables, measure_uniform_costs
+from qsearch.search.tables.layer_tables import Draft, Tables
+from qsearch.search.tables.measure_tables import measure_draft, measure_tables
 
 __all__ = ["FLOAT", "ModelEvaluator"]
 
@@ -277,10 +276,10 @@ class ModelEvaluator(ModelImages):
         """Methods that find nothing to do in the model."""
         return self.variants.idle
 
-    def uniform_costs(self, space: BoundSpace, setting: Mapping[str, Any]) -> Callable[[QuantConfig], Cost]:
-        """Configuration -> its cost, as far as uniform networks tell it, see `measure_uniform_costs`."""
+    def draft(self, space: BoundSpace, setting: Mapping[str, Any]) -> Draft:
+        """What trials can be planned with while there are no tables, see `measure_draft`."""
         with lane_held(self._lane):
-            return measure_uniform_costs(self, space, setting, self.progress)
+            return measure_draft(self, space, setting, self.progress)
 
     def tables(self, space: BoundSpace) -> Tables:
         """The planner's tables."""

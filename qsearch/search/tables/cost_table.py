@@ -8,7 +8,7 @@ layers and of pairs (`cost_fit`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,12 +17,12 @@ from qsearch.errors import BuildError
 from qsearch.measure.gpu_kernel_times import time_gpu_kernels
 from qsearch.measure.kernel_times import KernelTimes, time_kernels
 from qsearch.models.graph import Graph
-from qsearch.quantize.program import OpKey, Program
-from qsearch.search.tables.cost import Cost
+from qsearch.quantize.program import Program
 from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
+from qsearch.search.tables.kernel_clock import CostModel, GivenTimes, KernelClock
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["CostModel", "CostRequest", "CostTable", "measure_costs", "measure_uniform", "uniform_programs"]
+__all__ = ["CostRequest", "CostTable", "measure_costs", "measure_uniform", "uniform_costs", "uniform_programs"]
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,6 @@ class CostRequest:
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """Costs of programs by their kernels.
-
-    Attributes:
-        linker: Names kernels and plans memory.
-        clock: Times of kernels.
-        scale: From the clock of the kernels' times, which may be of another day, to that of the trials.
-    """
-
-    linker: Linker
-    clock: KernelClock
-    scale: float = 1.0
-
-    def cost(self, program: Program) -> Cost:
-        """Cost of a lowered configuration, from its own kernels."""
-        plan = self.linker.plan(program)
-        latency_ms = 1e3 * self.scale * sum(self.clock.seconds(call) for call in plan.calls)
-        held = plan.arena_bytes + program.input.bytes + program.output.bytes
-        return Cost(latency_ms, plan.weight_bytes + held + plan.workspace_bytes)
-
-
-@dataclass(frozen=True)
 class CostTable:
     """Costs of configurations.
 
@@ -95,46 +73,6 @@ class CostTable:
     model: CostModel
 
 
-@dataclass(frozen=True)
-class GivenTimes:
-    """Times that were measured elsewhere: `get` is symbol -> seconds of one call, None where it has none."""
-
-    get: Callable[[str], float | None]
-
-
-@dataclass
-class KernelClock:
-    """Seconds of kernels; of those that no measured network had, the mean of their kin.
-
-    Attributes:
-        times: What was measured.
-    """
-
-    times: KernelTimes | GivenTimes
-    _kin: dict[tuple, list[float]] = field(default_factory=dict)
-
-    def learn(self, call: PlannedCall) -> None:
-        """Take note of a measured kernel."""
-        seconds = self.times.get(call.symbol)
-        if seconds is not None:
-            for kin in _kinships(call.op.key):
-                self._kin.setdefault(kin, []).append(seconds)
-
-    def seconds(self, call: PlannedCall) -> float:
-        """Seconds of one call; 0 where nothing like it was measured."""
-        found = self.times.get(call.symbol)
-        if found is not None:
-            return found
-        return next((float(np.mean(self._kin[kin])) for kin in _kinships(call.op.key) if kin in self._kin), 0.0)
-
-
-def _kinships(key: OpKey) -> list[tuple]:
-    """What kernels may share, the closest kinship first."""
-    shape = (key.kind, key.shapes[0], key.shapes[-1], key.conv, key.pool)
-    held = (*shape, key.precision, key.weight_group, key.weight_offset)
-    return [(*held, key.dtypes), (*held, key.residual), held, (*shape, key.precision), shape]
-
-
 def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
     """Make the cost table; kernels that are in the cache with their times are not timed again.
 
@@ -145,7 +83,7 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     Raises:
         BuildError: The reference does not build; a mixed configuration that does not is left out.
     """
-    rng, linker = np.random.default_rng(request.seed), request.linker
+    rng = np.random.default_rng(request.seed)
     programs = [
         request.reference,
         *(request.lower(row) for row in covering(_sizes(request), pairs_around(request.graph, request.layers), rng)),
@@ -156,22 +94,16 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     uniform = _uniform(_sizes(request))
     others = [lower(row) for lower in request.storages for row in uniform]
     _time(request, clock, others, [request.lower(row) for row in uniform], progress)
-    nodes = {node.name for node in request.graph.nodes}
 
     def node_costs(row: np.ndarray, lower: Callable[[np.ndarray], Program] = request.lower) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
-        for call in linker.plan(lower(row)).calls:
-            # Conversions are called after the node whose value they convert.
-            name = call.op.name if call.op.name in nodes else call.op.name.rpartition(".")[0]
-            found[name] = found.get(name, np.zeros(2)) + (1e3 * clock.seconds(call), call.constant_bytes)
-        return found
+        return _node_costs(request, clock, lower(row))
 
     progress("splitting their costs into those of layers and neighbours")
     latency, weight_bytes = fit_costs(request.graph, request.layers, node_costs, 2, rng)
     scale = _scale(request, clock)
     storages = [_added(request, node_costs, lower) for lower in request.storages]
     added = tuple((latency.scaled(scale), weights) for latency, weights in storages)
-    return CostTable(latency.scaled(scale), weight_bytes, added, CostModel(linker, clock, scale))
+    return CostTable(latency.scaled(scale), weight_bytes, added, CostModel(request.linker, clock, scale))
 
 
 def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostModel:
@@ -191,6 +123,24 @@ def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lamb
     return CostModel(request.linker, clock, _scale(request, clock))
 
 
+def uniform_costs(request: CostRequest, model: CostModel) -> tuple[PairwiseSum, PairwiseSum]:
+    """Milliseconds and bytes of layers as they are in the uniform networks: what neighbours add to them is left out.
+
+    Args:
+        request: What the model was made of.
+        model: Of the uniform networks.
+    """
+    unary = [np.zeros((2, size)) for size in _sizes(request)]
+    for row in _uniform(_sizes(request)):
+        found = _node_costs(request, model.clock, request.lower(row))
+        # What is no layer costs what it does in that network, whichever layer makes it do so.
+        others = sum((cost for name, cost in found.items() if name not in request.layers), np.zeros(2))
+        for terms, name, chosen in zip(unary, request.layers, row, strict=True):
+            terms[:, chosen] = found.get(name, 0.0) + others / len(unary)
+    latency, weight_bytes = (PairwiseSum(tuple(terms[k] for terms in unary), {}) for k in range(2))
+    return latency.scaled(model.scale), weight_bytes
+
+
 def uniform_programs(request: CostRequest) -> list[Program]:
     """The float module, and one program for every precision."""
     return [request.reference, *(request.lower(row) for row in _uniform(_sizes(request)))]
@@ -200,6 +150,17 @@ def _clock(request: CostRequest, kept: bool = True) -> KernelClock:
     if request.known is not None:
         return KernelClock(GivenTimes(request.known))
     return KernelClock(KernelTimes(request.linker.cache.directory, kept))
+
+
+def _node_costs(request: CostRequest, clock: KernelClock, program: Program) -> dict[str, np.ndarray]:
+    """Node -> milliseconds and bytes of constants, float64 (2,)."""
+    nodes = {node.name for node in request.graph.nodes}
+    found: dict[str, np.ndarray] = {}
+    for call in request.linker.plan(program).calls:
+        # Conversions are called after the node whose value they convert.
+        name = call.op.name if call.op.name in nodes else call.op.name.rpartition(".")[0]
+        found[name] = found.get(name, np.zeros(2)) + (1e3 * clock.seconds(call), call.constant_bytes)
+    return found
 
 
 def _scale(request: CostRequest, clock: KernelClock) -> float:

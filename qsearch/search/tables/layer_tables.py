@@ -13,7 +13,7 @@ from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.search.tables.settings import Setting, assignment_config, lowest
 
-__all__ = ["Tables", "layer_rows"]
+__all__ = ["Draft", "Tables", "layer_rows"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class Tables:
     cost: Callable[[QuantConfig], Cost]
     baseline: Measurement
     settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What trials can be planned with while there are no tables yet.
+
+    Attributes:
+        cost: Configuration -> its cost, as far as the kernels of uniform networks tell it.
+        tables: Makes tables of one setting: costs of layers without their neighbours', and divergences.
+    """
+
+    cost: Callable[[QuantConfig], Cost]
+    tables: Callable[[], Tables]
 
 
 def layer_rows(space: BoundSpace, tables: Tables) -> list[dict[str, Any]]:

@@ -22,9 +22,10 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import pairs_around
-from qsearch.search.tables.cost_table import CostRequest, measure_costs, measure_uniform, uniform_programs
+from qsearch.search.tables.cost_table import CostRequest, measure_costs, measure_uniform, uniform_costs, uniform_programs
 from qsearch.search.tables.divergence import divergence_sum
-from qsearch.search.tables.layer_tables import Tables
+from qsearch.search.tables.kernel_clock import CostModel
+from qsearch.search.tables.layer_tables import Draft, Tables
 from qsearch.search.tables.needed_kernels import needed_programs, plain_config
 from qsearch.search.tables.pairwise import PairwiseSum, nothing
 from qsearch.search.tables.sensitivity import IMAGES, SensitivityRequest
@@ -41,7 +42,7 @@ from qsearch.search.tables.settings import (
     table_key,
 )
 
-__all__ = ["TableSource", "measure_tables", "measure_uniform_costs"]
+__all__ = ["TableSource", "measure_draft", "measure_tables"]
 
 
 class TableSource(Protocol):
@@ -90,7 +91,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
         progress: Called whenever a slow step begins.
     """
     start = time.monotonic()
-    sensitivity = _sensitivity(source, space, progress)
+    sensitivity = _sensitivity(source, space, measured_settings(space), progress)
     settings = chosen_settings(space, sensitivity)
     source.seconds["sensitivity_table"] = time.monotonic() - start
     start = time.monotonic()
@@ -104,18 +105,11 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     source.seconds["cost_table"] = time.monotonic() - start
 
     _return_memory()
-    pairs = pairs_around(source.model.graph, _layers(space))
-
-    def divergence(config: QuantConfig) -> PairwiseSum:
-        return divergence_sum(sensitivity[table_key(config)], config, pairs)
-
-    def cost(config: QuantConfig) -> Cost:
-        return costs.model.cost(source.lower(plain_config(config)))
-
     none = nothing(costs.latency.sizes)
     added = {storage(settings[0]): (none, none)}
     added |= dict(zip(others, costs.storages, strict=True))
     apart = tuple(Setting(one, *added[storage(one)]) for one in settings)
+    divergence, cost = _divergence(source, space, sensitivity), _cost(source, costs.model)
     return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline, apart)
 
 
@@ -130,16 +124,14 @@ def _return_memory() -> None:
         trim(0)
 
 
-def measure_uniform_costs(
-    source: TableSource, space: BoundSpace, setting: Mapping[str, Any], progress: Progress
-) -> Callable[[QuantConfig], Cost]:
-    """Costs of configurations as far as the kernels of uniform networks tell them.
+def measure_draft(source: TableSource, space: BoundSpace, setting: Mapping[str, Any], progress: Progress) -> Draft:
+    """Time the kernels of uniform networks; how long it took is booked in `source.seconds`.
 
     Args:
         source: A model, its images and a target.
         space: Bound to that model.
         setting: Values of the parameters that are no layer's, see `assignment_values`.
-        progress: Called whenever a slow step begins.
+        progress: Called whenever a slow step begins, that of the draft's divergences included.
     """
     start = time.monotonic()
     request = _cost_request(source, space, [setting])
@@ -147,7 +139,28 @@ def measure_uniform_costs(
         source.away.learn(uniform_programs(request))
     model = measure_uniform(request, progress)
     source.seconds["uniform_costs"] = time.monotonic() - start
+
+    def tables() -> Tables:
+        start = time.monotonic()
+        latency, weight_bytes = uniform_costs(request, model)
+        divergence = _divergence(source, space, _sensitivity(source, space, [setting], progress))
+        none = nothing(latency.sizes)
+        only = Setting(setting, none, none)
+        source.seconds["draft"] = time.monotonic() - start
+        return Tables(latency, weight_bytes, divergence, _cost(source, model), source.baseline, (only,))
+
+    return Draft(_cost(source, model), tables)
+
+
+def _cost(source: TableSource, model: CostModel) -> Callable[[QuantConfig], Cost]:
     return lambda config: model.cost(source.lower(plain_config(config)))
+
+
+def _divergence(
+    source: TableSource, space: BoundSpace, sensitivity: Mapping[TableKey, Sensitivity]
+) -> Callable[[QuantConfig], PairwiseSum]:
+    pairs = pairs_around(source.model.graph, _layers(space))
+    return lambda config: divergence_sum(sensitivity[table_key(config)], config, pairs)
 
 
 def _cost_request(source: TableSource, space: BoundSpace, settings: Sequence[Mapping[str, Any]]) -> CostRequest:
@@ -171,9 +184,11 @@ def _cost_request(source: TableSource, space: BoundSpace, settings: Sequence[Map
     )
 
 
-def _sensitivity(source: TableSource, space: BoundSpace, progress: Progress) -> dict[TableKey, Sensitivity]:
+def _sensitivity(
+    source: TableSource, space: BoundSpace, settings: Sequence[Mapping[str, Any]], progress: Progress
+) -> dict[TableKey, Sensitivity]:
     groups: dict[TableKey, list[QuantConfig]] = {}
-    for setting in measured_settings(space):
+    for setting in settings:
         config = assignment_config(space, setting, lowest(space))
         config = config.model_copy(update={"bias_absorption": False, "migration": 0.0})
         groups.setdefault(table_key(config), []).append(config)
