@@ -161,7 +161,15 @@ def _manifest(directory: Path) -> dict[str, Any]:
     try:
         return runner.read_manifest(directory)
     except runner.BundleProblem as problem:
-        raise BundleCorruptError(str(problem)) from None
+        raise BundleCorruptError(f"{problem}{_bundles_inside(directory)}") from None
+
+
+def _bundles_inside(directory: Path) -> str:
+    """Which bundles lie in a folder that is none, as those of `export --all` do: the end of a sentence."""
+    if (directory / "manifest.json").exists() or not directory.is_dir():
+        return ""
+    found = sorted(one.parent.name for one in directory.glob("*/manifest.json"))
+    return f"; it holds {len(found)}, give one of them: {', '.join(found[:5])}{', ...' if found[5:] else ''}" if found else ""
 
 
 def _run_fresh(directory: Path, trust: bool, *arguments: str) -> Any:

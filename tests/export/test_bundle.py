@@ -223,6 +223,11 @@ def test_a_changed_bundle_on_the_command_line(copy: Path, pictures: list[Path]) 
     refused(command(copy.parent, "verify", str(copy)), 1, "preprocessing.json", "was changed", "export the bundle again")
     refused(command(copy.parent, "run", str(copy), str(pictures[0])), 1, "preprocessing.json", "was changed")
     refused(command(copy.parent, "verify", str(copy.parent / "none")), 1, "none is not a bundle")
+    # As with what `export --all` has filled.
+    inside = (
+        f"is not a bundle: manifest.json cannot be read (No such file or directory); it holds 1, give one of them: {copy.name}"
+    )
+    refused(command(copy.parent, "verify", str(copy.parent)), 1, inside)
 
 
 def test_a_bundle_for_another_machine(copy: Path, pictures: list[Path]) -> None:
