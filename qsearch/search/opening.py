@@ -26,11 +26,8 @@ from qsearch.search.constraints import Constraints
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
 
-__all__ = ["BEFORE_TABLES", "OF_EACH", "choose_opening", "mixed_anchors", "opening_setting", "plain_anchors"]
+__all__ = ["OF_EACH", "choose_opening", "mixed_anchors", "opening_setting", "plain_anchors"]
 
-# Trials of a study that come before its tables: this opening, and what is planned over a draft of them. On `demo` in `full` the
-# draft is no worse up to there, and the tables take as long as a hundred trials.
-BEFORE_TABLES = 100
 # The most plain ones whose lowest precision is the same, and the most mixtures.
 OF_EACH = 2
 # In a mixture the layers that hold so much of all weights have the narrow ones.

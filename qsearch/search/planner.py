@@ -34,7 +34,11 @@ from qsearch.search.tables.pairwise import PairwiseSum, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest
 from qsearch.search.wanted import Wanted, float_scale
 
-__all__ = ["PlannerSampler"]
+__all__ = ["DRAFTED", "UNMIXED", "PlannerSampler"]
+
+# Trials of a study that are planned over the draft of its tables, opening included; and those up to which costs of layers in
+# uniform networks do. What is known better takes longer to measure: seconds, as long as some thirty trials, as a hundred.
+DRAFTED, UNMIXED = 24, 100
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0

@@ -1,8 +1,9 @@
-"""The trials of one run of `search`: of a planned one its opening, those planned over a draft of the tables, and the rest."""
+"""The trials of one run of `search`: of a planned one its opening, then those planned over ever better tables."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,8 +28,8 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
-from qsearch.search.opening import BEFORE_TABLES, choose_opening, opening_setting
-from qsearch.search.planner import PlannerSampler
+from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.planner import DRAFTED, UNMIXED, PlannerSampler
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished, measured_trials
@@ -175,11 +176,17 @@ def _parts(
     """What is planned over after the opening, one after the other: what makes the tables, and how many trials there are then."""
     with handle.guard():
         done = len(measured_trials(handle.study))
-    most = max(done, request.budget)
-    if done < BEFORE_TABLES or most <= BEFORE_TABLES:
-        yield lambda: draft().tables(), min(request.budget, BEFORE_TABLES)
-    if most > BEFORE_TABLES:
-        yield lambda: evaluator.tables(bound), request.budget
+    parts: list[tuple[Callable[[], Tables], float]] = [
+        (lambda: draft().tables(), DRAFTED),
+        (lambda: evaluator.tables(bound, mixed=False), UNMIXED),
+        (lambda: evaluator.tables(bound), math.inf),
+    ]
+    for tables, trials in parts:
+        enough = max(done, request.budget) <= trials
+        if done < trials or enough:
+            yield tables, int(min(request.budget, trials))
+        if enough:
+            return
 
 
 def _plan(

@@ -23,8 +23,7 @@ from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
 from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
-from qsearch.search.opening import BEFORE_TABLES
-from qsearch.search.planner import PlannerSampler
+from qsearch.search.planner import DRAFTED, UNMIXED, PlannerSampler
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
@@ -90,15 +89,14 @@ def made_study(problem: Problem, sampler: str) -> StudyHandle:
 
 
 def search(problem: Problem, handle: StudyHandle, searched: SearchProblem, sampler: str, limits: Limits) -> None:
-    """Search as the product does: the planner over the draft of its tables first."""
-    study, seed = handle.study, derived_seed(limits.seed, 0)
-    if sampler == PLANNER:
-        study.sampler = PlannerSampler(problem.space, problem.tables().draft, seed)
-        run_search(handle, searched, replace(limits, budget=min(limits.budget, BEFORE_TABLES)))
-        study.sampler = PlannerSampler(problem.space, problem.tables().tables, seed)
-    else:
-        study.sampler = make_sampler(sampler.removesuffix(PLAIN), limits.seed, 0)
-    run_search(handle, searched, limits)
+    """Search as the product does: the planner over ever better tables."""
+    if sampler != PLANNER:
+        handle.study.sampler = make_sampler(sampler.removesuffix(PLAIN), limits.seed, 0)
+        run_search(handle, searched, limits)
+        return
+    for (tables, _), trials in zip(problem.tables().parts, (DRAFTED, UNMIXED, limits.budget), strict=True):
+        handle.study.sampler = PlannerSampler(problem.space, tables, derived_seed(limits.seed, 0))
+        run_search(handle, searched, replace(limits, budget=min(limits.budget, trials)))
 
 
 def anchored(sampler: str) -> bool:

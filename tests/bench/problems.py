@@ -54,21 +54,15 @@ class TimedTables:
     """The planner's tables.
 
     Attributes:
-        draft: Tables that the first planned trials are planned over.
-        tables: They themselves.
         opening: What a planned study begins with.
+        parts: Tables that are planned over one after the other, and processor seconds that each take after what is before.
         opening_s: Processor seconds that it takes to choose the opening where nothing is known yet.
-        draft_s: Those of the draft after that.
-        cpu_s: Those that the tables take after the draft.
-        compile_s: Those of the tables that kernels take to compile, which trials would compile if the tables had not.
+        compile_s: Those of the last part that kernels take to compile, which trials would compile if it had not.
     """
 
-    draft: Tables
-    tables: Tables
     opening: list[Anchor]
+    parts: list[tuple[Tables, float]]
     opening_s: float
-    draft_s: float
-    cpu_s: float
     compile_s: float
 
 
@@ -216,7 +210,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             cold = Path(folder)
             for part in ("images", "statistics"):
                 shutil.copytree(settings.cache_dir / part, cold / part, copy_function=os.link)
-            opening_s, draft_s, cpu_s = _tables_seconds(replace(settings, cache_dir=cold), space)
+            opening_s, *parts_s = _tables_seconds(replace(settings, cache_dir=cold), space)
             # What took minutes is not done again for the tables that are used.
             for part in ("kernels", "sensitivity"):
                 _give(cold / part, settings.cache_dir / part)
@@ -225,11 +219,12 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             for times in (cold / "kernels").glob("*.time.json"):
                 times.unlink()
             *_, compiled_s = _tables_seconds(replace(settings, cache_dir=cold), space)
-        compile_s = max(cpu_s - compiled_s, 0.0)
-        write_json(path, {"opening_s": opening_s, "draft_s": draft_s, "cpu_s": cpu_s, "compile_s": compile_s})
+        seconds = {"opening_s": opening_s, "parts_s": parts_s, "compile_s": max(parts_s[-1] - compiled_s, 0.0)}
+        write_json(path, seconds)
     seconds, draft = json.loads(path.read_text(encoding="utf-8")), evaluator.draft(space, opening_setting(space))
     opening = choose_opening(space, draft.cost, evaluator.baseline)
-    return TimedTables(draft.tables(), evaluator.tables(space), opening, **seconds)
+    parts = [draft.tables(), evaluator.tables(space, mixed=False), evaluator.tables(space)]
+    return TimedTables(opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 
 def _give(source: Path, target: Path) -> None:
@@ -240,17 +235,17 @@ def _give(source: Path, target: Path) -> None:
             os.link(file, target / file.name)
 
 
-def _tables_seconds(settings: Settings, space: BoundSpace) -> tuple[float, float, float]:
-    """Processor seconds of the opening, of the draft after it, and of the tables after that."""
+def _tables_seconds(settings: Settings, space: BoundSpace) -> list[float]:
+    """Processor seconds of the opening, and of each part of the tables after it."""
     evaluator = open_evaluator(settings, _say)
-    start = cpu_seconds()
+    times = [cpu_seconds()]
     draft = evaluator.draft(space, opening_setting(space))
     choose_opening(space, draft.cost, evaluator.baseline)
-    opened = cpu_seconds()
-    draft.tables()
-    drafted = cpu_seconds()
-    evaluator.tables(space)
-    return opened - start, drafted - opened, cpu_seconds() - drafted
+    times.append(cpu_seconds())
+    for make in (draft.tables, lambda: evaluator.tables(space, mixed=False), lambda: evaluator.tables(space)):
+        make()
+        times.append(cpu_seconds())
+    return np.diff(times).tolist()
 
 
 def source_digest(*patterns: str) -> str:

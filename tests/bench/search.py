@@ -80,8 +80,7 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
         cost = problem.tables()
         document["tables_seconds"] = {
             "of_opening": cost.opening_s,
-            "of_draft": cost.draft_s,
-            "in_all": cost.cpu_s,
+            "of_parts": [seconds for _, seconds in cost.parts],
             "of_compiling": cost.compile_s,
         }
         planner = curves[PLANNER].without(cost.compile_s)

@@ -27,7 +27,7 @@ from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum
 
 IMAGES, FLOAT_MS = 200, 10.0
-OPENING_SECONDS, DRAFT_SECONDS, TABLE_SECONDS, COMPILE_SECONDS = 5.0, 7.0, 30.0, 20.0
+OPENING_SECONDS, PARTS_SECONDS, COMPILE_SECONDS = 5.0, (7.0, 10.0, 30.0), 20.0
 SPACE = {"version": 1, "name": "two modes", "calibration": {"modes": ["max", "mse"]}, "granularities": ["channel_wise"]}
 
 
@@ -84,8 +84,9 @@ def problem(source, tmp_path):
 
     def tables():
         draft = source.draft(space, opening_setting(space))
-        opening, seconds = choose_opening(space, draft.cost, source.baseline), (OPENING_SECONDS, DRAFT_SECONDS, TABLE_SECONDS)
-        return TimedTables(draft.tables(), source.tables(space), opening, *seconds, COMPILE_SECONDS)
+        opening = choose_opening(space, draft.cost, source.baseline)
+        parts = list(zip([draft.tables(), source.tables(space, mixed=False), source.tables(space)], PARTS_SECONDS, strict=True))
+        return TimedTables(opening, parts, OPENING_SECONDS, COMPILE_SECONDS)
 
     return Problem("analytic", space, source.baseline, measured, tmp_path, tables, FloatRun(logits, labels))
 
@@ -117,35 +118,37 @@ def test_samplers_are_compared_with_all_that_is_known(problem, source):
 
 
 def test_the_planner_is_charged_for_its_tables(problem, monkeypatch):
-    before_tables = 24
+    drafted, unmixed = 12, 24
     for module in (campaign, verdicts_of):
-        monkeypatch.setattr(module, "BEFORE_TABLES", before_tables)
+        monkeypatch.setattr(module, "DRAFTED", drafted)
+        monkeypatch.setattr(module, "UNMIXED", unmixed)
     measure_all(problem)
     document, curves = compare(problem, ["planner", "random-plain", "random"], seeds=1, trials=50)
     assert document["tables_seconds"] == {
         "of_opening": OPENING_SECONDS,
-        "of_draft": DRAFT_SECONDS,
-        "in_all": TABLE_SECONDS,
+        "of_parts": list(PARTS_SECONDS),
         "of_compiling": COMPILE_SECONDS,
     }
     opening = len(problem.tables().opening)
-    assert 0 < opening == curves["planner"].opening
+    assert 0 < opening == curves["planner"].opening < drafted
     seconds = curves["planner"].seconds[0]
-    drafted = OPENING_SECONDS + DRAFT_SECONDS
-    assert OPENING_SECONDS < seconds[0] <= seconds[opening - 1] < drafted < seconds[opening]
-    assert seconds[before_tables - 1] < drafted + TABLE_SECONDS < seconds[before_tables]
+    begun = (opening, drafted, unmixed)
+    for before, spent in zip(begun, np.cumsum([OPENING_SECONDS, *PARTS_SECONDS[:-1]]), strict=True):
+        assert spent < seconds[before - 1] < spent + 7.0
+    for before, spent in zip(begun, OPENING_SECONDS + np.cumsum(PARTS_SECONDS), strict=True):
+        assert seconds[before] > spent
     # Its tables are exact here, and the network is short.
     found = document["verdicts"]
     assert found["trials_to_equal_random"] <= 20
-    (by_trials, _), (at_draft, at_tables, by_time, _) = found["at_equal_trials"], found["at_equal_time"]
+    (by_trials, _), (*made, by_time, _) = found["at_equal_trials"], found["at_equal_time"]
     assert max(by_trials["hypervolume_pct"].values()) - 1e-9 <= by_trials["hypervolume_pct"]["planner"] > 99
-    assert by_time["seconds"] > TABLE_SECONDS
-    for trials, made in ((opening, at_draft), (before_tables, at_tables)):
-        assert made["planner_trials"] == trials and made["seconds"] == pytest.approx(seconds[trials], abs=1e-5)
-        assert made["hypervolume_pct"]["planner"] == curves["planner"].percent[0, trials - 1]
-    as_early, earlier, without, _ = found["at_equal_time_without_compiling"]
-    assert as_early["seconds"] == at_draft["seconds"]
-    assert earlier["seconds"] == pytest.approx(at_tables["seconds"] - COMPILE_SECONDS)
+    assert by_time["seconds"] > OPENING_SECONDS + sum(PARTS_SECONDS)
+    for trials, one in zip(begun, made, strict=True):
+        assert one["planner_trials"] == trials and one["seconds"] == pytest.approx(seconds[trials], abs=1e-5)
+        assert one["hypervolume_pct"]["planner"] == curves["planner"].percent[0, trials - 1]
+    *as_early, earlier, without, _ = found["at_equal_time_without_compiling"]
+    assert [one["seconds"] for one in as_early] == [one["seconds"] for one in made[:2]]
+    assert earlier["seconds"] == pytest.approx(made[2]["seconds"] - COMPILE_SECONDS)
     assert without["seconds"] == pytest.approx(by_time["seconds"] - COMPILE_SECONDS)
     assert set(by_time["runs_over"]) == {"random", "random-plain"}, "formulas take no time"
 

@@ -11,7 +11,7 @@ from campaign import Run
 from problems import Problem
 
 from qsearch.search.front import hypervolume
-from qsearch.search.opening import BEFORE_TABLES
+from qsearch.search.planner import DRAFTED, UNMIXED
 from qsearch.search.samplers import PLANNER
 
 __all__ = ["TRIALS", "Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
@@ -35,8 +35,8 @@ class Curves:
     opening: int = 0
 
     def without(self, seconds: float) -> Curves:
-        """The same, had the tables taken so much less."""
-        before = np.arange(self.seconds.shape[1]) < BEFORE_TABLES
+        """The same, had the last of the tables taken so much less."""
+        before = np.arange(self.seconds.shape[1]) < UNMIXED
         return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.opening)
 
     def at_trial(self, count: int) -> np.ndarray:
@@ -67,8 +67,9 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
         seconds.append(np.array(run.seconds[:count]))
         if run.sampler == PLANNER:
             tables = problem.tables()
-            trial = np.arange(count)
-            seconds[-1] += tables.opening_s + tables.draft_s * (trial >= run.opening) + tables.cpu_s * (trial >= BEFORE_TABLES)
+            seconds[-1] += tables.opening_s
+            for (_, cpu_s), before in zip(tables.parts, (run.opening, DRAFTED, UNMIXED), strict=True):
+                seconds[-1][before:] += cpu_s
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
         percent.append([hypervolume(points[: n + 1], problem.baseline) for n in range(count)])  # type: ignore[arg-type]
     return Curves(100.0 * np.array(percent) / reference, np.array(seconds), runs[0].opening)
@@ -104,13 +105,13 @@ def verdicts(curves: Mapping[str, Curves]) -> dict[str, Any]:
 
 
 def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
-    """All samplers at the times that the planner takes for some numbers of trials, and when its draft and its tables are made."""
+    """All samplers at the times that the planner takes for some numbers of trials, and when its tables are made."""
     planner = curves[PLANNER]
     counts = [count for count in COMPARED if count <= planner.percent.shape[1]]
     times = []
     if planner.opening:
         # Just before the first trial that was planned with them.
-        made = [count for count in (planner.opening, BEFORE_TABLES) if count < planner.seconds.shape[1]]
+        made = [count for count in (planner.opening, DRAFTED, UNMIXED) if count < planner.seconds.shape[1]]
         times += [(count, float(planner.seconds[:, count].min()) - 1e-6) for count in made]
     times += [(count, float(planner.seconds[:, count - 1].mean())) for count in counts]
     return [_at_time(curves, *time) for time in times]

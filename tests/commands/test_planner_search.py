@@ -22,24 +22,25 @@ from qsearch.report.table_notes import attach_tables, table_rows
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
-from qsearch.search.opening import BEFORE_TABLES
+from qsearch.search.planner import UNMIXED
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
-from qsearch.search.tables.layer_tables import Draft, layer_rows
+from qsearch.search.tables.layer_tables import Draft, Tables, layer_rows
 from qsearch.search.tables.pairwise import PairwiseSum
 from qsearch.session import search_trials
 from qsearch.session.supervisor import Watch
 
 PLANNED = ("search", "--sampler", "planner")
-# Trials before the tables in this process; that of others has the true number.
+# Trials over the draft in this process, and one over what comes next; in others they are as many as there are.
 EARLY = 6
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _early_tables() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search_trials, "BEFORE_TABLES", EARLY)
+        patched.setattr(search_trials, "DRAFTED", EARLY)
+        patched.setattr(search_trials, "UNMIXED", EARLY + 1)
         yield
 
 
@@ -92,16 +93,21 @@ def test_a_planned_search_continues_with_its_tables(planned: tuple[Path, dict], 
 
 def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    for name in ("draft", "pipeline", "evaluate", "tables"):
+    for name in ("draft", "pipeline", "evaluate"):
         step = getattr(AnalyticEvaluator, name)
         monkeypatch.setattr(AnalyticEvaluator, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
-    draft = AnalyticEvaluator.draft
+    draft, tables = AnalyticEvaluator.draft, AnalyticEvaluator.tables
 
     def told(*given: Any) -> Draft:
         found = draft(*given)
         return replace(found, tables=lambda: steps.append("its tables") or found.tables())
 
+    def measured(*given: Any, mixed: bool = True) -> Tables:
+        steps.append("mixed tables" if mixed else "tables")
+        return tables(*given, mixed)
+
     monkeypatch.setattr(AnalyticEvaluator, "draft", told)
+    monkeypatch.setattr(AnalyticEvaluator, "tables", measured)
     assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2)).exit_code == 0
     opening = len([trial for trial in handle_of(tmp_path).study.get_trials() if "anchor" in trial.user_attrs])
     assert 0 < opening < EARLY
@@ -109,17 +115,17 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     assert steps == [
         *("draft", "pipeline", *opening * ["evaluate"]),
         *("its tables", *drafted * ["evaluate"]),
-        *("tables", *2 * ["evaluate"]),
+        *("tables", "evaluate", "mixed tables", "evaluate"),
     ]
     # Nothing is left to measure: no process either.
     steps.clear()
     assert invoke(tmp_path, *PLANNED, "--budget", "4").exit_code == 0
-    assert steps == ["tables"]
+    assert steps == ["mixed tables"]
 
 
 def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = AnalyticEvaluator.tables
-    monkeypatch.setattr(AnalyticEvaluator, "tables", lambda *given: pytest.fail("tables were measured"))
+    monkeypatch.setattr(AnalyticEvaluator, "tables", lambda *given, **_: pytest.fail("tables were measured"))
     for budget in (EARLY - 1, EARLY, EARLY):
         result = invoke(tmp_path, *PLANNED, "--budget", str(budget), "--json")
         assert result.exit_code == 0, result.stderr
@@ -136,7 +142,7 @@ def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*given: Any) -> None:
+    def interrupted(*given: Any, **_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -154,7 +160,7 @@ def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest
     steps: list[str] = []
     for owner, name in ((Watch, "beat"), (Watch, "rest"), (AnalyticEvaluator, "tables")):
         step = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
+        monkeypatch.setattr(owner, name, lambda *given, name=name, step=step, **more: steps.append(name) or step(*given, **more))
     assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 1)).exit_code == 0
     before = steps[: steps.index("tables")]
     assert "beat" in before and before[-1] == "rest"
@@ -285,19 +291,19 @@ def test_a_real_planned_search(small: Path) -> None:
     for file in (small / "studies" / "cache" / "kernels").glob("*.time.json"):
         # Another test may have timed the kernels already.
         file.unlink()
-    first = within(small, *options, str(BEFORE_TABLES + 1))
+    first = within(small, *options, str(UNMIXED + 1))
     assert first.returncode == 0, first.stderr
     assert "mixed configurations for the cost table" in first.stderr
     done, handle = completed(small, "planned"), handle_of(small, "planned")
-    assert len(done) == BEFORE_TABLES + 1 and len(table_rows(handle)) == 3
-    again = within(small, *options, str(BEFORE_TABLES + 3))
+    assert len(done) == UNMIXED + 1 and len(table_rows(handle)) == 3
+    again = within(small, *options, str(UNMIXED + 3))
     assert again.returncode == 0, again.stderr
     # Kernel times were kept, and a table that is measured twice would have other rows.
     assert "mixed configurations" not in again.stderr
     assert table_rows(handle_of(small, "planned")) == table_rows(handle)
-    assert len(set(completed(small, "planned").values())) == BEFORE_TABLES + 3
+    assert len(set(completed(small, "planned").values())) == UNMIXED + 3
     document = json.loads(again.stdout)
-    assert document["bound"]["trials"] == BEFORE_TABLES + 3
+    assert document["bound"]["trials"] == UNMIXED + 3
     assert {"cost_table", "sensitivity_table"} <= set(document["seconds"])
     trials = handle_of(small, "planned").study.get_trials(states=(TrialState.COMPLETE,))
-    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == BEFORE_TABLES + 3
+    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == UNMIXED + 3

@@ -68,11 +68,14 @@ def test_roundings_and_corrected_biases_cost_what_plain_ones_do(
         assert tables.cost(config).peak_bytes == measure_memory(evaluator.compile(config)).peak_bytes
 
 
-def test_settings_with_other_kernels_have_costs_of_their_own(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:
+@pytest.mark.parametrize("mixed", [True, False])
+def test_settings_with_other_kernels_have_costs_of_their_own(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], mixed: bool
+) -> None:
     evaluator, _, _ = measured
     chosen = {"version": 1, "precisions": {"default": ["fp32", "w4a8"]}, "calibration": {"modes": ["max", "mse"]}}
     space = bind_space(SearchSpace.model_validate({**chosen, "granularities": ["channel_wise", "group_wise"]}), evaluator.graph)
-    tables = measure_tables(evaluator, space, lambda clause: None)
+    tables = evaluator.tables(space, mixed)
     row = lowest(space)[None]
     found = {}
     for setting in tables.settings:
@@ -113,7 +116,7 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     monkeypatch.setattr(evaluator, "progress", clauses.append)
     draft = evaluator.draft(space, opening_setting(space))
     cost = draft.cost
-    assert clauses == ["building and timing 2 uniform networks, to know what to begin with"]
+    assert clauses == ["building and timing 2 uniform networks, to know what layers cost by themselves"]
     in_float = space.config({one.name: "fp32" for one in space.layers})
     assert cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)
     for _, layers in configs(space):

@@ -172,8 +172,13 @@ class Evaluator(Protocol):
         """
         ...
 
-    def tables(self, space: BoundSpace) -> Tables:
-        """The planner's tables."""
+    def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
+        """The planner's tables.
+
+        Args:
+            space: The search space.
+            mixed: Whether layers cost what they do among others of other precisions; else as in uniform networks.
+        """
         ...
 
     def verify_front(self, configs: Sequence[QuantConfig]) -> list[tuple[Latency, Accuracy]]:

@@ -281,10 +281,10 @@ class ModelEvaluator(ModelImages):
         with lane_held(self._lane):
             return measure_draft(self, space, setting, self.progress)
 
-    def tables(self, space: BoundSpace) -> Tables:
-        """The planner's tables."""
+    def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
+        """The planner's tables, see `measure_tables`."""
         with lane_held(self._lane):
-            return measure_tables(self, space, self.progress)
+            return measure_tables(self, space, self.progress, mixed)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, each timed as a trial is: in turns with float.

@@ -22,7 +22,7 @@ from qsearch.search.tables.cost_fit import covering, fit_costs, pairs_around
 from qsearch.search.tables.kernel_clock import CostModel, GivenTimes, KernelClock
 from qsearch.search.tables.pairwise import PairwiseSum
 
-__all__ = ["CostRequest", "CostTable", "measure_costs", "measure_uniform", "uniform_costs", "uniform_programs"]
+__all__ = ["CostRequest", "CostTable", "measure_costs", "measure_uniform", "uniform_programs"]
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     return CostTable(latency.scaled(scale), weight_bytes, added, CostModel(request.linker, clock, scale))
 
 
-def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostModel:
-    """Time the kernels of the uniform networks alone, a first guess before the table.
+def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
+    """The same by the kernels of uniform networks alone, a first guess: what neighbours add to layers is left out.
 
-    The times are forgotten again: in mixtures, of which the table is to tell, the same kernels are a little slower.
+    The times are forgotten again: in mixtures, of which `measure_costs` is to tell, the same kernels are a little slower.
 
     Args:
         request: What it is made of.
@@ -119,31 +119,32 @@ def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lamb
         BuildError: The reference does not build; another uniform network that does not is left out.
     """
     clock = _clock(request, kept=False)
-    _time(request, clock, uniform_programs(request), [], progress, "uniform networks, to know what to begin with")
-    return CostModel(request.linker, clock, _scale(request, clock))
+    _time(request, clock, uniform_programs(request), [], progress, "uniform networks, to know what layers cost by themselves")
+    model, sizes = CostModel(request.linker, clock, _scale(request, clock)), _sizes(request)
 
+    def uniform_costs(lower: Callable[[np.ndarray], Program]) -> list[np.ndarray]:
+        terms = [np.zeros((2, size)) for size in sizes]
+        for row in _uniform(sizes):
+            found = _node_costs(request, clock, lower(row))
+            # What is no layer costs what it does in that network, whichever layer makes it do so.
+            others = sum((cost for name, cost in found.items() if name not in request.layers), np.zeros(2))
+            for term, name, chosen in zip(terms, request.layers, row, strict=True):
+                term[:, chosen] = found.get(name, 0.0) + others / len(terms)
+        return terms
 
-def uniform_costs(request: CostRequest, model: CostModel) -> tuple[PairwiseSum, PairwiseSum]:
-    """Milliseconds and bytes of layers as they are in the uniform networks: what neighbours add to them is left out.
-
-    Args:
-        request: What the model was made of.
-        model: Of the uniform networks.
-    """
-    unary = [np.zeros((2, size)) for size in _sizes(request)]
-    for row in _uniform(_sizes(request)):
-        found = _node_costs(request, model.clock, request.lower(row))
-        # What is no layer costs what it does in that network, whichever layer makes it do so.
-        others = sum((cost for name, cost in found.items() if name not in request.layers), np.zeros(2))
-        for terms, name, chosen in zip(unary, request.layers, row, strict=True):
-            terms[:, chosen] = found.get(name, 0.0) + others / len(unary)
-    latency, weight_bytes = (PairwiseSum(tuple(terms[k] for terms in unary), {}) for k in range(2))
-    return latency.scaled(model.scale), weight_bytes
+    plain = uniform_costs(request.lower)
+    added = [[b - a for a, b in zip(plain, uniform_costs(lower), strict=True)] for lower in request.storages]
+    (latency, weight_bytes), *storages = (
+        (PairwiseSum(tuple(model.scale * ms for ms, _ in terms), {}), PairwiseSum(tuple(held for _, held in terms), {}))
+        for terms in (plain, *added)
+    )
+    return CostTable(latency, weight_bytes, tuple(storages), model)
 
 
 def uniform_programs(request: CostRequest) -> list[Program]:
-    """The float module, and one program for every precision."""
-    return [request.reference, *(request.lower(row) for row in _uniform(_sizes(request)))]
+    """The float module, and one program for every precision in every setting."""
+    lowers = (request.lower, *request.storages)
+    return [request.reference, *(lower(row) for lower in lowers for row in _uniform(_sizes(request)))]
 
 
 def _clock(request: CostRequest, kept: bool = True) -> KernelClock:

@@ -22,7 +22,7 @@ from qsearch.search.bound_space import BoundSpace
 from qsearch.search.evaluation.evaluator import Progress, Settings, said_once
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.cost_fit import pairs_around
-from qsearch.search.tables.cost_table import CostRequest, measure_costs, measure_uniform, uniform_costs, uniform_programs
+from qsearch.search.tables.cost_table import CostRequest, measure_costs, measure_uniform, uniform_programs
 from qsearch.search.tables.divergence import divergence_sum
 from qsearch.search.tables.kernel_clock import CostModel
 from qsearch.search.tables.layer_tables import Draft, Tables
@@ -82,13 +82,14 @@ class TableSource(Protocol):
         ...
 
 
-def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -> Tables:
+def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, mixed: bool = True) -> Tables:
     """Measure both tables; how long it took is booked in `source.seconds`.
 
     Args:
         source: A model, its images and a target.
         space: Bound to that model.
         progress: Called whenever a slow step begins.
+        mixed: Whether costs are those in mixed networks, neighbours included, which takes longest; else in uniform ones.
     """
     start = time.monotonic()
     sensitivity = _sensitivity(source, space, measured_settings(space), progress)
@@ -96,13 +97,12 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress) -
     source.seconds["sensitivity_table"] = time.monotonic() - start
     start = time.monotonic()
     others = [one for one in dict.fromkeys(map(storage, settings)) if one != storage(settings[0])]
+    request = _cost_request(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)])
     if source.away is not None:
         progress(f"times of kernels are those of {source.away.description}")
-        source.away.learn(needed_programs(source, space, progress))
-    costs = measure_costs(
-        _cost_request(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)]), progress
-    )
-    source.seconds["cost_table"] = time.monotonic() - start
+        source.away.learn(needed_programs(source, space, progress) if mixed else uniform_programs(request))
+    costs = (measure_costs if mixed else measure_uniform)(request, progress)
+    source.seconds["cost_table" if mixed else "uniform_costs"] = time.monotonic() - start
 
     _return_memory()
     none = nothing(costs.latency.sizes)
@@ -137,19 +137,19 @@ def measure_draft(source: TableSource, space: BoundSpace, setting: Mapping[str, 
     request = _cost_request(source, space, [setting])
     if source.away is not None:
         source.away.learn(uniform_programs(request))
-    model = measure_uniform(request, progress)
+    costs = measure_uniform(request, progress)
     source.seconds["uniform_costs"] = time.monotonic() - start
+    cost = _cost(source, costs.model)
 
     def tables() -> Tables:
         start = time.monotonic()
-        latency, weight_bytes = uniform_costs(request, model)
         divergence = _divergence(source, space, _sensitivity(source, space, [setting], progress))
-        none = nothing(latency.sizes)
+        none = nothing(costs.latency.sizes)
         only = Setting(setting, none, none)
         source.seconds["draft"] = time.monotonic() - start
-        return Tables(latency, weight_bytes, divergence, _cost(source, model), source.baseline, (only,))
+        return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline, (only,))
 
-    return Draft(_cost(source, model), tables)
+    return Draft(cost, tables)
 
 
 def _cost(source: TableSource, model: CostModel) -> Callable[[QuantConfig], Cost]:
