@@ -295,7 +295,7 @@ def test_a_real_planned_search(small: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "mixed configurations for the cost table" in first.stderr
     done, handle = completed(small, "planned"), handle_of(small, "planned")
-    assert len(done) == UNMIXED + 1 and len(table_rows(handle)) == 3
+    assert len(done) == UNMIXED + 1 and len(table_rows(handle)) == 3 * 3
     again = within(small, *options, str(UNMIXED + 3))
     assert again.returncode == 0, again.stderr
     # Kernel times were kept, and a table that is measured twice would have other rows.
