@@ -114,8 +114,11 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
     clauses: list[str] = []
     monkeypatch.setattr(evaluator, "progress", clauses.append)
+    spent = evaluator.seconds.get("uniform_costs", 0.0)
     draft = evaluator.draft(space, opening_setting(space))
     cost = draft.cost
+    # Made in parts, tables take what all of these do.
+    assert evaluator.seconds["uniform_costs"] > spent
     assert clauses == ["building and timing 2 uniform networks, to know what layers cost by themselves"]
     in_float = space.config({one.name: "fp32" for one in space.layers})
     assert cost(in_float).latency_ms == pytest.approx(evaluator.baseline.latency.median_ms)

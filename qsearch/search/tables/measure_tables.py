@@ -94,7 +94,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, m
     start = time.monotonic()
     sensitivity = _sensitivity(source, space, measured_settings(space), progress)
     settings = chosen_settings(space, sensitivity)
-    source.seconds["sensitivity_table"] = time.monotonic() - start
+    _book(source, "sensitivity_table", start)
     start = time.monotonic()
     others = [one for one in dict.fromkeys(map(storage, settings)) if one != storage(settings[0])]
     request = _cost_request(source, space, [settings[0], *({**settings[0], **dict(one)} for one in others)])
@@ -102,7 +102,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, m
         progress(f"times of kernels are those of {source.away.description}")
         source.away.learn(needed_programs(source, space, progress) if mixed else uniform_programs(request))
     costs = (measure_costs if mixed else measure_uniform)(request, progress)
-    source.seconds["cost_table" if mixed else "uniform_costs"] = time.monotonic() - start
+    _book(source, "cost_table" if mixed else "uniform_costs", start)
 
     _return_memory()
     none = nothing(costs.latency.sizes)
@@ -111,6 +111,11 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, m
     apart = tuple(Setting(one, *added[storage(one)]) for one in settings)
     divergence, cost = _divergence(source, space, sensitivity), _cost(source, costs.model)
     return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline, apart)
+
+
+def _book(source: TableSource, step: str, start: float) -> None:
+    """Add to what a step took before: tables are made in parts."""
+    source.seconds[step] = source.seconds.get(step, 0.0) + time.monotonic() - start
 
 
 def _layers(space: BoundSpace) -> Mapping[str, tuple[str, ...]]:
@@ -138,7 +143,7 @@ def measure_draft(source: TableSource, space: BoundSpace, setting: Mapping[str, 
     if source.away is not None:
         source.away.learn(uniform_programs(request))
     costs = measure_uniform(request, progress)
-    source.seconds["uniform_costs"] = time.monotonic() - start
+    _book(source, "uniform_costs", start)
     cost = _cost(source, costs.model)
 
     def tables() -> Tables:
@@ -146,7 +151,7 @@ def measure_draft(source: TableSource, space: BoundSpace, setting: Mapping[str, 
         divergence = _divergence(source, space, _sensitivity(source, space, [setting], progress))
         none = nothing(costs.latency.sizes)
         only = Setting(setting, none, none)
-        source.seconds["draft"] = time.monotonic() - start
+        _book(source, "draft", start)
         return Tables(costs.latency, costs.weight_bytes, divergence, cost, source.baseline, (only,))
 
     return Draft(cost, tables)
