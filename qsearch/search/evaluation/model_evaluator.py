@@ -279,7 +279,13 @@ class ModelEvaluator(ModelImages):
     def draft(self, space: BoundSpace, setting: Mapping[str, Any]) -> Draft:
         """What trials can be planned with while there are no tables, see `measure_draft`."""
         with lane_held(self._lane):
-            return measure_draft(self, space, setting, self.progress)
+            draft = measure_draft(self, space, setting, self.progress)
+
+        def tables() -> Tables:
+            with lane_held(self._lane):
+                return draft.tables()
+
+        return Draft(draft.cost, tables)
 
     def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
         """The planner's tables, see `measure_tables`."""

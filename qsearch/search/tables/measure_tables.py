@@ -149,6 +149,7 @@ def measure_draft(source: TableSource, space: BoundSpace, setting: Mapping[str, 
     def tables() -> Tables:
         start = time.monotonic()
         divergence = _divergence(source, space, _sensitivity(source, space, [setting], progress))
+        _return_memory()
         none = nothing(costs.latency.sizes)
         only = Setting(setting, none, none)
         _book(source, "draft", start)
