@@ -29,16 +29,20 @@ from qsearch.search.study import LOSS_BOUND_PP
 from qsearch.search.study_trials import finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate, one_hot
 from qsearch.search.tables.cost import Cost
+from qsearch.search.tables.cost_fit import covering, pairs_around
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
-from qsearch.search.tables.settings import assignment_config, assignment_values, lowest
+from qsearch.search.tables.settings import assignment_config, assignment_values, lowest, measured_settings
 from qsearch.search.wanted import Wanted, float_scale
 
-__all__ = ["DRAFTED", "UNMIXED", "PlannerSampler"]
+__all__ = ["PlannerSampler", "planned_until"]
 
-# Trials of a study that are planned over the draft of its tables, opening included; and those up to which costs of layers in
-# uniform networks do. What is known better takes longer to measure: seconds, as long as some thirty trials, as a hundred.
-DRAFTED, UNMIXED = 24, 100
+# Trials of a study that are planned over the draft of its tables, opening included, at most.
+DRAFTED = 24
+# Divergences of single layers that are measured in about the time of a trial.
+ROWS = 100
+# Share of a search that may be spent on timing mixed configurations; one takes about as long as a trial.
+MIXED_SHARE = 0.25
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
@@ -48,6 +52,22 @@ SETTINGS, CHANGES, SHORTLIST = 3, 128, 12
 MIXTURES = 24
 # A configuration: the values of its layers, int (layers,), and which setting is nearest to its own.
 Placed = tuple[np.ndarray, int]
+
+
+def planned_until(space: BoundSpace, budget: int) -> tuple[int, int]:
+    """The trials of a study up to which it is planned over the draft of its tables, and over tables without mixed costs.
+
+    The longer tables take, beside a trial, the later they are worth it: the first trials do with what there is soon.
+
+    Args:
+        space: The search space.
+        budget: Trials in all. Where mixed configurations would take too large a share of them, all do without their costs.
+    """
+    sizes = {layer.name: len(layer.values) for layer in space.layers}
+    rows = len(measured_settings(space)) * sum(size - 1 for size in sizes.values())
+    drafted = min(DRAFTED, rows // ROWS)
+    mixed = len(covering([*sizes.values()], pairs_around(space.graph, sizes), np.random.default_rng(0)))
+    return drafted, max(drafted, mixed // 2) if mixed <= MIXED_SHARE * budget else budget
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):
@@ -152,7 +172,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         return unseen_values(self.space, nearest, known, self.rng) or nearest
 
     def _candidates(self, model: Surrogate, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Assignments with the setting of the least predicted divergence, once for every way of holding weights.
+        """Assignments with the setting of the least predicted divergence that is new, once for every way of holding weights.
 
         Returns:
             Assignments int64 (N, layers), settings int64 (N,), nats float64 (N,).
@@ -169,8 +189,13 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         rows += self._changes(observations, sizes)
         unique = np.unique(np.stack(rows), axis=0)
         nats = np.stack([table(unique) for table in divergences])
+        # What has been measured in its best setting may have more luck in the next.
+        fresh, place_of = nats.copy(), {row.tobytes(): place for place, row in enumerate(unique)}
+        for one in observations:
+            if (place := place_of.get(one.assignment.tobytes())) is not None:
+                fresh[one.setting, place] = np.inf
         groups = [np.flatnonzero(np.array(self.storages) == storage) for storage in dict.fromkeys(self.storages)]
-        chosen = np.concatenate([group[nats[group].argmin(0)] for group in groups])
+        chosen = np.concatenate([group[fresh[group].argmin(0)] for group in groups])
         places = np.tile(np.arange(len(unique)), len(groups))
         return unique[places], chosen, nats[chosen, places]
 

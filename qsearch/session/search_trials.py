@@ -29,7 +29,7 @@ from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
 from qsearch.search.opening import choose_opening, opening_setting
-from qsearch.search.planner import DRAFTED, UNMIXED, PlannerSampler
+from qsearch.search.planner import PlannerSampler, planned_until
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished, measured_trials
@@ -176,15 +176,18 @@ def _parts(
     """What is planned over after the opening, one after the other: what makes the tables, and how many trials there are then."""
     with handle.guard():
         done = len(measured_trials(handle.study))
+    most = max(done, request.budget)
+    drafted, unmixed = planned_until(bound, most)
     parts: list[tuple[Callable[[], Tables], float]] = [
-        (lambda: draft().tables(), DRAFTED),
-        (lambda: evaluator.tables(bound, mixed=False), UNMIXED),
+        (lambda: draft().tables(), drafted),
+        (lambda: evaluator.tables(bound, mixed=False), unmixed),
         (lambda: evaluator.tables(bound), math.inf),
     ]
     for tables, trials in parts:
-        enough = max(done, request.budget) <= trials
+        enough = most <= trials
         if done < trials or enough:
             yield tables, int(min(request.budget, trials))
+            done = int(min(most, trials))
         if enough:
             return
 

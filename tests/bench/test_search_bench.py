@@ -120,8 +120,7 @@ def test_samplers_are_compared_with_all_that_is_known(problem, source):
 def test_the_planner_is_charged_for_its_tables(problem, monkeypatch):
     drafted, unmixed = 12, 24
     for module in (campaign, verdicts_of):
-        monkeypatch.setattr(module, "DRAFTED", drafted)
-        monkeypatch.setattr(module, "UNMIXED", unmixed)
+        monkeypatch.setattr(module, "planned_until", lambda space, budget: (drafted, unmixed))
     measure_all(problem)
     document, curves = compare(problem, ["planner", "random-plain", "random"], seeds=1, trials=50)
     assert document["tables_seconds"] == {
@@ -130,7 +129,7 @@ def test_the_planner_is_charged_for_its_tables(problem, monkeypatch):
         "of_compiling": COMPILE_SECONDS,
     }
     opening = len(problem.tables().opening)
-    assert 0 < opening == curves["planner"].opening < drafted
+    assert 0 < opening == curves["planner"].begun[0] < drafted
     seconds = curves["planner"].seconds[0]
     begun = (opening, drafted, unmixed)
     for before, spent in zip(begun, np.cumsum([OPENING_SECONDS, *PARTS_SECONDS[:-1]]), strict=True):

@@ -11,7 +11,7 @@ from campaign import Run
 from problems import Problem
 
 from qsearch.search.front import hypervolume
-from qsearch.search.planner import DRAFTED, UNMIXED
+from qsearch.search.planner import planned_until
 from qsearch.search.samplers import PLANNER
 
 __all__ = ["TRIALS", "Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
@@ -27,17 +27,17 @@ class Curves:
     Attributes:
         percent: Hypervolume after each trial, percent of the reference, float64 (seeds, trials).
         seconds: Processor seconds from the begin to the end of each trial, tables included, float64 (seeds, trials).
-        opening: Trials before the draft of the tables; 0 where there are none.
+        begun: Trials before each part of the tables; empty where there are none.
     """
 
     percent: np.ndarray
     seconds: np.ndarray
-    opening: int = 0
+    begun: tuple[int, ...] = ()
 
     def without(self, seconds: float) -> Curves:
         """The same, had the last of the tables taken so much less."""
-        before = np.arange(self.seconds.shape[1]) < UNMIXED
-        return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.opening)
+        before = np.arange(self.seconds.shape[1]) < self.begun[-1]
+        return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.begun)
 
     def at_trial(self, count: int) -> np.ndarray:
         """Percent after so many trials, per seed."""
@@ -63,16 +63,20 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
     """
     reference, count = reference_hypervolume(problem), min(len(run.digests) for run in runs)
     percent, seconds = [], []
+    begun: tuple[int, ...] = ()
     for run in runs:
         seconds.append(np.array(run.seconds[:count]))
         if run.sampler == PLANNER:
             tables = problem.tables()
             seconds[-1] += tables.opening_s
-            for (_, cpu_s), before in zip(tables.parts, (run.opening, DRAFTED, UNMIXED), strict=True):
+            drafted, unmixed = planned_until(problem.space, count)
+            # What the study begins with comes before all of them.
+            begun = (run.opening, max(run.opening, drafted), max(run.opening, unmixed))
+            for (_, cpu_s), before in zip(tables.parts, begun, strict=True):
                 seconds[-1][before:] += cpu_s
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
         percent.append([hypervolume(points[: n + 1], problem.baseline) for n in range(count)])  # type: ignore[arg-type]
-    return Curves(100.0 * np.array(percent) / reference, np.array(seconds), runs[0].opening)
+    return Curves(100.0 * np.array(percent) / reference, np.array(seconds), begun)
 
 
 def results(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
@@ -108,11 +112,9 @@ def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
     """All samplers at the times that the planner takes for some numbers of trials, and when its tables are made."""
     planner = curves[PLANNER]
     counts = [count for count in COMPARED if count <= planner.percent.shape[1]]
-    times = []
-    if planner.opening:
-        # Just before the first trial that was planned with them.
-        made = [count for count in (planner.opening, DRAFTED, UNMIXED) if count < planner.seconds.shape[1]]
-        times += [(count, float(planner.seconds[:, count].min()) - 1e-6) for count in made]
+    # Just before the first trial that was planned with them.
+    made = [count for count in dict.fromkeys(planner.begun) if count < planner.seconds.shape[1]]
+    times = [(count, float(planner.seconds[:, count].min()) - 1e-6) for count in made]
     times += [(count, float(planner.seconds[:, count - 1].mean())) for count in counts]
     return [_at_time(curves, *time) for time in times]
 

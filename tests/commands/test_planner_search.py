@@ -22,7 +22,6 @@ from qsearch.report.table_notes import attach_tables, table_rows
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
-from qsearch.search.planner import UNMIXED
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
@@ -34,13 +33,14 @@ from qsearch.session.supervisor import Watch
 PLANNED = ("search", "--sampler", "planner")
 # Trials over the draft in this process, and one over what comes next; in others they are as many as there are.
 EARLY = 6
+# Of a network of three layers they are worth timing mixed configurations for.
+MANY = 100
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _early_tables() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search_trials, "DRAFTED", EARLY)
-        patched.setattr(search_trials, "UNMIXED", EARLY + 1)
+        patched.setattr(search_trials, "planned_until", lambda space, budget: (EARLY, EARLY + 1))
         yield
 
 
@@ -291,19 +291,19 @@ def test_a_real_planned_search(small: Path) -> None:
     for file in (small / "studies" / "cache" / "kernels").glob("*.time.json"):
         # Another test may have timed the kernels already.
         file.unlink()
-    first = within(small, *options, str(UNMIXED + 1))
+    first = within(small, *options, str(MANY))
     assert first.returncode == 0, first.stderr
     assert "mixed configurations for the cost table" in first.stderr
     done, handle = completed(small, "planned"), handle_of(small, "planned")
-    assert len(done) == UNMIXED + 1 and len(table_rows(handle)) == 3 * 3
-    again = within(small, *options, str(UNMIXED + 3))
+    assert len(done) == MANY and len(table_rows(handle)) == 3 * 3
+    again = within(small, *options, str(MANY + 2))
     assert again.returncode == 0, again.stderr
     # Kernel times were kept, and a table that is measured twice would have other rows.
     assert "mixed configurations" not in again.stderr
     assert table_rows(handle_of(small, "planned")) == table_rows(handle)
-    assert len(set(completed(small, "planned").values())) == UNMIXED + 3
+    assert len(set(completed(small, "planned").values())) == MANY + 2
     document = json.loads(again.stdout)
-    assert document["bound"]["trials"] == UNMIXED + 3
+    assert document["bound"]["trials"] == MANY + 2
     assert {"cost_table", "sensitivity_table"} <= set(document["seconds"])
     trials = handle_of(small, "planned").study.get_trials(states=(TrialState.COMPLETE,))
-    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == UNMIXED + 3
+    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == MANY + 2

@@ -14,9 +14,9 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search import wanted
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
-from qsearch.search.planner import PlannerSampler
+from qsearch.search.planner import DRAFTED, PlannerSampler, planned_until
 from qsearch.search.samplers import make_sampler
-from qsearch.search.space import SearchSpace
+from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.surrogate import (
     LossCurve,
     Observation,
@@ -319,6 +319,35 @@ def test_where_every_candidate_is_known_a_neighbour_is_proposed():
         assert SPACE.config(values) == configs[left]
     everything = {config.content_hash() for config in configs}
     assert SPACE.config(PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), everything)) in configs
+
+
+def test_what_was_measured_in_its_best_setting_is_a_candidate_in_the_next():
+    problem = Problem(1)
+    sampler, modes = PlannerSampler(SPACE, problem.tables(), 0), [one.values["calibration"] for one in problem.tables().settings]
+    measured = []
+    for value in (0, 1):
+        config = SPACE.config({one.name: one.values[value] for one in SPACE.layers} | {"calibration": "mse"})
+        accuracy = problem.measure(config).accuracy
+        score = Score(accuracy.divergence, accuracy.top1_loss_pp, 0.25)
+        measured.append(Observation(problem.row(config)[0], modes.index("mse"), problem.measure(config).latency.median_ms, score))
+    rows, settings, nats = sampler._candidates(fit_surrogate(problem.table_latency, sampler.divergences, measured), measured)
+    found = {tuple(row): (modes[setting], one) for row, setting, one in zip(rows.tolist(), settings, nats, strict=True)}
+    uniform = {(0,) * LAYERS, (1,) * LAYERS}
+    assert uniform < found.keys(), "the ends of the predicted front are among its candidates"
+    assert all((mode == "max") == (row in uniform) and np.isfinite(one) for row, (mode, one) in found.items())
+
+
+def test_tables_that_take_long_come_late_or_not_at_all():
+    layers = [one.name for one in SPACE.layers]
+    many = bind_space(load_space("full"), GRAPH)
+    assert planned_until(SPACE, 200)[0] == 0 < planned_until(many, 200)[0] <= DRAFTED
+    for space in (SPACE, many):
+        until = {budget: planned_until(space, budget) for budget in (1, 5, 20, 50, 200, 1000)}
+        assert len({drafted for drafted, _ in until.values()}) == 1, "drafts depend on what is to be measured alone"
+        never = [budget for budget, (_, unmixed) in until.items() if unmixed == budget]
+        assert never == list(until)[: len(never)] and 1 in never and 1000 not in never
+        (unmixed,) = {unmixed for budget, (_, unmixed) in until.items() if budget not in never}
+        assert until[1000][0] <= unmixed < 1000 / 8 + DRAFTED and len(layers) > 1
 
 
 class Stored(Problem):
