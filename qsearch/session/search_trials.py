@@ -178,6 +178,9 @@ def _parts(
         done = len(measured_trials(handle.study))
     most = max(done, request.budget)
     drafted, unmixed = planned_until(bound, most)
+    if request.settings.cost_table is not None:
+        # There is nothing to wait for: times are given.
+        unmixed = drafted
     parts: list[tuple[Callable[[], Tables], float]] = [
         (lambda: draft().tables(), drafted),
         (lambda: evaluator.tables(bound, mixed=False), unmixed),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import moocore
@@ -139,6 +140,16 @@ def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert table_rows(handle_of(tmp_path)) == layer_rows(space, evaluator.tables(space))
     trials = handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))
     assert len({trial.user_attrs["config_hash"] for trial in trials}) == len(trials) == EARLY + 2
+
+
+def test_kernel_times_that_are_given_are_used_as_soon_as_there_are_tables() -> None:
+    evaluator = AnalyticEvaluator()
+    space = bind_space(load_space("default"), evaluator.graph)
+    handle = StudyHandle(optuna.create_study(directions=["minimize"] * 3), "sqlite:///in-memory.db")
+    for cost_table, parts in ((None, [EARLY, EARLY + 1, 20]), (Path("table.json"), [EARLY, 20])):
+        request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=cost_table))
+        given = search_trials._parts(handle, request, space, evaluator, search_trials.draft_of(evaluator, space))
+        assert [until for _, until in given] == parts
 
 
 def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
