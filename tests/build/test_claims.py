@@ -38,8 +38,9 @@ def started(folder: Path, names: list[str], seconds: float) -> multiprocessing.p
     """A process that has begun to make the first thing."""
     process = FRESH.Process(target=wants, args=(folder, names, seconds), daemon=True)
     process.start()
-    deadline = time.monotonic() + 60
-    while not (folder / f"{names[0]}.makers").exists():
+    first, deadline = folder / f"{names[0]}.makers", time.monotonic() + 60
+    # The file is there before it names its maker.
+    while not first.exists() or not first.stat().st_size:
         assert time.monotonic() < deadline and process.is_alive(), "it has not begun"
         time.sleep(0.01)
     return process
