@@ -23,6 +23,8 @@ from qsearch.whole_files import write_whole
 
 __all__ = ["KernelTimes", "time_kernels"]
 
+# Files of times beside a kernel's others.
+MIXED, UNIFORM = "time.json", "uniform_time.json"
 # Raised whenever the same kernels would be given other times.
 METHOD = 3
 ROUNDS = 25
@@ -38,13 +40,16 @@ LEAST_SHARE = 0.1
 class KernelTimes:
     """Seconds per call by kernel symbol, on disk and in memory; those of another processor do not count.
 
+    A kernel is a little slower among others of other precisions than in a network of one.
+
     Args:
         directory: The kernel cache.
-        kept: Whether to write what is put to disk.
+        uniform: Whether what is put was timed in networks of one precision. Such times are kept apart; where a kernel has none,
+            its time among others counts, but not the other way round.
     """
 
-    def __init__(self, directory: Path, kept: bool = True) -> None:
-        self.directory, self.kept = directory, kept
+    def __init__(self, directory: Path, uniform: bool = False) -> None:
+        self.directory, self.kinds = directory, (UNIFORM, MIXED) if uniform else (MIXED,)
         self._known: dict[str, float | None] = {}
 
     def get(self, symbol: str) -> float | None:
@@ -57,18 +62,17 @@ class KernelTimes:
         """Remember times."""
         for symbol, seconds in times.items():
             self._known[symbol] = seconds
-            if not self.kept:
-                continue
             record = {"seconds": seconds, "processor": _processor(), "method": METHOD}
-            with write_whole(self._path(symbol), durable=False) as stream:
+            with write_whole(self.directory / f"{symbol}.{self.kinds[0]}", durable=False) as stream:
                 stream.write(json.dumps(record).encode())
 
-    def _path(self, symbol: str) -> Path:
-        return self.directory / f"{symbol}.time.json"
-
     def _read(self, symbol: str) -> float | None:
+        found = (self._seconds(self.directory / f"{symbol}.{kind}") for kind in self.kinds)
+        return next((seconds for seconds in found if seconds is not None), None)
+
+    def _seconds(self, path: Path) -> float | None:
         try:
-            record = json.loads(self._path(symbol).read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
             comparable = record["processor"] == _processor() and record["method"] == METHOD
             return float(record["seconds"]) if comparable else None
         except (OSError, ValueError, TypeError, KeyError):

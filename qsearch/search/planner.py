@@ -29,20 +29,17 @@ from qsearch.search.study import LOSS_BOUND_PP
 from qsearch.search.study_trials import finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate, one_hot
 from qsearch.search.tables.cost import Cost
-from qsearch.search.tables.cost_fit import covering, pairs_around
 from qsearch.search.tables.layer_tables import Tables
 from qsearch.search.tables.pairwise import PairwiseSum, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest, measured_settings
 from qsearch.search.wanted import Wanted, float_scale
 
-__all__ = ["PlannerSampler", "planned_until"]
+__all__ = ["PlannerSampler", "drafted_trials"]
 
 # Trials of a study that are planned over the draft of its tables, opening included, at most.
 DRAFTED = 24
 # Divergences of single layers that are measured in about the time of a trial.
 ROWS = 100
-# Share of a search that may be spent on timing mixed configurations; one takes about as long as a trial.
-MIXED_SHARE = 0.25
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
@@ -54,20 +51,13 @@ MIXTURES = 24
 Placed = tuple[np.ndarray, int]
 
 
-def planned_until(space: BoundSpace, budget: int) -> tuple[int, int]:
-    """The trials of a study up to which it is planned over the draft of its tables, and over tables without mixed costs.
+def drafted_trials(space: BoundSpace) -> int:
+    """How many trials of a study are planned over the draft of its tables, its opening included.
 
     The longer tables take, beside a trial, the later they are worth it: the first trials do with what there is soon.
-
-    Args:
-        space: The search space.
-        budget: Trials in all. Where mixed configurations would take too large a share of them, all do without their costs.
     """
-    sizes = {layer.name: len(layer.values) for layer in space.layers}
-    rows = len(measured_settings(space)) * sum(size - 1 for size in sizes.values())
-    drafted = min(DRAFTED, rows // ROWS)
-    mixed = len(covering([*sizes.values()], pairs_around(space.graph, sizes), np.random.default_rng(0)))
-    return drafted, max(drafted, mixed // 2) if mixed <= MIXED_SHARE * budget else budget
+    rows = len(measured_settings(space)) * sum(len(layer.values) - 1 for layer in space.layers)
+    return min(DRAFTED, rows // ROWS)
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):

@@ -29,7 +29,7 @@ from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
 from qsearch.search.opening import choose_opening, opening_setting
-from qsearch.search.planner import PlannerSampler, planned_until
+from qsearch.search.planner import PlannerSampler, drafted_trials
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished, measured_trials
@@ -177,14 +177,11 @@ def _parts(
     with handle.guard():
         done = len(measured_trials(handle.study))
     most = max(done, request.budget)
-    drafted, unmixed = planned_until(bound, most)
-    if request.settings.cost_table is not None:
-        # There is nothing to wait for: times are given.
-        unmixed = drafted
+    # To time what neighbours cost takes as long as many trials, and finds a front no sooner; unless times are given.
+    mixed = request.settings.cost_table is not None
     parts: list[tuple[Callable[[], Tables], float]] = [
-        (lambda: draft().tables(), drafted),
-        (lambda: evaluator.tables(bound, mixed=False), unmixed),
-        (lambda: evaluator.tables(bound), math.inf),
+        (lambda: draft().tables(), drafted_trials(bound)),
+        (lambda: evaluator.tables(bound, mixed), math.inf),
     ]
     for tables, trials in parts:
         enough = most <= trials

@@ -23,7 +23,7 @@ from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
 from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
-from qsearch.search.planner import PlannerSampler, planned_until
+from qsearch.search.planner import PlannerSampler, drafted_trials
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
@@ -94,7 +94,7 @@ def search(problem: Problem, handle: StudyHandle, searched: SearchProblem, sampl
         handle.study.sampler = make_sampler(sampler.removesuffix(PLAIN), limits.seed, 0)
         run_search(handle, searched, limits)
         return
-    until = (*planned_until(problem.space, limits.budget), limits.budget)
+    until = (drafted_trials(problem.space), limits.budget)
     for (tables, _), trials in zip(problem.tables().parts, until, strict=True):
         handle.study.sampler = PlannerSampler(problem.space, tables, derived_seed(limits.seed, 0))
         run_search(handle, searched, replace(limits, budget=min(limits.budget, trials)))

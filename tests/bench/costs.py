@@ -1,8 +1,9 @@
 """The cost table's latencies against measured ones, over configurations that no table was fitted to.
 
 Mixtures are drawn with a random share of every precision, so that they spread over the whole range. Each is predicted by the
-sum of its kernels' times (`exact`, what the planner takes of its shortlist) and by the pairwise split of that sum
-(`pairwise`, what it minimises), and measured as a trial is: in turns with the float module. Three figures of each:
+sum of its kernels' times (`exact`), by the pairwise split of that sum (`pairwise`), and by the layers' costs in uniform networks
+(`uniform`, what a search plans with before trials tell it more), and measured as a trial is: in turns with the float module.
+Three figures of each:
 
 - raw_pct: mean absolute error of the table as it is, percent of the measured latency;
 - scaled_pct: the same with one common factor, fitted to other mixtures that stand for the planner's first trials;
@@ -84,12 +85,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(arguments.model, data=arguments.data, cache_dir=arguments.cache, threads=arguments.threads)
     evaluator = open_evaluator(settings, lambda clause: None)
     space = space_of(evaluator, arguments.precisions)
+    # First, while no times among others are known.
+    uniform = measure_tables(evaluator, space, lambda clause: None, mixed=False)
     tables = measure_tables(evaluator, space, lambda clause: None)
     rows = draw(space, FIRST_TRIALS + arguments.mixtures, arguments.seed)
     configs = [config_of(space, row) for row in rows]
-    exact, pairwise = np.array([tables.cost(config).latency_ms for config in configs]), tables.latency(rows)
+    exact = np.array([tables.cost(config).latency_ms for config in configs])
+    predicted = {"exact": exact, "pairwise": tables.latency(rows), "uniform": uniform.latency(rows)}
     once, again = measure(evaluator, configs, arguments.seed + 1), measure(evaluator, configs, arguments.seed + 2)
-    results = {name: compare(values, once, FIRST_TRIALS) for name, values in (("exact", exact), ("pairwise", pairwise))}
+    results = {name: compare(values, once, FIRST_TRIALS) for name, values in predicted.items()}
     results["mean_of_two"] = compare(exact, (once + again) / 2, FIRST_TRIALS)
     results["measured_again"] = compare(again, once, FIRST_TRIALS)
     return {
@@ -98,7 +102,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "mixtures": arguments.mixtures,
         "float_ms": evaluator.baseline.latency.median_ms,
         "range_ms": [float(once.min()), float(once.max())],
-        "table_seconds": evaluator.seconds["cost_table"],
+        "table_seconds": {name: evaluator.seconds[name] for name in ("cost_table", "uniform_costs")},
         "results": results,
         "predicted_ms": exact.tolist(),
         "measured_ms": [once.tolist(), again.tolist()],

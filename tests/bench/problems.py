@@ -57,13 +57,11 @@ class TimedTables:
         opening: What a planned study begins with.
         parts: Tables that are planned over one after the other, and processor seconds that each take after what is before.
         opening_s: Processor seconds that it takes to choose the opening where nothing is known yet.
-        compile_s: Those of the last part that kernels take to compile, which trials would compile if it had not.
     """
 
     opening: list[Anchor]
     parts: list[tuple[Tables, float]]
     opening_s: float
-    compile_s: float
 
 
 @dataclass(frozen=True)
@@ -214,16 +212,10 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
             # What took minutes is not done again for the tables that are used.
             for part in ("kernels", "sensitivity"):
                 _give(cold / part, settings.cache_dir / part)
-            # And once more with the kernels, but without their times.
-            shutil.rmtree(cold / "sensitivity")
-            for times in (cold / "kernels").glob("*.time.json"):
-                times.unlink()
-            *_, compiled_s = _tables_seconds(replace(settings, cache_dir=cold), space)
-        seconds = {"opening_s": opening_s, "parts_s": parts_s, "compile_s": max(parts_s[-1] - compiled_s, 0.0)}
-        write_json(path, seconds)
+        write_json(path, {"opening_s": opening_s, "parts_s": parts_s})
     seconds, draft = json.loads(path.read_text(encoding="utf-8")), evaluator.draft(space, opening_setting(space))
     opening = choose_opening(space, draft.cost, evaluator.baseline)
-    parts = [draft.tables(), evaluator.tables(space, mixed=False), evaluator.tables(space)]
+    parts = [draft.tables(), evaluator.tables(space, mixed=False)]
     return TimedTables(opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 
@@ -242,7 +234,7 @@ def _tables_seconds(settings: Settings, space: BoundSpace) -> list[float]:
     draft = evaluator.draft(space, opening_setting(space))
     choose_opening(space, draft.cost, evaluator.baseline)
     times.append(cpu_seconds())
-    for make in (draft.tables, lambda: evaluator.tables(space, mixed=False), lambda: evaluator.tables(space)):
+    for make in (draft.tables, lambda: evaluator.tables(space, mixed=False)):
         make()
         times.append(cpu_seconds())
     return np.diff(times).tolist()

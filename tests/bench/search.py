@@ -21,8 +21,8 @@ seconds            Processor seconds: what each trial took when it was measured,
                    kernels compiled, which these had to compile: that is counted against the planner. The pauses within a
                    timing, about 0.1 s a trial, are no work of a processor and are left out.
 verdicts           The planner's trials to equal random's last; who leads at 25, 50, 100 and 200 trials; who leads when the
-                   planner's tables are done and at the time that it takes for these trials, also with kernels taken as
-                   compiled for all. `runs_over` are those that would have had time for more trials.
+                   planner's tables are done and at the time that it takes for these trials. `runs_over` are those that would
+                   have had time for more trials.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "1")
 from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
 from problems import Problem, add_options, open_problem
 from split_timings import split_results
-from verdicts import Curves, at_equal_time, curves_of, reference_hypervolume, results, verdicts
+from verdicts import Curves, curves_of, reference_hypervolume, results, verdicts
 
 from qsearch.errors import QSearchError
 from qsearch.search.samplers import PLANNER, SAMPLERS
@@ -81,10 +81,7 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
         document["tables_seconds"] = {
             "of_opening": cost.opening_s,
             "of_parts": [seconds for _, seconds in cost.parts],
-            "of_compiling": cost.compile_s,
         }
-        planner = curves[PLANNER].without(cost.compile_s)
-        document["verdicts"]["at_equal_time_without_compiling"] = at_equal_time(curves | {PLANNER: planner})
     return document, curves
 
 

@@ -11,10 +11,10 @@ from campaign import Run
 from problems import Problem
 
 from qsearch.search.front import hypervolume
-from qsearch.search.planner import planned_until
+from qsearch.search.planner import drafted_trials
 from qsearch.search.samplers import PLANNER
 
-__all__ = ["TRIALS", "Curves", "at_equal_time", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
+__all__ = ["TRIALS", "Curves", "curves_of", "reference_hypervolume", "results", "spread", "verdicts"]
 
 TRIALS = (10, 20, 25, 50, 100, 200)
 COMPARED = (25, 50, 100, 200)
@@ -33,11 +33,6 @@ class Curves:
     percent: np.ndarray
     seconds: np.ndarray
     begun: tuple[int, ...] = ()
-
-    def without(self, seconds: float) -> Curves:
-        """The same, had the last of the tables taken so much less."""
-        before = np.arange(self.seconds.shape[1]) < self.begun[-1]
-        return Curves(self.percent, self.seconds - np.where(before, 0.0, seconds), self.begun)
 
     def at_trial(self, count: int) -> np.ndarray:
         """Percent after so many trials, per seed."""
@@ -69,9 +64,8 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
         if run.sampler == PLANNER:
             tables = problem.tables()
             seconds[-1] += tables.opening_s
-            drafted, unmixed = planned_until(problem.space, count)
             # What the study begins with comes before all of them.
-            begun = (run.opening, max(run.opening, drafted), max(run.opening, unmixed))
+            begun = (run.opening, max(run.opening, drafted_trials(problem.space)))
             for (_, cpu_s), before in zip(tables.parts, begun, strict=True):
                 seconds[-1][before:] += cpu_s
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
@@ -104,11 +98,11 @@ def verdicts(curves: Mapping[str, Curves]) -> dict[str, Any]:
     return {
         "trials_to_equal_random": _trials_to_equal(planner, curves["random"]) if "random" in curves else None,
         "at_equal_trials": [{"trials": n, **_ranking({s: one.at_trial(n) for s, one in curves.items()})} for n in counts],
-        "at_equal_time": at_equal_time(curves),
+        "at_equal_time": _at_equal_time(curves),
     }
 
 
-def at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
+def _at_equal_time(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
     """All samplers at the times that the planner takes for some numbers of trials, and when its tables are made."""
     planner = curves[PLANNER]
     counts = [count for count in COMPARED if count <= planner.percent.shape[1]]

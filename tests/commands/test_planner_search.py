@@ -32,16 +32,14 @@ from qsearch.session import search_trials
 from qsearch.session.supervisor import Watch
 
 PLANNED = ("search", "--sampler", "planner")
-# Trials over the draft in this process, and one over what comes next; in others they are as many as there are.
+# Trials over the draft in this process; in others they are as many as there are.
 EARLY = 6
-# Of a network of three layers they are worth timing mixed configurations for.
-MANY = 100
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _early_tables() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search_trials, "planned_until", lambda space, budget: (EARLY, EARLY + 1))
+        patched.setattr(search_trials, "drafted_trials", lambda space: EARLY)
         yield
 
 
@@ -103,9 +101,9 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
         found = draft(*given)
         return replace(found, tables=lambda: steps.append("its tables") or found.tables())
 
-    def measured(*given: Any, mixed: bool = True) -> Tables:
-        steps.append("mixed tables" if mixed else "tables")
-        return tables(*given, mixed)
+    def measured(*given: Any) -> Tables:
+        steps.append("tables")
+        return tables(*given)
 
     monkeypatch.setattr(AnalyticEvaluator, "draft", told)
     monkeypatch.setattr(AnalyticEvaluator, "tables", measured)
@@ -116,12 +114,12 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     assert steps == [
         *("draft", "pipeline", *opening * ["evaluate"]),
         *("its tables", *drafted * ["evaluate"]),
-        *("tables", "evaluate", "mixed tables", "evaluate"),
+        *("tables", "evaluate", "evaluate"),
     ]
     # Nothing is left to measure: no process either.
     steps.clear()
     assert invoke(tmp_path, *PLANNED, "--budget", "4").exit_code == 0
-    assert steps == ["mixed tables"]
+    assert steps == ["tables"]
 
 
 def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,14 +140,17 @@ def test_few_trials_need_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len({trial.user_attrs["config_hash"] for trial in trials}) == len(trials) == EARLY + 2
 
 
-def test_kernel_times_that_are_given_are_used_as_soon_as_there_are_tables() -> None:
+@pytest.mark.parametrize("given", [None, Path("table.json")])
+def test_what_neighbours_cost_is_left_out_unless_times_are_given(monkeypatch: pytest.MonkeyPatch, given: Path | None) -> None:
     evaluator = AnalyticEvaluator()
     space = bind_space(load_space("default"), evaluator.graph)
     handle = StudyHandle(optuna.create_study(directions=["minimize"] * 3), "sqlite:///in-memory.db")
-    for cost_table, parts in ((None, [EARLY, EARLY + 1, 20]), (Path("table.json"), [EARLY, 20])):
-        request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=cost_table))
-        given = search_trials._parts(handle, request, space, evaluator, search_trials.draft_of(evaluator, space))
-        assert [until for _, until in given] == parts
+    asked: list[bool] = []
+    monkeypatch.setattr(evaluator, "tables", lambda space, mixed: asked.append(mixed))
+    request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=given))
+    (_, early), (tables, late) = search_trials._parts(handle, request, space, evaluator, search_trials.draft_of(evaluator, space))
+    tables()
+    assert (early, late) == (EARLY, 20) and asked == [given is not None]
 
 
 def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,22 +300,23 @@ def test_a_note_that_the_user_has_changed_stays(planned: tuple[Path, dict], tmp_
 def test_a_real_planned_search(small: Path) -> None:
     # A trial that stops early is a matter of luck on so few images.
     options = (*PLANNED, *SMALL[1:-1], "planned", "--no-early-stopping", "--space", "full", "--json", "--budget")
-    for file in (small / "studies" / "cache" / "kernels").glob("*.time.json"):
+    for file in (small / "studies" / "cache" / "kernels").glob("*time.json"):
         # Another test may have timed the kernels already.
         file.unlink()
-    first = within(small, *options, str(MANY))
+    count = 15
+    first = within(small, *options, str(count))
     assert first.returncode == 0, first.stderr
-    assert "mixed configurations for the cost table" in first.stderr
+    assert "timing" in first.stderr and "uniform networks" in first.stderr
     done, handle = completed(small, "planned"), handle_of(small, "planned")
-    assert len(done) == MANY and len(table_rows(handle)) == 3 * 3
-    again = within(small, *options, str(MANY + 2))
+    assert len(done) == count and len(table_rows(handle)) == 3 * 3
+    again = within(small, *options, str(count + 2))
     assert again.returncode == 0, again.stderr
     # Kernel times were kept, and a table that is measured twice would have other rows.
-    assert "mixed configurations" not in again.stderr
+    assert "uniform networks" not in again.stderr
     assert table_rows(handle_of(small, "planned")) == table_rows(handle)
-    assert len(set(completed(small, "planned").values())) == MANY + 2
+    assert len(set(completed(small, "planned").values())) == count + 2
     document = json.loads(again.stdout)
-    assert document["bound"]["trials"] == MANY + 2
-    assert {"cost_table", "sensitivity_table"} <= set(document["seconds"])
+    assert document["bound"]["trials"] == count + 2
+    assert {"uniform_costs", "sensitivity_table"} <= set(document["seconds"])
     trials = handle_of(small, "planned").study.get_trials(states=(TrialState.COMPLETE,))
-    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == MANY + 2
+    assert len(study_front(handle_of(small, "planned").study)) >= 1 and len(trials) == count + 2

@@ -72,6 +72,12 @@ def test_times_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert KernelTimes(tmp_path).get("c") is None
     (tmp_path / "b.time.json").write_text("{")
     assert KernelTimes(tmp_path).get("b") is None
+    # In a network of one precision a kernel may be faster; that is no news of others.
+    KernelTimes(tmp_path, uniform=True).put({"d": 3e-5})
+    assert KernelTimes(tmp_path, uniform=True).get("d") == 3e-5 and KernelTimes(tmp_path).get("d") is None
+    KernelTimes(tmp_path).put({"d": 4e-5})
+    assert KernelTimes(tmp_path, uniform=True).get("d") == 3e-5 and KernelTimes(tmp_path).get("d") == 4e-5
+    assert KernelTimes(tmp_path, uniform=True).get("a") == 1e-5
     # Another processor's are not this one's.
     monkeypatch.setattr(kernel_times, "_processor", lambda: "another")
     assert KernelTimes(tmp_path).get("a") is None

@@ -111,7 +111,7 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, tables = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, uniform: KernelTimes(tmp_path, uniform))
     clauses: list[str] = []
     monkeypatch.setattr(evaluator, "progress", clauses.append)
     spent = evaluator.seconds.get("uniform_costs", 0.0)
@@ -127,8 +127,12 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
         # The same kernels, or their kin, timed at another moment.
         assert 0.2 < cost(config).latency_ms / tables.cost(config).latency_ms < 5
         assert cost(config).peak_bytes == tables.cost(config).peak_bytes
-    # Tables time them again, among mixtures.
-    assert list(tmp_path.iterdir()) == []
+    # In the next tables they are known, among mixtures they are not.
+    clauses.clear()
+    again = evaluator.tables(space, mixed=False)
+    assert not [clause for clause in clauses if "timing" in clause] and again.cost(config) == cost(config)
+    assert KernelTimes(tmp_path).get((call := evaluator.linker.plan(evaluator.lower(config)).calls[0]).symbol) is None
+    assert KernelTimes(tmp_path, uniform=True).get(call.symbol) is not None
     for anchor in choose_opening(space, cost, evaluator.baseline):
         assert evaluator.compile(space.config(anchor.values))
     # Planned over, they are sums over the layers as these are in uniform networks.
@@ -181,7 +185,7 @@ def test_a_kernel_that_does_not_compile_takes_its_time_from_its_kin(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, uniform: KernelTimes(tmp_path, uniform))
     monkeypatch.setattr(evaluator, "build", fails_where(is_integer, evaluator))
     clauses: list[str] = []
     tables = measure_tables(evaluator, space, clauses.append)
@@ -195,7 +199,7 @@ def test_a_reference_that_does_not_compile_is_no_matter_of_a_kernel(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, uniform: KernelTimes(tmp_path, uniform))
     monkeypatch.setattr(evaluator, "build", fails_where(lambda program: not is_integer(program), evaluator))
     with pytest.raises(BuildError, match="conv_0"):
         measure_tables(evaluator, space, lambda clause: None)
@@ -205,7 +209,7 @@ def test_tables_are_not_compiled_on_a_full_disk(
     measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch, tmp_path: Path
 ) -> None:
     evaluator, space, _ = measured
-    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, kept: KernelTimes(tmp_path, kept))
+    monkeypatch.setattr(cost_table, "KernelTimes", lambda directory, uniform: KernelTimes(tmp_path, uniform))
     monkeypatch.setattr(requirements, "LEAST_FREE_BYTES", 1 << 60)
     with pytest.raises(StudyError, match="the disk is full"):
         measure_tables(evaluator, space, lambda clause: None)

@@ -98,7 +98,8 @@ def _kernels(folder: Path) -> Iterator[tuple[str, Path, list[Path]]]:
 
 
 def _of_symbol(folder: Path, symbol: str) -> list[Path]:
-    return [path for kind in ("o", "cubin", "sha256", "time.json") if (path := folder / f"{symbol}.{kind}").exists()]
+    kinds = ("o", "cubin", "sha256", "time.json", "uniform_time.json")
+    return [path for kind in kinds if (path := folder / f"{symbol}.{kind}").exists()]
 
 
 def _unowned(folder: Path, found: Iterable[tuple[str, Path, list[Path]]]) -> list[Path]:

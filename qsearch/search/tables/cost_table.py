@@ -107,9 +107,7 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
 
 
 def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
-    """The same by the kernels of uniform networks alone, a first guess: what neighbours add to layers is left out.
-
-    The times are forgotten again: in mixtures, of which `measure_costs` is to tell, the same kernels are a little slower.
+    """The same by the kernels of uniform networks alone, which are few: what neighbours add to layers is left out.
 
     Args:
         request: What it is made of.
@@ -118,8 +116,9 @@ def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lamb
     Raises:
         BuildError: The reference does not build; another uniform network that does not is left out.
     """
-    clock = _clock(request, kept=False)
-    _time(request, clock, uniform_programs(request), [], progress, "uniform networks, to know what layers cost by themselves")
+    clock = _clock(request, uniform=True)
+    what = "uniform networks, to know what layers cost by themselves"
+    _time(request, clock, uniform_programs(request), [request.reference], progress, what)
     model, sizes = CostModel(request.linker, clock, _scale(request, clock)), _sizes(request)
 
     def uniform_costs(lower: Callable[[np.ndarray], Program]) -> list[np.ndarray]:
@@ -147,10 +146,10 @@ def uniform_programs(request: CostRequest) -> list[Program]:
     return [request.reference, *(lower(row) for lower in lowers for row in _uniform(_sizes(request)))]
 
 
-def _clock(request: CostRequest, kept: bool = True) -> KernelClock:
+def _clock(request: CostRequest, uniform: bool = False) -> KernelClock:
     if request.known is not None:
         return KernelClock(GivenTimes(request.known))
-    return KernelClock(KernelTimes(request.linker.cache.directory, kept))
+    return KernelClock(KernelTimes(request.linker.cache.directory, uniform))
 
 
 def _node_costs(request: CostRequest, clock: KernelClock, program: Program) -> dict[str, np.ndarray]:
@@ -201,7 +200,8 @@ def _time(
         progress(f"{len(unknown)} of {len(plans)} mixed configurations have kernels without a time, which the planner guesses")
     elif unknown:
         progress(f"building and timing {len(unknown)} {what}")
-        modules = _built(request, [*known, *unknown], progress)
+        beside = [one for one in known if all(one is not other for other in unknown)]
+        modules = _built(request, [*beside, *unknown], progress)
         if modules:
             on_gpu = linker.target.device == "cuda"
             found = (
