@@ -26,7 +26,7 @@ __all__ = ["KernelTimes", "time_kernels"]
 # Files of times beside a kernel's others.
 MIXED, UNIFORM = "time.json", "uniform_time.json"
 # Raised whenever the same kernels would be given other times.
-METHOD = 3
+METHOD = 4
 ROUNDS = 25
 WARM_UP = 3
 # The lower quartile over rounds: other processes only ever add time.
@@ -96,7 +96,8 @@ def time_kernels(
 
     Returns:
         Symbol -> seconds per call: over rounds the lower quartile, over the places where it is called the mean; less
-        what the instrument takes, which is what the calls of a module last longer than the module does without it.
+        what the instrument takes, which is what the calls of a module last longer than the module does without it. What
+        is left is scaled module by module: together its calls last as long as the module.
     """
     runs = [_Instrumented(module, image, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
     times: list[list[np.ndarray]] = [[] for _ in runs]
@@ -111,8 +112,10 @@ def time_kernels(
     quartiles = [np.quantile(np.array(seen), QUANTILE, axis=0) for seen in times]
     places: dict[str, list[float]] = {}
     for run, found in zip(runs, quartiles, strict=True):
-        for symbol, seconds in zip(run.symbols, found[1:], strict=True):
-            places.setdefault(symbol, []).append(max(float(seconds) - excess, LEAST_SHARE * float(seconds)))
+        calls = np.maximum(found[1:] - excess, LEAST_SHARE * found[1:])
+        # The instrument takes more between the calls of one module than between those of another.
+        for symbol, seconds in zip(run.symbols, calls * (found[0] / (calls.sum() or 1.0)), strict=True):
+            places.setdefault(symbol, []).append(float(seconds))
     return {symbol: float(np.mean(found)) for symbol, found in places.items()}
 
 

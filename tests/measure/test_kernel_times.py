@@ -19,8 +19,8 @@ EXCESS = 3e-6
 class Machine:
     """A virtual machine that calls kernels in order; only its own clock moves."""
 
-    def __init__(self, clock: SimpleNamespace, calls: list[str]) -> None:
-        self.clock, self.calls, self.mark = clock, calls, None
+    def __init__(self, clock: SimpleNamespace, calls: list[str], excess: float) -> None:
+        self.clock, self.calls, self.mark, self.excess = clock, calls, None, excess
 
     place, on_cpu = None, True
 
@@ -44,13 +44,13 @@ class Machine:
         for call in self.calls:
             self.mark(None, "vm.builtin.reshape", True, None)
             self.mark(None, call, True, None)
-            self.clock.now += SECONDS[call] + EXCESS
+            self.clock.now += SECONDS[call] + self.excess
             self.mark(None, call, False, None)
 
 
-def module(clock, *calls):
+def module(clock, *calls, excess=EXCESS):
     kernels = tuple(SimpleNamespace(symbol=name) for name in dict.fromkeys(calls))
-    return SimpleNamespace(open=lambda: Machine(clock, list(calls)), kernels=kernels)
+    return SimpleNamespace(open=lambda: Machine(clock, list(calls), excess), kernels=kernels)
 
 
 @pytest.mark.parametrize("threads, name", [(1, "thread_time"), (2, "perf_counter")])
@@ -64,6 +64,16 @@ def test_what_the_instrument_takes_is_not_the_kernels(monkeypatch: pytest.Monkey
     assert found == {name: pytest.approx(seconds, rel=1e-6) for name, seconds in SECONDS.items()}
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] == len(seen) - 1
     assert time_kernels([], np.zeros((1, 3, 4, 4), np.float32)) == {}
+
+
+def test_kernels_last_as_long_as_their_modules_wherever_the_instrument_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    still = {"thread_time": lambda: clock.now, "sleep": lambda seconds: None}
+    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(**still))
+    calls = ["conv", "conv"], ["depthwise"], ["convert"]
+    modules = [module(clock, *one, excess=EXCESS * (1 + i)) for i, one in enumerate(calls)]
+    found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32))
+    assert found == {name: pytest.approx(SECONDS[name], rel=1e-6) for name in ("conv", "depthwise", "convert")}
 
 
 def test_times_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
