@@ -18,6 +18,7 @@ from problems import Problem, source_digest, write_json
 
 from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
+from qsearch.measure.kernel_times import METHOD
 from qsearch.measure.measurement import Measurement
 from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
@@ -136,9 +137,9 @@ def _timed_again(problem: Problem, found: Measured, before: Sequence[str]) -> tu
 
 
 def _version(sampler: str) -> str:
-    """Of the sources that decide what a sampler proposes: a run made with others is not this sampler's."""
+    """Of the sources that decide what a sampler proposes, and of kernel times: a run with others is not this sampler's."""
     if sampler == PLANNER:
-        return source_digest("*.py", "tables/*.py")
+        return f"{source_digest('*.py', 'tables/*.py')}-{METHOD}"
     return f"{source_digest('samplers.py', 'proposals.py', 'anchors.py')}-{optuna.__version__}"
 
 
