@@ -57,11 +57,12 @@ def tables_bound(
     """
     settings = [one.values for one in tables.settings]
     divergences = [tables.divergence(assignment_config(space, setting, lowest(space))) for setting in settings]
-    model = fit_surrogate(tables.latency, divergences, observations)
+    model = fit_surrogate(tables.latency, divergences, observations, tables.storages)
     latency, divergences = model.latency, list(model.divergences)
     rows, chosen = _minima(latency, tables, divergences)
     loss_pp = model.curve(np.array([divergences[s](row[None])[0] for row, s in zip(rows, chosen, strict=True)]))
-    correction = latency(rows) - tables.latency(rows)
+    told = tables.latency(rows)
+    correction = latency(rows) + model.apart[chosen] * told - told
     points = []
     # All of them: one that another beats in latency, weights and loss may still need the smaller arena.
     for k, row in enumerate(rows):

@@ -78,9 +78,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.divergences = [tables.divergence(assignment_config(space, one, lowest(space))) for one in self.settings]
         self.scale = float_scale(tables.baseline)
         self.wanted = Wanted.within(constraints.limits, self.scale)
-        # Settings that hold weights alike cost alike; each is known by the first of them.
-        alike = [(one.added_ms, one.added_bytes) for one in tables.settings]
-        self.storages = [next(n for n, other in enumerate(alike) if _same(other, one)) for one in alike]
+        self.storages = tables.storages
         self.costs: dict[tuple[bytes, int], Cost] = {}
         self.planned: list[np.ndarray] = []
         self.held: list[float] = []
@@ -131,14 +129,15 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
                 looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
-        model = fit_surrogate(self.tables.latency, self.divergences, observations)
+        model = fit_surrogate(self.tables.latency, self.divergences, observations, self.storages)
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
         rows, settings, nats = self._candidates(model, observations)
-        correction = model.latency(rows) - self.tables.latency(rows)
+        told = self.tables.latency(rows)
+        corrected = model.latency(rows) + model.apart[settings] * told
         added_ms, added_bytes = self._added(rows, settings)
         peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
-        rough = np.stack([model.latency(rows) + added_ms, peaks, model.curve(nats)], 1)
+        rough = np.stack([corrected + added_ms, peaks, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
@@ -148,7 +147,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             if self.space.config(values).content_hash() in known:
                 continue
             cost = self._cost(rows[k], int(settings[k]))
-            exact = np.array([[cost.latency_ms + correction[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
+            exact = np.array([[cost.latency_ms + corrected[k] - told[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
             merit = tuple(self.wanted.merits(exact, loss_sd[k : k + 1], front)[0].tolist())
             if best is None or merit > best[0]:
                 best = merit, values
@@ -216,7 +215,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         row, setting = pending
         loss_pp = model.curve(model.divergences[setting](row[None]))[0]
         added_ms, _ = self._added(row[None], np.array([setting]))
-        latency_ms = model.latency(row[None]) + added_ms
+        latency_ms = model.latency(row[None]) + model.apart[setting] * self.tables.latency(row[None]) + added_ms
         return np.array([[latency_ms[0], self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
 
     def _placed(self, trial: FrozenTrial) -> Placed:
@@ -278,11 +277,6 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:
     return [one for one in finished(study) if "measurement" in one.user_attrs]
-
-
-def _same(one: Sequence[PairwiseSum], other: Sequence[PairwiseSum]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(np.array_equal(a, b) for first, second in pairs for a, b in zip(first.unary, second.unary, strict=True))
 
 
 def _distance(setting: Mapping[str, Any], values: Mapping[str, Any]) -> float:

@@ -28,9 +28,9 @@ __all__ = [
     "one_hot",
 ]
 
-# Relative standard deviations: of a table's term, of what all terms have in common, of a measurement, of one that is told
-# from some of the images.
-LATENCY_TERM, LATENCY_SCALE, LATENCY_NOISE = 0.1, 0.3, 0.02
+# Relative standard deviations: of a table's term, of what all terms have in common, of what those of a setting have in common
+# beside that, of a measurement, of one that is told from some of the images.
+LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_NOISE = 0.1, 0.3, 0.05, 0.02
 DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35
 # Candidates for the exponent of the loss, and before any trial: percentage points at one nat, with what they are worth.
 EXPONENTS = (0.5, 0.7, 0.85, 1.0, 1.2)
@@ -112,44 +112,56 @@ class Surrogate:
 
     Attributes:
         latency: Milliseconds.
+        apart: What latencies in a setting are off by beside the others, as a share of the table's, float64 (settings,).
         divergences: Nats, one table per setting.
         error: How far they may be off.
         curve: From nats to percentage points.
     """
 
     latency: PairwiseSum
+    apart: np.ndarray
     divergences: Sequence[PairwiseSum]
     error: DivergenceError
     curve: LossCurve
 
 
-def fit_surrogate(latency: PairwiseSum, divergences: Sequence[PairwiseSum], observations: Sequence[Observation]) -> Surrogate:
+def fit_surrogate(
+    latency: PairwiseSum, divergences: Sequence[PairwiseSum], observations: Sequence[Observation], storages: Sequence[int]
+) -> Surrogate:
     """The tables, corrected by all that was measured.
 
     Args:
         latency: The table, milliseconds.
         divergences: The tables, nats, one per setting.
         observations: Completed trials, and ones stopped early.
+        storages: Of every setting the first one that runs the same kernels.
     """
     corrected, error = correct_divergence(divergences, observations)
-    return Surrogate(correct_latency(latency, observations), corrected, error, fit_loss_curve(observations))
+    return Surrogate(*correct_latency(latency, observations, storages), corrected, error, fit_loss_curve(observations))
 
 
-def correct_latency(table: PairwiseSum, observations: Sequence[Observation]) -> PairwiseSum:
-    """The latency table moved towards what was measured, milliseconds."""
+def correct_latency(
+    table: PairwiseSum, observations: Sequence[Observation], storages: Sequence[int]
+) -> tuple[PairwiseSum, np.ndarray]:
+    """The latency table moved towards what was measured, milliseconds; and what settings are off by, see `Surrogate.apart`."""
     if not observations:
-        return table
+        return table, np.zeros(len(storages))
     rows = np.stack([one.assignment for one in observations])
     measured = np.array([one.latency_ms - one.added_ms for one in observations])
     predicted = table(rows)
-    # One change of scale for all terms, and one of every term of a layer.
+    # One change of scale for all terms, one for those in settings with the same kernels, and one of every term of a layer.
+    kinds = list(dict.fromkeys(storages))
+    kind = np.array([kinds.index(storages[one.setting]) for one in observations])
+    scales = predicted[:, None] * np.column_stack([np.ones(len(rows)), np.eye(len(kinds))[kind]])
     typical = abs(predicted).mean() / max(len(table.unary), 1)
-    deviations = [LATENCY_SCALE, *(LATENCY_TERM * typical for _ in range(sum(table.sizes)))]
-    design = np.concatenate([predicted[:, None], one_hot(rows, table.sizes)], axis=1)
+    apart = [LATENCY_SETTING] * len(kinds)
+    deviations = [LATENCY_SCALE, *apart, *(LATENCY_TERM * typical for _ in range(sum(table.sizes)))]
+    design = np.concatenate([scales, one_hot(rows, table.sizes)], axis=1)
     shift = _posterior(design, measured - predicted, np.array(deviations), LATENCY_NOISE * measured)
-    scale, terms = 1.0 + shift[0], np.split(shift[1:], np.cumsum(table.sizes)[:-1])
+    scale, terms = 1.0 + shift[0], np.split(shift[1 + len(kinds) :], np.cumsum(table.sizes)[:-1])
     unary = tuple(scale * own + moved for own, moved in zip(table.unary, terms, strict=True))
-    return PairwiseSum(unary, {pair: scale * one for pair, one in table.pairs.items()}, scale * table.constant)
+    corrected = PairwiseSum(unary, {pair: scale * one for pair, one in table.pairs.items()}, scale * table.constant)
+    return corrected, np.array([shift[1 + kinds.index(one)] for one in storages])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
@@ -35,6 +38,12 @@ class Tables:
     cost: Callable[[QuantConfig], Cost]
     baseline: Measurement
     settings: tuple[Setting, ...]
+
+    @cached_property
+    def storages(self) -> tuple[int, ...]:
+        """Of every setting the first one that adds the same: those that hold weights alike run the same kernels."""
+        alike = [(*one.added_ms.unary, *one.added_bytes.unary) for one in self.settings]
+        return tuple(next(n for n, other in enumerate(alike) if all(map(np.array_equal, other, one))) for one in alike)
 
 
 @dataclass(frozen=True)
