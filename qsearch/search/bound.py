@@ -12,9 +12,9 @@ import numpy as np
 from qsearch.search.bound_space import BoundSpace
 from qsearch.search.front import objective_hypervolume
 from qsearch.search.study import OBJECTIVES
-from qsearch.search.surrogate import Observation, fit_surrogate
+from qsearch.search.surrogate import Observation, Surrogate, fit_surrogate
 from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.pairwise import each_in, minimize
 from qsearch.search.tables.settings import assignment_config, lowest
 
 __all__ = ["TablesBound", "tables_bound"]
@@ -57,12 +57,10 @@ def tables_bound(
     """
     settings = [one.values for one in tables.settings]
     divergences = [tables.divergence(assignment_config(space, setting, lowest(space))) for setting in settings]
-    model = fit_surrogate(tables.latency, divergences, observations, tables.storages)
-    latency, divergences = model.latency, list(model.divergences)
-    rows, chosen = _minima(latency, tables, divergences)
-    loss_pp = model.curve(np.array([divergences[s](row[None])[0] for row, s in zip(rows, chosen, strict=True)]))
-    told = tables.latency(rows)
-    correction = latency(rows) + model.apart[chosen] * told - told
+    model = fit_surrogate(tables.latencies, divergences, observations, tables.storages)
+    rows, chosen = _minima(model, tables)
+    loss_pp = model.curve(each_in(model.divergences, rows, chosen))
+    correction = each_in(model.latencies, rows, chosen) - each_in(tables.latencies, rows, chosen)
     points = []
     # All of them: one that another beats in latency, weights and loss may still need the smaller arena.
     for k, row in enumerate(rows):
@@ -75,18 +73,19 @@ def tables_bound(
     return TablesBound(found, objective_hypervolume(found, tables.baseline), len(observations))
 
 
-def _minima(latency: PairwiseSum, tables: Tables, divergences: Sequence[PairwiseSum]) -> tuple[np.ndarray, np.ndarray]:
+def _minima(model: Surrogate, tables: Tables) -> tuple[np.ndarray, np.ndarray]:
     """Minima of a grid of weightings, each with the setting that gives it the least divergence.
 
     Returns:
         int64 (N, layers) and int64 (N,).
     """
-    last = np.array([[size - 1 for size in latency.sizes]])
+    divergences = model.divergences
+    last = np.array([[size - 1 for size in divergences[0].sizes]])
     worst = max(min(float(one(last)[0]) for one in divergences), 1e-12)
     powers = 10.0 ** np.linspace(-REACH, REACH, min(GRID, int((MOST_WEIGHTINGS / len(divergences)) ** 0.5) - 1))
     scale = (tables.baseline.latency.median_ms, float(tables.baseline.memory.peak_bytes))
     grid = [(a / scale[0], b / scale[1], 1.0 / worst) for a, b in itertools.product((0.0, *powers), repeat=2)]
     weights = np.array([*grid, (1.0 / scale[0], 0.0, 0.0), (0.0, 1.0 / scale[1], 0.0)])
-    rows = [minimize([latency, tables.weight_bytes, one], weights) for one in divergences]
+    rows = [minimize(sums, weights) for sums in zip(model.latencies, tables.weights, divergences, strict=True)]
     unique = np.unique(np.concatenate(rows), axis=0)
     return unique, np.stack([one(unique) for one in divergences]).argmin(0)

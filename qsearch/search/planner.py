@@ -30,7 +30,7 @@ from qsearch.search.study_trials import finished
 from qsearch.search.surrogate import Observation, Score, Surrogate, fit_surrogate, one_hot
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Tables
-from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.pairwise import each_in, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest, measured_settings
 from qsearch.search.wanted import Wanted, float_scale
 
@@ -129,15 +129,13 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
                 looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
-        model = fit_surrogate(self.tables.latency, self.divergences, observations, self.storages)
+        model = fit_surrogate(self.tables.latencies, self.divergences, observations, self.storages)
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
         rows, settings, nats = self._candidates(model, observations)
-        told = self.tables.latency(rows)
-        corrected = model.latency(rows) + model.apart[settings] * told
-        added_ms, added_bytes = self._added(rows, settings)
-        peaks = self.tables.weight_bytes(rows) + added_bytes + self._held(rows)
-        rough = np.stack([corrected + added_ms, peaks, model.curve(nats)], 1)
+        corrected, told = (each_in(tables, rows, settings) for tables in (model.latencies, self.tables.latencies))
+        peaks = each_in(self.tables.weights, rows, settings) + self._held(rows)
+        rough = np.stack([corrected, peaks, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
@@ -166,15 +164,15 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         Returns:
             Assignments int64 (N, layers), settings int64 (N,), nats float64 (N,).
         """
-        latency, divergences = model.latency, model.divergences
-        sizes = np.array(latency.sizes)
+        divergences = model.divergences
+        sizes = np.array(divergences[0].sizes)
         middle = np.stack([self.rng.integers(sizes) for _ in range(8)])
         order = np.argsort([table(middle).mean() for table in divergences])
         some = {int(order[0]), *(int(s) for s in self.rng.permutation(order)[: SETTINGS - 1])}
         worst = max(float(divergences[int(order[0])](np.array([sizes - 1]))[0]), 1e-12)
         weights = 10.0 ** self.rng.uniform(-REACH, REACH, (WEIGHTINGS, 2)) / self.scale[:2]
         weights = np.concatenate([weights, np.full((WEIGHTINGS, 1), 1.0 / worst)], 1)
-        rows = [row for s in some for row in minimize([*self._sums(latency, s), divergences[s]], weights)]
+        rows = [row for s in some for row in minimize([model.latencies[s], self.tables.weights[s], divergences[s]], weights)]
         rows += self._changes(observations, sizes)
         unique = np.unique(np.stack(rows), axis=0)
         nats = np.stack([table(unique) for table in divergences])
@@ -188,17 +186,13 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         places = np.tile(np.arange(len(unique)), len(groups))
         return unique[places], chosen, nats[chosen, places]
 
-    def _sums(self, latency: PairwiseSum, setting: int) -> list[PairwiseSum]:
-        """Milliseconds and bytes of assignments in a setting."""
-        one = self.tables.settings[setting]
-        return [latency.plus(one.added_ms), self.tables.weight_bytes.plus(one.added_bytes)]
-
     def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
         """Measured front members with one or two layers changed."""
         scored = [(one, one.score) for one in observations if one.score is not None]
         if not scored:
             return []
-        weights = self.tables.weight_bytes(np.stack([one.assignment for one, _ in scored]))
+        settings = np.array([one.setting for one, _ in scored])
+        weights = each_in(self.tables.weights, np.stack([one.assignment for one, _ in scored]), settings)
         points = np.array([(one.latency_ms, held, score.loss_pp) for (one, score), held in zip(scored, weights, strict=True)])
         members = [scored[int(i)][0].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
         free = np.flatnonzero(sizes > 1)
@@ -214,9 +208,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
         row, setting = pending
         loss_pp = model.curve(model.divergences[setting](row[None]))[0]
-        added_ms, _ = self._added(row[None], np.array([setting]))
-        latency_ms = model.latency(row[None]) + model.apart[setting] * self.tables.latency(row[None]) + added_ms
-        return np.array([[latency_ms[0], self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
+        return np.array([[model.latencies[setting](row[None])[0], self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
 
     def _placed(self, trial: FrozenTrial) -> Placed:
         config = QuantConfig.model_validate(trial.user_attrs["config"])
@@ -226,10 +218,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def _observe(self, trial: FrozenTrial) -> Observation | None:
         """A trial as an observation; None if the tables do not cover it."""
         row, setting = self._placed(trial)
-        added_ms = float(self.tables.settings[setting].added_ms(row[None])[0])
         if trial.state == TrialState.PRUNED:
             estimate = trial.user_attrs["bound"].get("divergence")
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, added_ms, estimate)
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, estimate)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
@@ -237,7 +228,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
         score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, score, added_ms)
+        return Observation(row, setting, measured.latency.median_ms, score)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:
         """Exact cost of an assignment, in one setting for all that hold weights alike."""
@@ -245,20 +236,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         key = row.tobytes(), setting
         if key not in self.costs:
             self.costs[key] = found = self.tables.cost(self.space.config(self._values(row, setting)))
-            _, added_bytes = self._added(row[None], np.array([setting]))
             # A row of its own: a view would keep all candidates of its proposal.
             self.planned.append(row.copy())
-            self.held.append(float(found.peak_bytes - self.tables.weight_bytes(row[None])[0] - added_bytes[0]))
+            self.held.append(float(found.peak_bytes - self.tables.weights[setting](row[None])[0]))
         return self.costs[key]
-
-    def _added(self, rows: np.ndarray, settings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What settings add to the latency and the bytes of assignments, float64 (N,) each."""
-        added = np.zeros((2, len(rows)))
-        storages = np.array(self.storages)[settings]
-        for storage in set(storages.tolist()):
-            one, here = self.tables.settings[storage], storages == storage
-            added[:, here] = one.added_ms(rows[here]), one.added_bytes(rows[here])
-        return added[0], added[1]
 
     def _held(self, rows: np.ndarray) -> np.ndarray:
         """Bytes beside the weights, float64 (N,): those of the most similar assignment whose memory was planned.

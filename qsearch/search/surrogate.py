@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qsearch.search.tables.pairwise import PairwiseSum
+from qsearch.search.tables.pairwise import PairwiseSum, each_in
 
 __all__ = [
     "DivergenceError",
@@ -63,7 +63,6 @@ class Observation:
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
         score: None if the trial was stopped early.
-        added_ms: What its setting adds to the latency that the table is about.
         estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
     """
 
@@ -71,7 +70,6 @@ class Observation:
     setting: int
     latency_ms: float
     score: Score | None
-    added_ms: float = 0.0
     estimate: float | None = None
 
 
@@ -111,57 +109,59 @@ class Surrogate:
     """Predictions of objectives.
 
     Attributes:
-        latency: Milliseconds.
-        apart: What latencies in a setting are off by beside the others, as a share of the table's, float64 (settings,).
+        latencies: Milliseconds, one table per setting.
         divergences: Nats, one table per setting.
         error: How far they may be off.
         curve: From nats to percentage points.
     """
 
-    latency: PairwiseSum
-    apart: np.ndarray
+    latencies: Sequence[PairwiseSum]
     divergences: Sequence[PairwiseSum]
     error: DivergenceError
     curve: LossCurve
 
 
 def fit_surrogate(
-    latency: PairwiseSum, divergences: Sequence[PairwiseSum], observations: Sequence[Observation], storages: Sequence[int]
+    latencies: Sequence[PairwiseSum],
+    divergences: Sequence[PairwiseSum],
+    observations: Sequence[Observation],
+    storages: Sequence[int],
 ) -> Surrogate:
     """The tables, corrected by all that was measured.
 
     Args:
-        latency: The table, milliseconds.
+        latencies: The tables, milliseconds, one per setting.
         divergences: The tables, nats, one per setting.
         observations: Completed trials, and ones stopped early.
         storages: Of every setting the first one that runs the same kernels.
     """
     corrected, error = correct_divergence(divergences, observations)
-    return Surrogate(*correct_latency(latency, observations, storages), corrected, error, fit_loss_curve(observations))
+    moved = correct_latency(latencies, observations, storages)
+    return Surrogate(moved, corrected, error, fit_loss_curve(observations))
 
 
 def correct_latency(
-    table: PairwiseSum, observations: Sequence[Observation], storages: Sequence[int]
-) -> tuple[PairwiseSum, np.ndarray]:
-    """The latency table moved towards what was measured, milliseconds; and what settings are off by, see `Surrogate.apart`."""
+    tables: Sequence[PairwiseSum], observations: Sequence[Observation], storages: Sequence[int]
+) -> list[PairwiseSum]:
+    """The latency tables, one per setting, moved towards what was measured, milliseconds.
+
+    A term is off by the same in every setting; all may be off by a factor, and those with the same kernels by another one.
+    """
     if not observations:
-        return table, np.zeros(len(storages))
+        return list(tables)
+    sizes, kinds = tables[0].sizes, list(dict.fromkeys(storages))
     rows = np.stack([one.assignment for one in observations])
-    measured = np.array([one.latency_ms - one.added_ms for one in observations])
-    predicted = table(rows)
-    # One change of scale for all terms, one for those in settings with the same kernels, and one of every term of a layer.
-    kinds = list(dict.fromkeys(storages))
-    kind = np.array([kinds.index(storages[one.setting]) for one in observations])
-    scales = predicted[:, None] * np.column_stack([np.ones(len(rows)), np.eye(len(kinds))[kind]])
-    typical = abs(predicted).mean() / max(len(table.unary), 1)
-    apart = [LATENCY_SETTING] * len(kinds)
-    deviations = [LATENCY_SCALE, *apart, *(LATENCY_TERM * typical for _ in range(sum(table.sizes)))]
-    design = np.concatenate([scales, one_hot(rows, table.sizes)], axis=1)
-    shift = _posterior(design, measured - predicted, np.array(deviations), LATENCY_NOISE * measured)
-    scale, terms = 1.0 + shift[0], np.split(shift[1 + len(kinds) :], np.cumsum(table.sizes)[:-1])
-    unary = tuple(scale * own + moved for own, moved in zip(table.unary, terms, strict=True))
-    corrected = PairwiseSum(unary, {pair: scale * one for pair, one in table.pairs.items()}, scale * table.constant)
-    return corrected, np.array([shift[1 + kinds.index(one)] for one in storages])
+    settings = np.array([one.setting for one in observations])
+    measured = np.array([one.latency_ms for one in observations])
+    predicted = each_in(tables, rows, settings)
+    kind = np.array([kinds.index(storage) for storage in storages])
+    design = np.column_stack([predicted, predicted[:, None] * np.eye(len(kinds))[kind[settings]], one_hot(rows, sizes)])
+    term = LATENCY_TERM * abs(predicted).mean() / max(len(sizes), 1)
+    deviations = np.array([LATENCY_SCALE, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
+    shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
+    terms = PairwiseSum(tuple(np.split(shift[1 + len(kinds) :], np.cumsum(sizes)[:-1])), {})
+    factors = 1.0 + shift[0] + shift[1 : 1 + len(kinds)]
+    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors[kind].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsearch.search.tables import pairwise
-from qsearch.search.tables.pairwise import PairwiseSum, minimize
+from qsearch.search.tables.pairwise import PairwiseSum, each_in, minimize
 
 
 def random_sum(rng, sizes, share):
@@ -37,6 +37,13 @@ def test_a_sum_is_the_sum_of_its_terms():
     model = PairwiseSum((np.array([1.0, 2.0]), np.array([10.0, 20.0, 30.0])), {(0, 1): np.arange(6.0).reshape(2, 3)}, 100.0)
     assert model.sizes == (2, 3)
     np.testing.assert_array_equal(model(np.array([[0, 0], [1, 2]])), [111.0, 100 + 2 + 30 + 5])
+
+
+def test_every_assignment_is_looked_up_in_its_own_sum():
+    plain = PairwiseSum((np.array([1.0, 2.0]), np.array([10.0, 20.0])), {}, 100.0)
+    rows = np.array([[0, 0], [1, 1], [1, 0]])
+    np.testing.assert_array_equal(each_in([plain, plain.scaled(2.0)], rows, np.array([1, 0, 1])), [222.0, 122.0, 224.0])
+    assert each_in([plain], rows[:0], np.zeros(0, np.int64)).shape == (0,)
 
 
 def test_batches_do_not_change_the_result(monkeypatch):

@@ -178,7 +178,7 @@ def test_measured_trials_correct_the_tables():
     seen, unseen = observations(problem, 60, 0), observations(problem, 200, 1)
     rows = np.stack([one.assignment for one in unseen])
     for truth, table, corrected in (
-        (problem.latency, problem.table_latency, correct_latency(problem.table_latency, seen, [0])[0]),
+        (problem.latency, problem.table_latency, correct_latency([problem.table_latency], seen, [0])[0]),
         (problem.nats, problem.table_nats, correct_divergence([problem.table_nats], seen)[0][0]),
     ):
         before, after = (np.abs(one(rows) - truth(rows)).mean() for one in (table, corrected))
@@ -187,26 +187,24 @@ def test_measured_trials_correct_the_tables():
 
 def test_kernels_of_some_settings_may_be_told_too_fast_as_a_whole():
     problem = Problem(5)
-    # Settings 0 and 1 run the same kernels, 2 others that are a fifteenth slower than the tables tell.
-    off = (1.0, 1.0, 1.07)
+    # Settings 0 and 1 run the same kernels, 2 others, twice as slow and a fifteenth slower than the tables tell.
+    told, off = [problem.latency, problem.latency, problem.latency.scaled(2.0)], (1.0, 1.0, 1.07)
     rng = np.random.default_rng(0)
     rows, settings = rng.integers(0, 2, (60, LAYERS)), rng.integers(0, 3, 60)
     seen = [
-        Observation(row, int(setting), float(problem.latency(row[None])[0]) * off[setting], None)
+        Observation(row, int(setting), float(told[setting](row[None])[0]) * off[setting], None)
         for row, setting in zip(rows, settings, strict=True)
     ]
-    table, apart = correct_latency(problem.latency, seen, [0, 0, 2])
-    assert apart[0] == apart[1] and apart[2] - apart[0] == pytest.approx(0.07, abs=0.02)
     row = np.ones((1, LAYERS), np.int64)
-    for setting, factor in enumerate(off):
-        found = table(row) + apart[setting] * problem.latency(row)
-        assert found[0] == pytest.approx(factor * problem.latency(row)[0], rel=0.02)
+    found = [float(table(row)[0]) for table in correct_latency(told, seen, [0, 0, 2])]
+    assert found[0] == found[1]
+    for predicted, table, factor in zip(found, told, off, strict=True):
+        assert predicted == pytest.approx(factor * table(row)[0], rel=0.02)
 
 
 def test_nothing_is_corrected_without_trials():
     problem = Problem(0)
-    table, apart = correct_latency(problem.table_latency, [], [0, 0])
-    assert table is problem.table_latency and list(apart) == [0, 0]
+    assert correct_latency([problem.table_latency] * 2, [], [0, 0]) == [problem.table_latency] * 2
     assert correct_divergence([problem.table_nats], [])[0] == [problem.table_nats]
     assert fit_loss_curve([]) == LossCurve()
 
@@ -221,13 +219,13 @@ def test_a_stopped_trial_moves_the_tables_less_than_one_that_was_seen_whole():
     problem = Problem(2)
     row = np.ones(LAYERS, np.int64)
     seen = observations(problem, 4, 3)
-    before = fit_surrogate(problem.table_latency, [problem.table_nats], seen, [0])
+    before = fit_surrogate([problem.table_latency], [problem.table_nats], seen, [0])
     promised = float(before.divergences[0](row[None])[0])
 
     def after(factor, whole=False):
         score = Score(factor * promised, 25 * factor * promised, 0.2) if whole else None
         last = Observation(row, 0, 1.0, score, estimate=None if whole or factor is None else factor * promised)
-        return fit_surrogate(problem.table_latency, [problem.table_nats], [*seen, last], [0])
+        return fit_surrogate([problem.table_latency], [problem.table_nats], [*seen, last], [0])
 
     def predicted(model):
         return float(model.divergences[0](row[None])[0])
@@ -237,7 +235,7 @@ def test_a_stopped_trial_moves_the_tables_less_than_one_that_was_seen_whole():
     assert promised > 0.95 * promised > predicted(after(0.2)) > predicted(after(0.2, whole=True))
     # Of one that was stopped before its first image, the latency was measured nevertheless.
     assert predicted(after(None)) == promised
-    assert after(None).latency(row[None])[0] != before.latency(row[None])[0]
+    assert after(None).latencies[0](row[None])[0] != before.latencies[0](row[None])[0]
 
 
 def test_the_error_of_a_divergence_shrinks_where_trials_are_and_covers_what_comes():
@@ -350,7 +348,7 @@ def test_what_was_measured_in_its_best_setting_is_a_candidate_in_the_next():
         score = Score(accuracy.divergence, accuracy.top1_loss_pp, 0.25)
         measured.append(Observation(problem.row(config)[0], modes.index("mse"), problem.measure(config).latency.median_ms, score))
     rows, settings, nats = sampler._candidates(
-        fit_surrogate(problem.table_latency, sampler.divergences, measured, sampler.storages), measured
+        fit_surrogate(problem.tables().latencies, sampler.divergences, measured, sampler.storages), measured
     )
     found = {tuple(row): (modes[setting], one) for row, setting, one in zip(rows.tolist(), settings, nats, strict=True)}
     uniform = {(0,) * LAYERS, (1,) * LAYERS}

@@ -45,6 +45,16 @@ class Tables:
         alike = [(*one.added_ms.unary, *one.added_bytes.unary) for one in self.settings]
         return tuple(next(n for n, other in enumerate(alike) if all(map(np.array_equal, other, one))) for one in alike)
 
+    @cached_property
+    def latencies(self) -> tuple[PairwiseSum, ...]:
+        """Milliseconds in every setting."""
+        return tuple(self.latency.plus(one.added_ms) for one in self.settings)
+
+    @cached_property
+    def weights(self) -> tuple[PairwiseSum, ...]:
+        """Bytes of weights in every setting."""
+        return tuple(self.weight_bytes.plus(one.added_bytes) for one in self.settings)
+
 
 @dataclass(frozen=True)
 class Draft:

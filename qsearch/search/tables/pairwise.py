@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["PairwiseSum", "combine", "minimize", "nothing"]
+__all__ = ["PairwiseSum", "combine", "each_in", "minimize", "nothing"]
 
 # Entries of the largest table of an elimination; pairs with the least effect are left out until it fits.
 MAX_TABLE = 1 << 16
@@ -72,6 +72,24 @@ class PairwiseSum:
 def nothing(sizes: Sequence[int]) -> PairwiseSum:
     """The sum that is zero whatever the assignment."""
     return PairwiseSum(tuple(np.zeros(size) for size in sizes), {})
+
+
+def each_in(sums: Sequence[PairwiseSum], assignments: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Every assignment's value in the sum that goes with it.
+
+    Args:
+        sums: Over the same variables.
+        assignments: Integers (N, variables).
+        which: Integers (N,), into the sums.
+
+    Returns:
+        float64 (N,).
+    """
+    total = np.zeros(len(assignments))
+    for place in np.unique(which):
+        here = which == place
+        total[here] = sums[place](assignments[here])
+    return total
 
 
 def combine(sums: Sequence[PairwiseSum], weights: np.ndarray) -> tuple[list[np.ndarray], dict[tuple[int, int], np.ndarray]]:
