@@ -26,7 +26,7 @@ from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
 from qsearch.search.planner import PlannerSampler, drafted_trials
 from qsearch.search.proposals import unseen_values
-from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
+from qsearch.search.samplers import PLANNER, SAMPLERS, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import finished
 
@@ -36,9 +36,9 @@ __all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "made_study", "measur
 PLAIN = "-plain"
 # How often other processes' measurements are looked at, in measurements.
 REFRESH = 50
-# Of a configuration on the front: with one each, the front of thousands would be that of the luckiest. Some are off it for
+# Of a configuration on a front: with one each, the front of thousands would be that of the luckiest. Some are off it for
 # bad luck; that of a single timing is mostly less than NEAR, a share of the latency, and falls with their number's root.
-TIMINGS, NEAR = 9, 0.05
+TIMINGS, NEAR = 11, 0.02
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ def measure_all(problem: Problem) -> None:
 
 def fill(problem: Problem, count: int) -> None:
     """Measure random mixtures and neighbours of the front in turn until so many configurations are known."""
-    rng = np.random.default_rng(time.time_ns())
+    rng, known = np.random.default_rng(time.time_ns()), problem.measured.known
 
     def proposals() -> Iterator[QuantConfig]:
-        while len(problem.measured.known) < count:
+        while len(known) < count:
             near = _random_values(problem.space, rng)
-            if problem.measured.known and rng.random() < 0.5:
-                near = _values_of(problem.space, problem.measured.known[rng.choice(_front(problem))].config)
-            values = unseen_values(problem.space, near, problem.measured.known, rng)
+            if known and rng.random() < 0.5:
+                near = _values_of(problem.space, known[rng.choice(_front(problem, known))].config)
+            values = unseen_values(problem.space, near, known, rng)
             if values is None:
                 return
             yield problem.space.config(values)
@@ -172,7 +172,10 @@ def fill(problem: Problem, count: int) -> None:
 
 
 def settle(problem: Problem, at_least: int = 1) -> None:
-    """Time again what is on the front or nearly so, or was noisy, until all of that has TIMINGS timings.
+    """Time again what is on the front or nearly so, on a run's own front, or was noisy, until all of that has TIMINGS timings.
+
+    What a process times is off by up to two percent as a whole, by the state of the machine: a run's front, which one process
+    timed three times, is therefore timed again as often as the front that it is compared with.
 
     Args:
         problem: What is measured.
@@ -182,7 +185,8 @@ def settle(problem: Problem, at_least: int = 1) -> None:
     while True:
         measured.refresh()
         noisy = [digest for digest, one in measured.known.items() if one.measurement.latency.noisy]
-        left = [digest for digest in dict.fromkeys([*_near_front(problem), *noisy]) if measured.timings(digest) < TIMINGS]
+        wanted = dict.fromkeys([*_near_front(problem), *_fronts_of_runs(problem), *noisy])
+        left = [digest for digest in wanted if measured.timings(digest) < TIMINGS]
         left = left or [digest for digest in measured.known if measured.timings(digest) < at_least]
         if not left:
             return
@@ -194,7 +198,7 @@ def settle(problem: Problem, at_least: int = 1) -> None:
 def _near_front(problem: Problem) -> list[str]:
     """The known configurations that would be on the front if their timings were as unlucky as they may be."""
     known = problem.measured.known
-    front = np.array([known[digest].objectives for digest in _front(problem)])
+    front = np.array([known[digest].objectives for digest in _front(problem, known)])
 
     def behind(digest: str) -> bool:
         slack = (1.0 - NEAR / problem.measured.timings(digest) ** 0.5, 1.0, 1.0)
@@ -203,11 +207,22 @@ def _near_front(problem: Problem) -> list[str]:
     return [digest for digest in known if not behind(digest)]
 
 
-def _front(problem: Problem) -> list[str]:
-    """The known configurations that no other one dominates."""
-    known = problem.measured.known
-    kept = moocore.is_nondominated(np.array([one.objectives for one in known.values()]))
-    return [digest for digest, keep in zip(known, kept, strict=True) if keep]
+def _fronts_of_runs(problem: Problem) -> list[str]:
+    """What is on the front of a kept run of these sources."""
+    found: list[str] = []
+    for sampler in (PLANNER, *SAMPLERS, *(name + PLAIN for name in SAMPLERS)):
+        for path in (problem.folder / "runs").glob(f"{sampler}-{_version(sampler)}-{AGAIN}-*.json"):
+            digests = json.loads(path.read_text(encoding="utf-8"))["digests"]
+            # Another process may have measured what this one has not read yet.
+            found += _front(problem, [digest for digest in digests if digest in problem.measured.known])
+    return found
+
+
+def _front(problem: Problem, digests: Iterable[str]) -> list[str]:
+    """Those known configurations that no other one of them dominates."""
+    among = list(digests)
+    points = np.array([problem.measured.known[digest].objectives for digest in among]).reshape(-1, 3)
+    return [digest for digest, keep in zip(among, moocore.is_nondominated(points), strict=True) if keep] if among else []
 
 
 def _measure_each(problem: Problem, configs: Iterable[QuantConfig], count: int) -> None:

@@ -9,9 +9,9 @@ Every run goes through the loop of `qsearch search`, starting points of the usua
 without them), over an in-memory study and without early stopping; what reaches a run's front is timed again, as by a search.
 Measurements are kept in FOLDER by configuration and shared by all runs, as are the finished runs: the same command again
 adds only what is missing. --enumerate, --fill and --settle only measure; they may be killed at any moment, and several may
-run at once. --settle belongs before the runs and after them: it times what is near the front of all that is known nine
-times, since the best of thousands of single timings is mostly luck; the middle one counts. On a busy machine the rest
-deserves more than one as well: --settle 3.
+run at once. --settle belongs before the runs and after them: it times what is near the front of all that is known, and what
+is on a run's own, eleven times, since the best of thousands of single timings is mostly luck; the middle one counts. On a busy
+machine the rest deserves more than one as well: --settle 3.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
                    the whole space, once enumerated, for the others the union of all runs and of --fill. `split`: both
@@ -111,7 +111,7 @@ def arguments() -> argparse.Namespace:
         nargs="?",
         const=1,
         metavar="N",
-        help="only measure: time the front of what is known again, and the rest N times in all",
+        help="only measure: time the fronts of what is known and of the runs again, and the rest N times in all",
     )
     parser.add_argument("--plot", type=Path, help="write the curves to this PNG file")
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")

@@ -262,6 +262,16 @@ def test_settling_undoes_luck(problem, source):
     assert {digest: problem.measured.timings(digest) for digest in counts} == {d: max(n, 3) for d, n in counts.items()}
 
 
+def test_what_a_run_has_on_its_front_is_settled_however_far_behind(problem, monkeypatch):
+    measure_all(problem)
+    run = kept_run(problem, "random-plain", 0, 8)
+    own = np.array([problem.measured.known[digest].objectives for digest in run.digests])
+    front = {digest for digest, keep in zip(run.digests, moocore.is_nondominated(own), strict=True) if keep}
+    monkeypatch.setattr(campaign, "_near_front", lambda problem: [])
+    settle(problem)
+    assert {digest for digest in problem.measured.known if problem.measured.timings(digest) >= TIMINGS} == front
+
+
 def test_one_timing_has_no_halves(problem):
     measure_all(problem)
     document, _ = compare(problem, ["random", "random-plain"], seeds=2, trials=25)
