@@ -23,7 +23,7 @@ from qsearch.search.loop.early_stopping import StoppingRule
 from qsearch.search.loop.processors import Processors
 from qsearch.search.loop.workers import Measure
 
-__all__ = ["ModuleMeasurer"]
+__all__ = ["AGAIN", "ModuleMeasurer"]
 
 # How often a module that reaches the front is timed again.
 AGAIN = 2
