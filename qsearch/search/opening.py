@@ -1,11 +1,12 @@
 """The planner's first configurations, measured before its tables are there.
 
-Tables take as long as many trials. What a search may soon know is how plain assignments do, one precision for all layers of a
-kind, which is where all layers change at once and sums of single changes are furthest off: the kernels of the few uniform
-networks tell their latencies, and their bytes are known. What they lose is not: so that a precision that the model does not
-bear cannot crowd out the others, some are taken for every precision that may be the lowest of a configuration. Where two
-precisions read the same values and differ in their weights, there are also mixtures of both: narrow weights only where most
-weights are spare nearly as many bytes, and leave the many small layers alone.
+Tables take as long as many trials, and to time kernels takes as long as some. Uniform networks, one precision for all layers,
+need neither and come first. What a search may soon know then is how plain assignments do, one precision for all layers of a
+kind, which is where all layers change at once and sums of single changes are furthest off: the kernels of uniform networks tell
+their latencies, and their bytes are known. What they lose is not: so that a precision that the model does not bear cannot crowd
+out the others, some are taken for every precision that may be the lowest of a configuration. Where two precisions read the same
+values and differ in their weights, there are also mixtures of both: narrow weights only where most weights are spare nearly as
+many bytes, and leave the many small layers alone.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import numpy as np
 from qsearch.config import QuantConfig
 from qsearch.errors import TrialError
 from qsearch.measure.measurement import Measurement
-from qsearch.qtype import PRECISIONS
+from qsearch.qtype import FP32, INT8, PRECISIONS
 from qsearch.search.anchors import PREFERRED_MODES, Anchor, plain_assignments, weight_count
 from qsearch.search.bound_space import CALIBRATION, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import Wanted, added_hypervolume, float_scale
 
-__all__ = ["OF_EACH", "choose_opening", "mixed_anchors", "opening_setting", "plain_anchors"]
+__all__ = ["OF_EACH", "choose_opening", "mixed_anchors", "opening_setting", "plain_anchors", "uniform_anchors"]
 
-# The most plain ones whose lowest precision is the same, and the most mixtures.
+# The most plain ones whose lowest precision is the same, the uniform one included, and the most mixtures.
 OF_EACH = 2
 # In a mixture the layers that hold so much of all weights have the narrow ones.
 NARROW = 0.9
@@ -50,10 +51,22 @@ def opening_setting(space: BoundSpace) -> dict[str, Any]:
     return {one.name: values[one.name] for one in space.settings}
 
 
+def uniform_anchors(space: BoundSpace) -> list[Anchor]:
+    """One precision for all layers that may have it, each but float: int8, then narrower ones, then wider ones."""
+    names = {name for layer in space.layers for name in layer.values} - {FP32.name}
+    byte = _RANK[INT8.name]
+    found: dict[str, Anchor] = {}
+    for name in sorted(names, key=lambda name: (_RANK[name] < byte, abs(_RANK[name] - byte))):
+        row = [one.values.index(name) if name in one.values else len(one.values) - 1 for one in space.layers]
+        anchor = _anchor(space, np.array(row))
+        found.setdefault(space.config(anchor.values).content_hash(), anchor)
+    return list(found.values())
+
+
 def choose_opening(
     space: BoundSpace, cost: Callable[[QuantConfig], Cost], baseline: Measurement, constraints: Constraints = Constraints()
 ) -> list[Anchor]:
-    """Choose assignments: of those with the same lowest precision the ones that would add most if they lost nothing.
+    """Choose what follows uniform networks: of those with the same lowest precision what would add most if it lost nothing.
 
     Args:
         space: The search space.
@@ -62,11 +75,13 @@ def choose_opening(
         constraints: Limits of the front that is wanted; what is beyond them is not chosen.
 
     Returns:
-        At most OF_EACH plain ones and OF_EACH mixtures for every precision, first those that would add most by themselves.
+        At most OF_EACH plain ones, less the uniform one, and OF_EACH mixtures for every precision; first those that would add
+        most by themselves.
     """
     scale = float_scale(baseline)
     wanted = Wanted.within(constraints.limits, scale)
-    anchors, found, kinds = [], [], []
+    anchors, found, kinds, measured = [], [], [], []
+    uniform = {space.config(anchor.values).content_hash() for anchor in uniform_anchors(space)}
     every = [(False, anchor) for anchor in plain_anchors(space)] + [(True, anchor) for anchor in mixed_anchors(space)]
     for is_mixed, anchor in every:
         config = space.config(anchor.values)
@@ -78,13 +93,14 @@ def choose_opening(
         anchors.append(anchor)
         found.append((costs.latency_ms, costs.peak_bytes, 0.0))
         kinds.append((max(_RANK[name] for name in config.precision.values()), is_mixed))
+        measured.append(config.content_hash() in uniform)
     points = np.array(found).reshape(-1, 3) / scale
     allowed = (points <= wanted.limits).all(1)
     chosen: list[tuple[int, float, int]] = []
     for kind in sorted(set(kinds)):
         alike = allowed & np.array([one == kind for one in kinds])
-        taken: list[int] = []
-        for place in range(OF_EACH):
+        taken = np.flatnonzero(alike & measured).tolist()
+        for place in range(len(taken), OF_EACH):
             gains = np.where(alike, added_hypervolume(points[taken], points, wanted.reference), 0.0)
             if not gains.any():
                 break

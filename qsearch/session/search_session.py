@@ -21,7 +21,7 @@ from qsearch.report.documents import baseline_of, record_bound, record_run, stud
 from qsearch.report.tables import NOTHING_BEATS_FLOAT, front_words, study_table
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
-from qsearch.search.constraints import Constraints, limits_text
+from qsearch.search.constraints import limits_text
 from qsearch.search.evaluation.evaluator import Evaluator, Progress
 from qsearch.search.evaluation.objective import open_evaluator
 from qsearch.search.front import record_heldout, study_front
@@ -34,7 +34,7 @@ from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandl
 from qsearch.session.local_workers import local_workers
 from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
-from qsearch.session.search_trials import draft_of, enqueue_opening, run_trials
+from qsearch.session.search_trials import begin_opening, run_trials
 from qsearch.session.trial_log import TrialLog
 
 __all__ = ["for_task", "identity_of", "run_session"]
@@ -80,12 +80,10 @@ def run_session(request: SearchRequest, say: Progress, console: Console) -> tupl
         # One of the jobs is the measuring process; devices of a tracker are measured on by every process itself.
         more = max(0, (request.jobs or 0) - (2 if request.settings.rpc is None else 1))
         evaluator.keep_to(lane_file(handle.name, handle.url), crowded=more > 0)
-        draft = draft_of(evaluator, bound)
         if request.sampler == PLANNER:
-            # Before the measuring process and others start, which would disturb the kernels that are timed.
-            enqueue_opening(handle, bound, evaluator.baseline, draft, Constraints.against(baseline, request.limits))
+            begin_opening(handle, bound)
         with local_workers(handle, more, request.command, say):
-            run_trials(handle, request, bound, evaluator, draft, (say, console, log))
+            run_trials(handle, request, bound, evaluator, (say, console, log))
         _record_bound(handle, request)
         _verify(handle, evaluator, say)
         if images is not None:

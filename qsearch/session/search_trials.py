@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -28,7 +28,7 @@ from qsearch.search.loop.pipeline import Pipeline
 from qsearch.search.loop.problem import Crew, Outcome
 from qsearch.search.loop.processors import default_jobs
 from qsearch.search.members import this_member
-from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.opening import choose_opening, opening_setting, uniform_anchors
 from qsearch.search.planner import PlannerSampler, drafted_trials
 from qsearch.search.samplers import PLANNER, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
@@ -38,7 +38,10 @@ from qsearch.session.search_request import SearchRequest
 from qsearch.session.trial_log import TrialLog
 from qsearch.session.trial_progress import TrialProgress
 
-__all__ = ["SearchInterrupted", "draft_of", "enqueue_opening", "run_trials"]
+__all__ = ["SearchInterrupted", "begin_opening", "run_trials"]
+
+# Whether a study's opening has been chosen, and the value that says that it has not.
+_OPENING, _DUE = "opening", "due"
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -50,7 +53,6 @@ def run_trials(
     request: SearchRequest,
     bound: BoundSpace,
     evaluator: Evaluator,
-    draft: Callable[[], Draft],
     told: tuple[Progress, Console, TrialLog],
 ) -> None:
     """Run trials of an open study until its budget is met.
@@ -60,7 +62,6 @@ def run_trials(
         request: What is wanted.
         bound: Its space, over the model's layers.
         evaluator: Measures, and counts against the study's float module.
-        draft: See `draft_of`.
         told: What a person is told, the terminal, and the log.
 
     Raises:
@@ -110,21 +111,28 @@ def run_trials(
             left_s = None if left_s is None else max(0.0, left_s - (time.monotonic() - begin))
             return outcome
 
+        def between(step: Callable[[], None]) -> None:
+            # No trial is under way: this may take longer than any of them.
+            request.watch.rest()
+            if pipeline is not None:
+                # The measuring process would disturb the kernels that are timed.
+                pipeline.settle()
+            with progress.aside():
+                step()
+
         try:
             if planned:
                 # Tables take minutes: what does without them comes first.
                 handle.study.sampler = make_sampler("random", request.settings.seed, trials)
+                draft = cache(lambda: evaluator.draft(bound, opening_setting(bound)))
                 outcome = run(request.budget, enqueued_only=True)
+                if outcome.stopped == "enqueued" and not request.joins and _is_due(handle):
+                    between(partial(_enqueue_opening, handle, bound, baseline, draft, constraints))
+                    outcome = run(request.budget, enqueued_only=True)
                 for tables, budget in _parts(handle, request, bound, evaluator, draft):
                     if outcome.stopped not in ("enqueued", "budget"):
                         break
-                    # No trial is under way: tables may take longer than any of them.
-                    request.watch.rest()
-                    if pipeline is not None:
-                        # The measuring process would disturb the kernels that are timed for them.
-                        pipeline.settle()
-                    with progress.aside():
-                        _plan(handle, request, bound, tables(), constraints, trials)
+                    between(partial(_plan, handle, request, bound, tables, constraints, trials))
                     outcome = run(budget)
             else:
                 handle.study.sampler = make_sampler(request.sampler, request.settings.seed, *_drawn(request, trials))
@@ -153,21 +161,28 @@ def _say_end(outcome: Outcome, done: int, handle: StudyHandle, request: SearchRe
         say(f"the search space holds no configuration that was not tried: stopping at {done} of {request.budget} trials")
 
 
-def draft_of(evaluator: Evaluator, bound: BoundSpace) -> Callable[[], Draft]:
-    """Makes what trials are planned with before there are tables, when it is first asked for."""
-    return cache(lambda: evaluator.draft(bound, opening_setting(bound)))
-
-
-def enqueue_opening(
-    handle: StudyHandle, bound: BoundSpace, baseline: Measurement, draft: Callable[[], Draft], constraints: Constraints
-) -> None:
-    """Enqueue what a planned study begins with, unless it has begun."""
+def begin_opening(handle: StudyHandle, bound: BoundSpace) -> None:
+    """Enqueue what a planned study begins with before any kernel is timed, unless it has begun."""
     with handle.guard():
         if handle.study.get_trials(deepcopy=False):
             return
+        handle.study.set_user_attr(_OPENING, _DUE)
+        enqueue(handle.study, uniform_anchors(bound))
+
+
+def _is_due(handle: StudyHandle) -> bool:
+    with handle.guard():
+        return bool(handle.study.user_attrs.get(_OPENING) == _DUE)
+
+
+def _enqueue_opening(
+    handle: StudyHandle, bound: BoundSpace, baseline: Measurement, draft: Callable[[], Draft], constraints: Constraints
+) -> None:
+    """Enqueue what a planned study goes on with."""
     anchors = choose_opening(bound, draft().cost, baseline, constraints)
     with handle.guard():
         enqueue(handle.study, anchors)
+        handle.study.set_user_attr(_OPENING, "chosen")
 
 
 def _parts(
@@ -193,13 +208,18 @@ def _parts(
 
 
 def _plan(
-    handle: StudyHandle, request: SearchRequest, bound: BoundSpace, tables: Tables, constraints: Constraints, trials: int
+    handle: StudyHandle,
+    request: SearchRequest,
+    bound: BoundSpace,
+    tables: Callable[[], Tables],
+    constraints: Constraints,
+    trials: int,
 ) -> None:
-    """Have a study, which had so many trials, planned over some tables from now on."""
-    seed = derived_seed(request.settings.seed, *_drawn(request, trials))
-    handle.study.sampler = PlannerSampler(bound, tables, seed, constraints)
+    """Have a study, which had so many trials, planned over the tables that are made here from now on."""
+    made, seed = tables(), derived_seed(request.settings.seed, *_drawn(request, trials))
+    handle.study.sampler = PlannerSampler(bound, made, seed, constraints)
     if not request.joins:
-        attach_tables(handle, layer_rows(bound, tables))
+        attach_tables(handle, layer_rows(bound, made))
 
 
 def _drawn(request: SearchRequest, trials: int) -> tuple[int, ...]:

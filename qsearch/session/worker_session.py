@@ -65,7 +65,7 @@ def join_session(request: WorkerRequest, say: Progress, console: Console) -> dic
     """
     from qsearch.search.evaluation.objective import prepare_evaluator
     from qsearch.session.search_session import identity_of
-    from qsearch.session.search_trials import draft_of, run_trials
+    from qsearch.session.search_trials import run_trials
 
     begun = load_study(request.study, request.storage)
     with begun.guard():
@@ -82,7 +82,7 @@ def join_session(request: WorkerRequest, say: Progress, console: Console) -> dic
     ):
         evaluator.keep_to(lane_file(handle.name, handle.url), crowded=True)
         log.tell("join", study=handle.name, storage=handle.shown_url, model=search.settings.model, budget=search.budget)
-        run_trials(handle, search, bound, evaluator, draft_of(evaluator, bound), (say, console, log))
+        run_trials(handle, search, bound, evaluator, (say, console, log))
         with handle.guard():
             done = len(measured_trials(handle.study))
         return {"study": handle.name, "storage": handle.shown_url, "measured": done, "budget": search.budget}

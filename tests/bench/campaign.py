@@ -13,7 +13,6 @@ import moocore
 import numpy as np
 import optuna
 from measured import Measured, cpu_seconds
-from optuna.trial import TrialState
 from problems import Problem, source_digest, write_json
 
 from qsearch.config import QuantConfig
@@ -28,7 +27,6 @@ from qsearch.search.planner import PlannerSampler, drafted_trials
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, SAMPLERS, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
-from qsearch.search.study_trials import finished
 
 __all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "made_study", "measure_all", "search", "settle"]
 
@@ -51,7 +49,7 @@ class Run:
         digests: Content hashes of the measured configurations, in the order of trials.
         seconds: Processor seconds from the begin of the search to the end of each of them, float each: what the trials
             took when they were measured, what sampler and loop took now. The tables of a planner are not among them.
-        opening: How many of them came before the draft of the tables.
+        opening: How many of them came before the draft of the tables at least.
     """
 
     sampler: str
@@ -82,19 +80,22 @@ def kept_run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
 
 
 def made_study(problem: Problem, sampler: str) -> StudyHandle:
-    """A study in memory; the planner's opening is enqueued."""
+    """A study in memory; what a planned one begins with is enqueued."""
     study = optuna.create_study(directions=["minimize"] * 3)
     if sampler == PLANNER:
-        enqueue(study, problem.tables().opening)
+        enqueue(study, problem.tables().first)
     return StudyHandle(study, "sqlite:///in-memory.db")
 
 
 def search(problem: Problem, handle: StudyHandle, searched: SearchProblem, sampler: str, limits: Limits) -> None:
-    """Search as the product does: the planner over ever better tables."""
+    """Search as the product does: the planner uniform networks, its opening, then over ever better tables."""
     if sampler != PLANNER:
         handle.study.sampler = make_sampler(sampler.removesuffix(PLAIN), limits.seed, 0)
         run_search(handle, searched, limits)
         return
+    handle.study.sampler = make_sampler("random", limits.seed, 0)
+    run_search(handle, searched, replace(limits, enqueued_only=True))
+    enqueue(handle.study, problem.tables().opening)
     until = (drafted_trials(problem.space), limits.budget)
     for (tables, _), trials in zip(problem.tables().parts, until, strict=True):
         handle.study.sampler = PlannerSampler(problem.space, tables, derived_seed(limits.seed, 0))
@@ -108,7 +109,8 @@ def anchored(sampler: str) -> bool:
 
 def _run(problem: Problem, sampler: str, seed: int, trials: int) -> Run:
     handle = made_study(problem, sampler)
-    run, spent, last = Run(sampler, seed, [], [], len(finished(handle.study, TrialState.WAITING))), 0.0, cpu_seconds()
+    opening = len(problem.tables().first + problem.tables().opening) if sampler == PLANNER else 0
+    run, spent, last = Run(sampler, seed, [], [], opening), 0.0, cpu_seconds()
 
     def evaluate(config: QuantConfig) -> Measurement:
         nonlocal spent, last

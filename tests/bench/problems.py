@@ -29,7 +29,7 @@ from qsearch.search.evaluation.module_builder import Prepared
 from qsearch.search.evaluation.objective import ModelEvaluator, open_evaluator
 from qsearch.search.front import measurement_from_json
 from qsearch.search.loop.early_stopping import Bound, EarlyStop, StoppingRule
-from qsearch.search.opening import choose_opening, opening_setting
+from qsearch.search.opening import choose_opening, opening_setting, uniform_anchors
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.study import OBJECTIVE_VERSION
 from qsearch.search.tables.layer_tables import Tables
@@ -54,11 +54,13 @@ class TimedTables:
     """The planner's tables.
 
     Attributes:
-        opening: What a planned study begins with.
+        first: What a planned study begins with.
+        opening: What it goes on with.
         parts: Tables that are planned over one after the other, and processor seconds that each take after what is before.
-        opening_s: Processor seconds that it takes to choose the opening where nothing is known yet.
+        opening_s: Processor seconds that it takes to choose that where nothing is known yet.
     """
 
+    first: list[Anchor]
     opening: list[Anchor]
     parts: list[tuple[Tables, float]]
     opening_s: float
@@ -216,7 +218,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
     seconds, draft = json.loads(path.read_text(encoding="utf-8")), evaluator.draft(space, opening_setting(space))
     opening = choose_opening(space, draft.cost, evaluator.baseline)
     parts = [draft.tables(), evaluator.tables(space, mixed=False)]
-    return TimedTables(opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
+    return TimedTables(uniform_anchors(space), opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 
 def _give(source: Path, target: Path) -> None:

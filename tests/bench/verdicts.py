@@ -27,7 +27,7 @@ class Curves:
     Attributes:
         percent: Hypervolume after each trial, percent of the reference, float64 (seeds, trials).
         seconds: Processor seconds from the begin to the end of each trial, tables included, float64 (seeds, trials).
-        begun: Trials before each part of the tables; empty where there are none.
+        begun: Trials before kernels are timed and before each part of the tables; empty where there are none.
     """
 
     percent: np.ndarray
@@ -63,10 +63,9 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
         seconds.append(np.array(run.seconds[:count]))
         if run.sampler == PLANNER:
             tables = problem.tables()
-            seconds[-1] += tables.opening_s
-            # What the study begins with comes before all of them.
-            begun = (run.opening, max(run.opening, drafted_trials(problem.space)))
-            for (_, cpu_s), before in zip(tables.parts, begun, strict=True):
+            # What was enqueued comes before all tables.
+            begun = (len(tables.first), run.opening, max(run.opening, drafted_trials(problem.space)))
+            for cpu_s, before in zip((tables.opening_s, *(cpu_s for _, cpu_s in tables.parts)), begun, strict=True):
                 seconds[-1][before:] += cpu_s
         points = [problem.measured.known[digest] for digest in run.digests[:count]]
         percent.append([hypervolume(points[: n + 1], problem.baseline) for n in range(count)])  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from qsearch.report.table_notes import attach_tables, table_rows
 from qsearch.search.bound import tables_bound
 from qsearch.search.bound_space import bind_space
 from qsearch.search.front import objective_hypervolume, study_front
+from qsearch.search.opening import plain_anchors, uniform_anchors
 from qsearch.search.space import load_space
 from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
@@ -46,6 +47,22 @@ def _early_tables() -> Iterator[None]:
 def handle_of(folder: Path, name: str = "demo") -> StudyHandle:
     """The study of a folder."""
     return load_study(name, f"sqlite:///{folder}/studies/{name}.db")
+
+
+def slow_if_depthwise(draft: Callable[..., Draft]) -> Callable[..., Draft]:
+    """A draft in which other plain networks than the uniform one are worth a trial."""
+
+    def slowed(self: AnalyticEvaluator, *given: Any) -> Draft:
+        found = draft(self, *given)
+
+        def cost(config: QuantConfig) -> Cost:
+            told = found.cost(config)
+            depthwise = [config.precision[layer.name] for layer in self.graph.layers if layer.is_depthwise]
+            return replace(told, latency_ms=told.latency_ms + 0.8 * depthwise.count("int8"))
+
+        return replace(found, cost=cost)
+
+    return slowed
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +112,7 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     for name in ("draft", "pipeline", "evaluate"):
         step = getattr(AnalyticEvaluator, name)
         monkeypatch.setattr(AnalyticEvaluator, name, lambda *given, name=name, step=step: steps.append(name) or step(*given))
-    draft, tables = AnalyticEvaluator.draft, AnalyticEvaluator.tables
+    draft, tables = slow_if_depthwise(AnalyticEvaluator.draft), AnalyticEvaluator.tables
 
     def told(*given: Any) -> Draft:
         found = draft(*given)
@@ -108,11 +125,14 @@ def test_nothing_is_measured_while_kernels_are_timed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(AnalyticEvaluator, "draft", told)
     monkeypatch.setattr(AnalyticEvaluator, "tables", measured)
     assert invoke(tmp_path, *PLANNED, "--budget", str(EARLY + 2)).exit_code == 0
-    opening = len([trial for trial in handle_of(tmp_path).study.get_trials() if "anchor" in trial.user_attrs])
-    assert 0 < opening < EARLY
-    drafted = EARLY - opening
+    study, evaluator = handle_of(tmp_path).study, AnalyticEvaluator()
+    uniform = len(uniform_anchors(bind_space(load_space("default"), evaluator.graph)))
+    chosen = len([trial for trial in study.get_trials() if "anchor" in trial.user_attrs]) - uniform
+    assert 0 < uniform < uniform + chosen < EARLY
+    drafted = EARLY - uniform - chosen
     assert steps == [
-        *("draft", "pipeline", *opening * ["evaluate"]),
+        *("pipeline", *uniform * ["evaluate"]),
+        *("draft", *chosen * ["evaluate"]),
         *("its tables", *drafted * ["evaluate"]),
         *("tables", "evaluate", "evaluate"),
     ]
@@ -148,7 +168,9 @@ def test_what_neighbours_cost_is_left_out_unless_times_are_given(monkeypatch: py
     asked: list[bool] = []
     monkeypatch.setattr(evaluator, "tables", lambda space, mixed: asked.append(mixed))
     request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=given))
-    (_, early), (tables, late) = search_trials._parts(handle, request, space, evaluator, search_trials.draft_of(evaluator, space))
+    (_, early), (tables, late) = search_trials._parts(
+        handle, request, space, evaluator, lambda: pytest.fail("nothing was drafted yet")
+    )
     tables()
     assert (early, late) == (EARLY, 20) and asked == [given is not None]
 
@@ -179,27 +201,18 @@ def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = AnalyticEvaluator.draft
-
-    def slow_if_depthwise(self: AnalyticEvaluator, *given: Any) -> Draft:
-        draft = true(self, *given)
-
-        def cost(config: QuantConfig) -> Cost:
-            found = draft.cost(config)
-            depthwise = [config.precision[layer.name] for layer in self.graph.layers if layer.is_depthwise]
-            return replace(found, latency_ms=found.latency_ms + 0.8 * depthwise.count("int8"))
-
-        return replace(draft, cost=cost)
-
-    monkeypatch.setattr(AnalyticEvaluator, "draft", slow_if_depthwise)
+    monkeypatch.setattr(search_trials, "choose_opening", lambda space, *given: plain_anchors(space)[1:4])
     assert invoke(tmp_path, *PLANNED, "--budget", "1").exit_code == 0
-    first, *waiting = handle_of(tmp_path).study.get_trials()
-    assert first.state == TrialState.COMPLETE
+    (first,) = handle_of(tmp_path).study.get_trials()
+    assert first.state == TrialState.COMPLETE and set(first.user_attrs["config"]["precision"].values()) == {"int8"}
+    assert invoke(tmp_path, *PLANNED, "--budget", "2").exit_code == 0
+    first, second, *waiting = handle_of(tmp_path).study.get_trials()
+    assert first.state == second.state == TrialState.COMPLETE
     assert waiting and all(trial.state == TrialState.WAITING and "anchor" in trial.user_attrs for trial in waiting)
     assert invoke(tmp_path, *PLANNED, "--budget", "12").exit_code == 0
     done = handle_of(tmp_path).study.get_trials(states=(TrialState.COMPLETE,))
     assert len(done) == 12
-    assert ["anchor" in trial.user_attrs for trial in done] == [n < 1 + len(waiting) for n in range(12)]
+    assert ["anchor" in trial.user_attrs for trial in done] == [n < 2 + len(waiting) for n in range(12)]
 
 
 def test_the_document_says_how_far_the_front_is_from_the_bound(planned: tuple[Path, dict]) -> None:

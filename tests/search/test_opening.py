@@ -17,7 +17,15 @@ from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
 from qsearch.search.anchors import Anchor, plain_assignments, weight_count
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
-from qsearch.search.opening import NARROW, OF_EACH, choose_opening, mixed_anchors, opening_setting, plain_anchors
+from qsearch.search.opening import (
+    NARROW,
+    OF_EACH,
+    choose_opening,
+    mixed_anchors,
+    opening_setting,
+    plain_anchors,
+    uniform_anchors,
+)
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.tables.cost import Cost
 from qsearch.search.wanted import float_scale
@@ -86,18 +94,31 @@ def test_for_every_lowest_precision_it_is_what_would_add_most_if_it_lost_nothing
     mixed, mixtures = [one for one in opening if one not in every], configs(mixed_anchors(SPACE))
     assert all(one in mixtures for one in mixed) and len(mixed) == OF_EACH
     assert volume(point(mixed[0])) == pytest.approx(max(volume(point(one)) for one in mixtures))
-    # Each precision once before any comes twice; float adds nothing.
-    assert sorted(map(lowest, chosen[:3])) == sorted(PRECISIONS[1:])
-    assert all(1 < [lowest(one) for one in chosen].count(precision) <= OF_EACH for precision in PRECISIONS[1:])
+    # With the uniform networks, each precision once before any comes twice; float adds nothing.
+    uniform = configs(uniform_anchors(SPACE))
+    assert not any(one in uniform for one in chosen)
+    assert sorted(map(lowest, chosen)) == sorted(PRECISIONS[1:]), "the second of each"
     for precision in PRECISIONS[1:]:
-        taken = np.zeros((0, 3))
-        for config in (one for one in chosen if lowest(one) == precision):
-            # Every combination, by brute force.
-            most = max(volume(np.vstack([taken, point(one)])) for one in every if lowest(one) == precision)
-            taken = np.vstack([taken, point(config)])
-            assert volume(taken) == pytest.approx(most)
-    alone = [volume(point(one)) for one in chosen[:3]]
-    assert alone == sorted(alone, reverse=True)
+        both = [one for one in uniform + chosen if lowest(one) == precision]
+        assert len(both) == OF_EACH
+        # Every combination, by brute force.
+        measured = point(both[0])
+        most = max(volume(np.vstack([measured, point(one)])) for one in every if lowest(one) == precision)
+        assert volume(np.vstack([measured, point(both[1])])) == pytest.approx(most)
+
+
+def test_uniform_networks_come_first_and_need_no_costs() -> None:
+    found = configs(uniform_anchors(SPACE))
+    assert found == [of_kinds(dict.fromkeys(KINDS, precision)) for precision in ("int8", "w4a8", "int16")]
+    # A layer that may not have a precision has its last one; float is what everything is compared with.
+    first, second, *_ = (one.name for one in SPACE.layers)
+    precisions = {"default": ["fp32", "int16"], "layers": {first: ["fp32"], second: ["fp32", "int8"]}}
+    space = bind_space(SearchSpace.model_validate({"version": 1, "precisions": precisions}), GRAPH)
+    rows = [[space.config(one.values).precision[layer.name] for layer in space.layers] for one in uniform_anchors(space)]
+    kept = [{first: "fp32", second: "int8"}.get(layer.name, "int16") for layer in space.layers]
+    assert kept in rows and not any(set(row) == {"fp32"} for row in rows)
+    none = bind_space(SearchSpace.model_validate({"version": 1, "precisions": {"default": ["fp32"]}}), GRAPH)
+    assert uniform_anchors(none) == []
 
 
 def test_in_mixtures_weights_are_narrow_where_most_of_them_are() -> None:
