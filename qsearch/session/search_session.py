@@ -32,9 +32,10 @@ from qsearch.search.provenance import layer_facts, machine_facts, package_versio
 from qsearch.search.samplers import PLANNER
 from qsearch.search.study import DEVICE, OBJECTIVE_VERSION, Identity, StudyHandle, study_to_search
 from qsearch.session.local_workers import local_workers
+from qsearch.session.planned_trials import begin_opening
 from qsearch.session.search_finetune import finetune_front, wished_images
 from qsearch.session.search_request import SearchRequest
-from qsearch.session.search_trials import begin_opening, run_trials
+from qsearch.session.search_trials import run_trials
 from qsearch.session.trial_log import TrialLog
 
 __all__ = ["for_task", "identity_of", "run_session"]

@@ -29,7 +29,8 @@ from qsearch.search.study import StudyHandle, load_study
 from qsearch.search.tables.cost import Cost
 from qsearch.search.tables.layer_tables import Draft, Tables, layer_rows
 from qsearch.search.tables.pairwise import PairwiseSum
-from qsearch.session import search_trials
+from qsearch.session import planned_trials
+from qsearch.session.planned_trials import PlannedTrials
 from qsearch.session.supervisor import Watch
 
 PLANNED = ("search", "--sampler", "planner")
@@ -40,7 +41,7 @@ EARLY = 6
 @pytest.fixture(scope="module", autouse=True)
 def _early_tables() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search_trials, "drafted_trials", lambda space: EARLY)
+        patched.setattr(planned_trials, "drafted_trials", lambda space: EARLY)
         yield
 
 
@@ -168,9 +169,7 @@ def test_what_neighbours_cost_is_left_out_unless_times_are_given(monkeypatch: py
     asked: list[bool] = []
     monkeypatch.setattr(evaluator, "tables", lambda space, mixed: asked.append(mixed))
     request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=given))
-    (_, early), (tables, late) = search_trials._parts(
-        handle, request, space, evaluator, lambda: pytest.fail("nothing was drafted yet")
-    )
+    (_, early), (tables, late) = PlannedTrials(handle, request, space, evaluator, evaluator.baseline, 0).parts()
     tables()
     assert (early, late) == (EARLY, 20) and asked == [given is not None]
 
@@ -201,7 +200,7 @@ def test_tables_may_take_longer_than_a_trial(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_search_that_ended_in_its_opening_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_trials, "choose_opening", lambda space, *given: plain_anchors(space)[1:4])
+    monkeypatch.setattr(planned_trials, "choose_opening", lambda space, *given: plain_anchors(space)[1:4])
     assert invoke(tmp_path, *PLANNED, "--budget", "1").exit_code == 0
     (first,) = handle_of(tmp_path).study.get_trials()
     assert first.state == TrialState.COMPLETE and set(first.user_attrs["config"]["precision"].values()) == {"int8"}
