@@ -105,6 +105,9 @@ def test_for_every_lowest_precision_it_is_what_would_add_most_if_it_lost_nothing
         measured = point(both[0])
         most = max(volume(np.vstack([measured, point(one)])) for one in every if lowest(one) == precision)
         assert volume(np.vstack([measured, point(both[1])])) == pytest.approx(most)
+    beside = {lowest(one): point(one) for one in uniform}
+    gains = [volume(np.vstack([beside[lowest(one)], point(one)])) - volume(beside[lowest(one)]) for one in chosen]
+    assert gains == sorted(gains, reverse=True), "what adds most comes first"
 
 
 def test_uniform_networks_come_first_and_need_no_costs() -> None:
