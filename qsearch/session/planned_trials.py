@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 from qsearch.measure.measurement import Measurement
 from qsearch.report.table_notes import attach_tables
@@ -89,7 +89,7 @@ class PlannedTrials:
         # To time what neighbours cost takes as long as many trials, and finds a front no sooner; unless times are given.
         mixed = self.request.settings.cost_table is not None
         parts: list[tuple[Callable[[], Tables], float]] = [
-            (lambda: self._draft().tables(), drafted_trials(self.bound)),
+            (lambda: self._draft.tables(), drafted_trials(self.bound)),
             (lambda: self.evaluator.tables(self.bound, mixed), math.inf),
         ]
         for tables, trials in parts:
@@ -101,9 +101,9 @@ class PlannedTrials:
                 return
 
     @cached_property
-    def _draft(self) -> Callable[[], Draft]:
-        """Makes what trials are planned with before there are tables, when it is first asked for."""
-        return cache(lambda: self.evaluator.draft(self.bound, opening_setting(self.bound)))
+    def _draft(self) -> Draft:
+        """What trials are planned with before there are tables; its kernels are timed when it is first asked for."""
+        return self.evaluator.draft(self.bound, opening_setting(self.bound))
 
     @property
     def _constraints(self) -> Constraints:
@@ -121,7 +121,7 @@ class PlannedTrials:
         self.handle.study.sampler = make_sampler("random", self.request.settings.seed, self.trials)
 
     def _enqueue_opening(self) -> None:
-        anchors = choose_opening(self.bound, self._draft().cost, self.baseline, self._constraints)
+        anchors = choose_opening(self.bound, self._draft.cost, self.baseline, self._constraints)
         with self.handle.guard():
             enqueue(self.handle.study, anchors)
             self.handle.study.set_user_attr(_OPENING, "chosen")
