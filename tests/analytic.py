@@ -128,7 +128,7 @@ class AnalyticEvaluator:
         only = (Setting(setting, none, none),)
         return Draft(self._costs, lambda: replace(self._tables(space), settings=only))
 
-    def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
+    def tables(self, space: BoundSpace, mixed: bool = True, tried: Sequence[QuantConfig] = ()) -> Tables:
         """The formulas as sums over the layers."""
         return self._tables(space)
 

@@ -34,12 +34,14 @@ from qsearch.search.tables.pairwise import each_in, minimize
 from qsearch.search.tables.settings import assignment_config, assignment_values, lowest, measured_settings
 from qsearch.search.wanted import Wanted, float_scale
 
-__all__ = ["PlannerSampler", "drafted_trials"]
+__all__ = ["PlannerSampler", "drafted_trials", "tried_configs"]
 
 # Trials of a study that are planned over the draft of its tables, opening included, at most.
 DRAFTED = 24
 # Divergences of single layers that are measured in about the time of a trial.
 ROWS = 100
+# Modules of trials that are timed kernel by kernel, at most.
+TRIED = 24
 
 # Weightings per proposal, and how far they reach around equal shares: factors of ten.
 WEIGHTINGS, REACH = 128, 2.0
@@ -58,6 +60,17 @@ def drafted_trials(space: BoundSpace) -> int:
     """
     rows = len(measured_settings(space)) * sum(len(layer.values) - 1 for layer in space.layers)
     return min(DRAFTED, rows // ROWS)
+
+
+def tried_configs(study: optuna.Study) -> list[QuantConfig]:
+    """Configurations whose modules tell what kernels take beside those of other precisions: first the front's, then the latest.
+
+    Uniform networks have no conversions, and kernels of layers are faster in them.
+    """
+    trials = _completed(study)[::-1]
+    on_front = moocore.is_nondominated(np.array([one.values for one in trials], np.float64)) if trials else []
+    ordered = sorted(zip(on_front, trials, strict=True), key=lambda pair: not pair[0])
+    return [QuantConfig.model_validate(one.user_attrs["config"]) for _, one in ordered[:TRIED]]
 
 
 class PlannerSampler(optuna.samplers.BaseSampler):

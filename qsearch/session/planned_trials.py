@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.report.table_notes import attach_tables
 from qsearch.search.anchors import enqueue
@@ -17,7 +18,7 @@ from qsearch.search.constraints import Constraints
 from qsearch.search.evaluation.evaluator import Evaluator
 from qsearch.search.members import this_member
 from qsearch.search.opening import choose_opening, opening_setting, uniform_anchors
-from qsearch.search.planner import PlannerSampler, drafted_trials
+from qsearch.search.planner import PlannerSampler, drafted_trials, tried_configs
 from qsearch.search.samplers import derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 from qsearch.search.study_trials import measured_trials
@@ -90,7 +91,7 @@ class PlannedTrials:
         mixed = self.request.settings.cost_table is not None
         parts: list[tuple[Callable[[], Tables], float]] = [
             (lambda: self._draft.tables(), drafted_trials(self.bound)),
-            (lambda: self.evaluator.tables(self.bound, mixed), math.inf),
+            (lambda: self.evaluator.tables(self.bound, mixed, self._tried()), math.inf),
         ]
         for tables, trials in parts:
             enough = most <= trials
@@ -108,6 +109,10 @@ class PlannedTrials:
     @property
     def _constraints(self) -> Constraints:
         return Constraints.against(self.baseline, self.request.limits)
+
+    def _tried(self) -> list[QuantConfig]:
+        with self.handle.guard():
+            return tried_configs(self.handle.study)
 
     def _measured(self) -> int:
         with self.handle.guard():

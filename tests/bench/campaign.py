@@ -23,7 +23,7 @@ from qsearch.search.anchors import enqueue
 from qsearch.search.bound_space import CALIBRATION, GRANULARITY, PERCENTILE_TAIL, WEIGHT_SCALE, BoundSpace
 from qsearch.search.evaluation.module_measurer import AGAIN
 from qsearch.search.loop.driver import Limits, SearchProblem, run_search
-from qsearch.search.planner import PlannerSampler, drafted_trials
+from qsearch.search.planner import PlannerSampler, drafted_trials, tried_configs
 from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, SAMPLERS, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
@@ -97,7 +97,8 @@ def search(problem: Problem, handle: StudyHandle, searched: SearchProblem, sampl
     run_search(handle, searched, replace(limits, enqueued_only=True))
     enqueue(handle.study, problem.tables().opening)
     until = (drafted_trials(problem.space), limits.budget)
-    for (tables, _), trials in zip(problem.tables().parts, until, strict=True):
+    for (make, _), trials in zip(problem.tables().parts, until, strict=True):
+        tables = make(tried_configs(handle.study))
         handle.study.sampler = PlannerSampler(problem.space, tables, derived_seed(limits.seed, 0))
         run_search(handle, searched, replace(limits, budget=min(limits.budget, trials)))
 

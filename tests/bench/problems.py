@@ -56,13 +56,14 @@ class TimedTables:
     Attributes:
         first: What a planned study begins with.
         opening: What it goes on with.
-        parts: Tables that are planned over one after the other, and processor seconds that each take after what is before.
+        parts: What makes the tables that are planned over one after the other, given what was tried, and processor seconds that
+            each take after what is before, without what is told by that.
         opening_s: Processor seconds that it takes to choose that where nothing is known yet.
     """
 
     first: list[Anchor]
     opening: list[Anchor]
-    parts: list[tuple[Tables, float]]
+    parts: list[tuple[Callable[[list[QuantConfig]], Tables], float]]
     opening_s: float
 
 
@@ -217,7 +218,10 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
         write_json(path, {"opening_s": opening_s, "parts_s": parts_s})
     seconds, draft = json.loads(path.read_text(encoding="utf-8")), evaluator.draft(space, opening_setting(space))
     opening = choose_opening(space, draft.cost, evaluator.baseline)
-    parts = [draft.tables(), evaluator.tables(space, mixed=False)]
+    drafted = draft.tables()
+    # They are there from now on, but for times of what was tried, which every run takes by itself.
+    evaluator.tables(space, mixed=False)
+    parts = [lambda tried: drafted, lambda tried: evaluator.tables(space, mixed=False, tried=tried)]
     return TimedTables(uniform_anchors(space), opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 

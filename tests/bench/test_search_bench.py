@@ -85,7 +85,8 @@ def problem(source, tmp_path):
     def tables():
         draft = source.draft(space, opening_setting(space))
         opening = choose_opening(space, draft.cost, source.baseline)
-        parts = list(zip([draft.tables(), source.tables(space, mixed=False)], PARTS_SECONDS, strict=True))
+        made = [lambda tried: draft.tables(), lambda tried: source.tables(space, mixed=False, tried=tried)]
+        parts = list(zip(made, PARTS_SECONDS, strict=True))
         return TimedTables(uniform_anchors(space), opening, parts, OPENING_SECONDS)
 
     return Problem("analytic", space, source.baseline, measured, tmp_path, tables, FloatRun(logits, labels))

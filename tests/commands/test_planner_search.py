@@ -166,12 +166,15 @@ def test_what_neighbours_cost_is_left_out_unless_times_are_given(monkeypatch: py
     evaluator = AnalyticEvaluator()
     space = bind_space(load_space("default"), evaluator.graph)
     handle = StudyHandle(optuna.create_study(directions=["minimize"] * 3), "sqlite:///in-memory.db")
-    asked: list[bool] = []
-    monkeypatch.setattr(evaluator, "tables", lambda space, mixed: asked.append(mixed))
+    asked: list[tuple[bool, list[Any]]] = []
+    monkeypatch.setattr(evaluator, "tables", lambda space, mixed, tried: asked.append((mixed, tried)))
+    in_float = space.config({one.name: "fp32" for one in space.layers})
+    notes = {"config": in_float.to_json(), "measurement": {}}
+    handle.study.add_trial(optuna.trial.create_trial(values=[1.0, 1.0, 1.0], user_attrs=notes))
     request: Any = SimpleNamespace(budget=20, settings=SimpleNamespace(cost_table=given))
     (_, early), (tables, late) = PlannedTrials(handle, request, space, evaluator, evaluator.baseline, 0).parts()
     tables()
-    assert (early, late) == (EARLY, 20) and asked == [given is not None]
+    assert (early, late) == (EARLY, 20) and asked == [(given is not None, [in_float])]
 
 
 def test_an_interrupt_in_the_tables_leaves_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,35 @@ def test_uniform_networks_tell_costs_before_there_are_tables(
     # The same images and directions.
     assert layer_rows(space, drafted)[0]["divergence"] > 0
     np.testing.assert_allclose(drafted.divergence(config)(row[None]), tables.divergence(config)(row[None]))
+
+
+def test_tried_networks_tell_what_kernels_take_in_them(
+    measured: tuple[ModelEvaluator, BoundSpace, Tables], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator, space, _ = measured
+    folder, setting = evaluator.linker.cache.directory, table_settings(space)[0]
+    before = {file.name: file.read_bytes() for file in folder.glob("*time.json")}
+    tried = [space.config({**setting, **layers}) for _, layers in configs(space) if len(set(layers.values())) > 1][:2]
+    symbols = [{kernel.symbol for kernel in evaluator.compile(config).kernels} for config in tried]
+    timed: list[set[str]] = []
+
+    def every_one(modules: Sequence[CompiledModule], *_: Any) -> dict[str, float]:
+        """Kernels that mixtures have take 1 ms, those of uniform networks alone 2 ms."""
+        timed.extend({kernel.symbol for kernel in one.kernels} for one in modules)
+        return {symbol: 1e-3 if symbol in set().union(*symbols) else 2e-3 for symbol in set().union(*timed)}
+
+    monkeypatch.setattr(cost_table, "time_kernels", every_one)
+    tables = evaluator.tables(space, mixed=False, tried=tried)
+    assert all(some in timed for some in symbols) and len(timed) > len(symbols), "with uniform networks, all anew"
+    in_float = space.config({**setting, **{one.name: "fp32" for one in space.layers}})
+    seconds = [
+        sum(1e-3 if call.symbol in set().union(*symbols) else 2e-3 for call in evaluator.linker.plan(evaluator.lower(one)).calls)
+        for one in (in_float, *tried)
+    ]
+    costs = [tables.cost(one).latency_ms for one in (in_float, *tried)]
+    np.testing.assert_allclose(np.array(costs) / costs[0], np.array(seconds) / seconds[0])
+    # They are this search's alone: those of another depend on what it tries.
+    assert {file.name: file.read_bytes() for file in folder.glob("*time.json")} == before
 
 
 def test_what_is_packed_has_all_that_a_search_begins_with(measured: tuple[ModelEvaluator, BoundSpace, Tables]) -> None:

@@ -11,10 +11,10 @@ from analytic import plain_settings
 from networks import network
 
 from qsearch.measure.measurement import Accuracy, Latency, Measurement, Memory
-from qsearch.search import wanted
+from qsearch.search import planner, wanted
 from qsearch.search.bound_space import bind_space
 from qsearch.search.constraints import Constraints
-from qsearch.search.planner import DRAFTED, PlannerSampler, drafted_trials
+from qsearch.search.planner import DRAFTED, PlannerSampler, drafted_trials, tried_configs
 from qsearch.search.samplers import make_sampler
 from qsearch.search.space import SearchSpace, load_space
 from qsearch.search.surrogate import (
@@ -359,6 +359,19 @@ def test_what_was_measured_in_its_best_setting_is_a_candidate_in_the_next():
 def test_tables_that_take_long_come_late():
     many = bind_space(load_space("full"), GRAPH)
     assert drafted_trials(SPACE) == 0 < drafted_trials(many) <= DRAFTED
+
+
+def test_what_was_tried_is_the_front_and_then_the_latest(monkeypatch):
+    monkeypatch.setattr(planner, "TRIED", 5)
+    study = optuna.create_study(directions=["minimize"] * 3)
+    assert tried_configs(study) == []
+    values = [(9.0, 9.0, 9.0), (1.0, 3.0, 2.0), (9.0, 9.0, 8.0), (3.0, 1.0, 2.0), (9.0, 8.0, 9.0), (8.0, 9.0, 9.0)]
+    made = []
+    for number, objectives in enumerate(values):
+        config = SPACE.config({one.name: one.values[number >> i & 1] for i, one in enumerate(SPACE.layers)})
+        made.append(config)
+        study.add_trial(optuna.trial.create_trial(values=objectives, user_attrs={"config": config.to_json(), "measurement": {}}))
+    assert tried_configs(study) == [made[3], made[1], made[5], made[4], made[2]]
 
 
 class Stored(Problem):

@@ -172,12 +172,13 @@ class Evaluator(Protocol):
         """
         ...
 
-    def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
+    def tables(self, space: BoundSpace, mixed: bool = True, tried: Sequence[QuantConfig] = ()) -> Tables:
         """The planner's tables.
 
         Args:
             space: The search space.
             mixed: Whether layers cost what they do among others of other precisions; else as in uniform networks.
+            tried: Measured configurations, whose modules then tell the times of kernels as well.
         """
         ...
 

@@ -287,10 +287,10 @@ class ModelEvaluator(ModelImages):
 
         return Draft(draft.cost, tables)
 
-    def tables(self, space: BoundSpace, mixed: bool = True) -> Tables:
+    def tables(self, space: BoundSpace, mixed: bool = True, tried: Sequence[QuantConfig] = ()) -> Tables:
         """The planner's tables, see `measure_tables`."""
         with lane_held(self._lane):
-            return measure_tables(self, space, self.progress, mixed)
+            return measure_tables(self, space, self.progress, mixed, tried)
 
     def compare(self, configs: Mapping[str, QuantConfig], part: str) -> dict[str, tuple[Latency, Memory, Accuracy, float]]:
         """Measure configurations side by side, each timed as a trial is: in turns with float.

@@ -106,19 +106,26 @@ def measure_costs(request: CostRequest, progress: Callable[[str], None] = lambda
     return CostTable(latency.scaled(scale), weight_bytes, added, CostModel(request.linker, clock, scale))
 
 
-def measure_uniform(request: CostRequest, progress: Callable[[str], None] = lambda clause: None) -> CostTable:
-    """The same by the kernels of uniform networks alone, which are few: what neighbours add to layers is left out.
+def measure_uniform(
+    request: CostRequest, progress: Callable[[str], None] = lambda clause: None, tried: Sequence[Program] = ()
+) -> CostTable:
+    """The same by the kernels of uniform networks, which are few: what neighbours add to layers is left out.
 
     Args:
         request: What it is made of.
         progress: As for `measure_costs`.
+        tried: Other programs, whose kernels there are already. With them all kernels are timed anew, in turns with those of the
+            uniform networks: times of one study are not those of another, whose trials were others.
 
     Raises:
         BuildError: The reference does not build; another uniform network that does not is left out.
     """
-    clock = _clock(request, uniform=True)
-    what = "uniform networks, to know what layers cost by themselves"
-    _time(request, clock, uniform_programs(request), [request.reference], progress, what)
+    if tried and request.known is None:
+        clock, what = KernelClock(KernelTimes(None)), "networks, uniform and tried ones, to know what kernels cost in them"
+        _time(request, clock, [*uniform_programs(request), *tried], [], progress, what)
+    else:
+        clock, what = _clock(request, uniform=True), "uniform networks, to know what layers cost by themselves"
+        _time(request, clock, uniform_programs(request), [request.reference], progress, what)
     model, sizes = CostModel(request.linker, clock, _scale(request, clock)), _sizes(request)
 
     def uniform_costs(lower: Callable[[np.ndarray], Program]) -> list[np.ndarray]:

@@ -82,7 +82,9 @@ class TableSource(Protocol):
         ...
 
 
-def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, mixed: bool = True) -> Tables:
+def measure_tables(
+    source: TableSource, space: BoundSpace, progress: Progress, mixed: bool = True, tried: Sequence[QuantConfig] = ()
+) -> Tables:
     """Measure both tables; how long it took is booked in `source.seconds`.
 
     Args:
@@ -90,6 +92,7 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, m
         space: Bound to that model.
         progress: Called whenever a slow step begins.
         mixed: Whether costs are those in mixed networks, neighbours included, which takes longest; else in uniform ones.
+        tried: Measured configurations, whose modules tell the times of kernels as well where costs are those in uniform ones.
     """
     start = time.monotonic()
     sensitivity = _sensitivity(source, space, measured_settings(space), progress)
@@ -101,7 +104,10 @@ def measure_tables(source: TableSource, space: BoundSpace, progress: Progress, m
     if source.away is not None:
         progress(f"times of kernels are those of {source.away.description}")
         source.away.learn(needed_programs(source, space, progress) if mixed else uniform_programs(request))
-    costs = (measure_costs if mixed else measure_uniform)(request, progress)
+    if mixed:
+        costs = measure_costs(request, progress)
+    else:
+        costs = measure_uniform(request, progress, [source.lower(plain_config(config)) for config in tried])
     _book(source, "cost_table" if mixed else "uniform_costs", start)
 
     _return_memory()
