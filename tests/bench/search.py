@@ -14,7 +14,8 @@ is on a run's own, eleven times, since the best of thousands of single timings i
 machine the rest deserves more than one as well: --settle 3.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
-                   the whole space, once enumerated, for the others the union of all runs and of --fill. `split`: both
+                   the whole space, once enumerated, for the others the union of all runs, those of earlier versions and other
+                   samplers included, and of --fill. `of_runs`: of the union of the runs that are compared here. `split`: both
                    fronts picked by one half of every module's timings and valued by the other, see `split_timings.py`.
 seconds            Processor seconds: what each trial took when it was measured, and what sampler and loop took; the
                    planner's with its opening and its tables, measured with an empty kernel cache. Trials find most of their
@@ -65,15 +66,19 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
             runs[sampler].append(kept_run(problem, sampler, seed, trials))
             print(f"{problem.name}: {sampler}, seed {seed}", file=sys.stderr, flush=True)
     curves, split = {sampler: curves_of(problem, found) for sampler, found in runs.items()}, split_results(problem, runs)
+    reference = reference_hypervolume(problem)
+    compared = {digest for found in runs.values() for run in found for digest in run.digests}
+    of_runs = reference_hypervolume(problem, compared)
     document = {
         "problem": problem.name,
         "seeds": seeds,
         "reference": {
             "configurations": len(problem.measured.known),
             "combinations": problem.space.size,
-            "hypervolume": reference_hypervolume(problem),
+            "hypervolume": reference,
+            "of_runs": {"configurations": len(compared), "hypervolume": of_runs},
         },
-        "results": [row | split[row["sampler"], row["trials"]] for row in results(curves)],
+        "results": [row | split[row["sampler"], row["trials"]] for row in results(curves, reference / of_runs)],
         "verdicts": verdicts(curves),
     }
     if PLANNER in curves:
@@ -89,11 +94,13 @@ def table(document: dict[str, Any]) -> str:
     """The results as text."""
     rows = [
         f"{row['sampler']:<14} {row['trials']:>4} {row['hypervolume_pct_mean']:7.2f} +- {row['hypervolume_pct_std']:5.2f} % "
-        f"(split {row['hypervolume_pct_split_mean']:7.2f} +- {row['hypervolume_pct_split_std']:5.2f}) {row['seconds']:8.1f} s"
+        f"(of runs {row['hypervolume_pct_of_runs_mean']:7.2f} +- {row['hypervolume_pct_of_runs_std']:5.2f}, "
+        f"split {row['hypervolume_pct_split_mean']:7.2f} +- {row['hypervolume_pct_split_std']:5.2f}) {row['seconds']:8.1f} s"
         for row in document["results"]
     ]
-    known = document["reference"]["configurations"]
-    return "\n".join([f"{document['problem']}: {document['seeds']} seeds, reference of {known} configurations", *rows])
+    known, compared = (one["configurations"] for one in (document["reference"], document["reference"]["of_runs"]))
+    head = f"{document['problem']}: {document['seeds']} seeds, {known} configurations known, {compared} of them from these runs"
+    return "\n".join([head, *rows])
 
 
 def arguments() -> argparse.Namespace:

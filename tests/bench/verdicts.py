@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,11 @@ class Curves:
         return np.array([row[count - 1] if count else 0.0 for row, count in zip(self.percent, done, strict=True)])
 
 
-def reference_hypervolume(problem: Problem) -> float:
-    """Hypervolume of all that is known: 100 %."""
-    return hypervolume(problem.measured.known.values(), problem.baseline)  # type: ignore[arg-type]
+def reference_hypervolume(problem: Problem, digests: Iterable[str] | None = None) -> float:
+    """Hypervolume of some configurations, by their content hashes, or of all that is known: 100 %."""
+    known = problem.measured.known
+    points = known.values() if digests is None else [known[digest] for digest in digests]
+    return hypervolume(points, problem.baseline)  # type: ignore[arg-type]
 
 
 def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
@@ -72,14 +74,21 @@ def curves_of(problem: Problem, runs: Sequence[Run]) -> Curves:
     return Curves(100.0 * np.array(percent) / reference, np.array(seconds), begun)
 
 
-def results(curves: Mapping[str, Curves]) -> list[dict[str, Any]]:
-    """One row per sampler and number of trials."""
+def results(curves: Mapping[str, Curves], of_runs: float) -> list[dict[str, Any]]:
+    """One row per sampler and number of trials.
+
+    Args:
+        curves: Sampler -> its curves.
+        of_runs: What makes percent of the reference percent of what the compared runs have found between them.
+    """
     return [
         {
             "sampler": sampler,
             "trials": count,
             "hypervolume_pct_mean": float(found.at_trial(count).mean()),
             "hypervolume_pct_std": spread(found.at_trial(count)),
+            "hypervolume_pct_of_runs_mean": float(of_runs * found.at_trial(count).mean()),
+            "hypervolume_pct_of_runs_std": of_runs * spread(found.at_trial(count)),
             "seconds": float(found.seconds[:, count - 1].mean()),
         }
         for sampler, found in curves.items()
