@@ -43,12 +43,12 @@ class KernelTimes:
     A kernel is a little slower among others of other precisions than in a network of one.
 
     Args:
-        directory: The kernel cache; None to keep them in memory alone.
+        directory: The kernel cache.
         uniform: Whether what is put was timed in networks of one precision. Such times are kept apart; where a kernel has none,
             its time among others counts, but not the other way round.
     """
 
-    def __init__(self, directory: Path | None, uniform: bool = False) -> None:
+    def __init__(self, directory: Path, uniform: bool = False) -> None:
         self.directory, self.kinds = directory, (UNIFORM, MIXED) if uniform else (MIXED,)
         self._known: dict[str, float | None] = {}
 
@@ -62,15 +62,11 @@ class KernelTimes:
         """Remember times."""
         for symbol, seconds in times.items():
             self._known[symbol] = seconds
-            if self.directory is None:
-                continue
             record = {"seconds": seconds, "processor": _processor(), "method": METHOD}
             with write_whole(self.directory / f"{symbol}.{self.kinds[0]}", durable=False) as stream:
                 stream.write(json.dumps(record).encode())
 
     def _read(self, symbol: str) -> float | None:
-        if self.directory is None:
-            return None
         found = (self._seconds(self.directory / f"{symbol}.{kind}") for kind in self.kinds)
         return next((seconds for seconds in found if seconds is not None), None)
 

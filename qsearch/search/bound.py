@@ -60,12 +60,13 @@ def tables_bound(
     model = fit_surrogate(tables.latencies, divergences, observations, tables.storages)
     rows, chosen = _minima(model, tables)
     loss_pp = model.curve(each_in(model.divergences, rows, chosen))
-    correction = each_in(model.latencies, rows, chosen) - each_in(tables.latencies, rows, chosen)
+    told, corrected = (each_in(one, rows, chosen) for one in (tables.latencies, model.latencies))
     points = []
     # All of them: one that another beats in latency, weights and loss may still need the smaller arena.
     for k, row in enumerate(rows):
         cost = tables.cost(assignment_config(space, settings[chosen[k]], row))
-        points.append((cost.latency_ms + correction[k], float(cost.peak_bytes), float(loss_pp[k])))
+        latency_ms = corrected[k] + model.beside * (cost.latency_ms - told[k])
+        points.append((float(latency_ms), float(cost.peak_bytes), float(loss_pp[k])))
     found = np.array(points, np.float64).reshape(-1, len(OBJECTIVES))
     for index, name in enumerate(OBJECTIVES):
         found = found[found[:, index] <= limits.get(name, np.inf)]

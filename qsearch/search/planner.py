@@ -94,7 +94,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.storages = tables.storages
         self.costs: dict[tuple[bytes, int], Cost] = {}
         self.planned: list[np.ndarray] = []
-        self.held: list[float] = []
+        self.beside: list[tuple[float, float]] = []
         # What finished trials tell does not change: (number, content hash) -> it.
         self.told: dict[tuple[int, str], Observation | None] = {}
         sizes = np.array(tables.latency.sizes)
@@ -146,9 +146,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
         rows, settings, nats = self._candidates(model, observations)
-        corrected, told = (each_in(tables, rows, settings) for tables in (model.latencies, self.tables.latencies))
-        peaks = each_in(self.tables.weights, rows, settings) + self._held(rows)
-        rough = np.stack([corrected, peaks, model.curve(nats)], 1)
+        tables = (self.tables.latencies, model.latencies, self.tables.weights)
+        told, corrected, weights = (each_in(one, rows, settings) for one in tables)
+        ms, held = self._beside(rows).T
+        rough = np.stack([corrected + model.beside * ms, weights + held, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
@@ -158,7 +159,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             if self.space.config(values).content_hash() in known:
                 continue
             cost = self._cost(rows[k], int(settings[k]))
-            exact = np.array([[cost.latency_ms + corrected[k] - told[k], cost.peak_bytes, rough[k, 2]]]) / self.scale
+            latency_ms = corrected[k] + model.beside * (cost.latency_ms - told[k])
+            exact = np.array([[latency_ms, cost.peak_bytes, rough[k, 2]]]) / self.scale
             merit = tuple(self.wanted.merits(exact, loss_sd[k : k + 1], front)[0].tolist())
             if best is None or merit > best[0]:
                 best = merit, values
@@ -221,7 +223,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
         row, setting = pending
         loss_pp = model.curve(model.divergences[setting](row[None]))[0]
-        return np.array([[model.latencies[setting](row[None])[0], self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
+        latency_ms = model.latencies[setting](row[None])[0] + model.beside * self._beside_ms(row, setting)
+        return np.array([[latency_ms, self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
 
     def _placed(self, trial: FrozenTrial) -> Placed:
         config = QuantConfig.model_validate(trial.user_attrs["config"])
@@ -231,9 +234,10 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     def _observe(self, trial: FrozenTrial) -> Observation | None:
         """A trial as an observation; None if the tables do not cover it."""
         row, setting = self._placed(trial)
+        beside_ms = self._beside_ms(row, setting)
         if trial.state == TrialState.PRUNED:
             estimate = trial.user_attrs["bound"].get("divergence")
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, estimate)
+            return Observation(row, setting, trial.user_attrs["latency_ms"], None, estimate, beside_ms)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         if scored.divergence is None:
@@ -241,7 +245,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
         score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, score)
+        return Observation(row, setting, measured.latency.median_ms, score, beside_ms=beside_ms)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:
         """Exact cost of an assignment, in one setting for all that hold weights alike."""
@@ -251,19 +255,28 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             self.costs[key] = found = self.tables.cost(self.space.config(self._values(row, setting)))
             # A row of its own: a view would keep all candidates of its proposal.
             self.planned.append(row.copy())
-            self.held.append(float(found.peak_bytes - self.tables.weights[setting](row[None])[0]))
+            self.beside.append(
+                (
+                    float(found.latency_ms - self.tables.latencies[setting](row[None])[0]),
+                    float(found.peak_bytes - self.tables.weights[setting](row[None])[0]),
+                )
+            )
         return self.costs[key]
 
-    def _held(self, rows: np.ndarray) -> np.ndarray:
-        """Bytes beside the weights, float64 (N,): those of the most similar assignment whose memory was planned.
+    def _beside_ms(self, row: np.ndarray, setting: int) -> float:
+        """Milliseconds beside the sum over the layers."""
+        return float(self._cost(row, setting).latency_ms - self.tables.latencies[setting](row[None])[0])
 
-        Memory is no sum over layers, and planning it takes too long for every candidate.
+    def _beside(self, rows: np.ndarray) -> np.ndarray:
+        """Milliseconds and bytes beside sums over layers, float64 (N, 2): those of the most similar assignment that was planned.
+
+        Neither is a sum over layers, and to plan kernels and memory takes too long for every candidate.
         """
         sizes = self.tables.latency.sizes
         distinct, places = np.unique(rows, axis=0, return_inverse=True)
         # Layers that two assignments have in common.
         common = one_hot(distinct, sizes) @ one_hot(np.stack(self.planned), sizes).T
-        return np.array(self.held)[common.argmax(1)][places]
+        return np.array(self.beside)[common.argmax(1)][places]
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)

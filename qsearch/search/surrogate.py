@@ -29,8 +29,9 @@ __all__ = [
 ]
 
 # Relative standard deviations: of a table's term, of what all terms have in common, of what those of a setting have in common
-# beside that, of a measurement, of one that is told from some of the images.
-LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_NOISE = 0.1, 0.3, 0.05, 0.02
+# beside that, of what is beside them, which counts for nothing before trials show it, of a measurement, of one that is told from
+# some of the images.
+LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_BESIDE, LATENCY_NOISE = 0.1, 0.3, 0.05, 1.0, 0.02
 DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35
 # Candidates for the exponent of the loss, and before any trial: percentage points at one nat, with what they are worth.
 EXPONENTS = (0.5, 0.7, 0.85, 1.0, 1.2)
@@ -62,6 +63,7 @@ class Observation:
         assignment: int (layers,).
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
+        beside_ms: What its kernels take beside the sum over its layers, by the times of kernels.
         score: None if the trial was stopped early.
         estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
     """
@@ -71,6 +73,7 @@ class Observation:
     latency_ms: float
     score: Score | None
     estimate: float | None = None
+    beside_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ class Surrogate:
 
     Attributes:
         latencies: Milliseconds, one table per setting.
+        beside: What share of what is beside those sums by the times of kernels, as of conversions, shows in trials.
         divergences: Nats, one table per setting.
         error: How far they may be off.
         curve: From nats to percentage points.
     """
 
     latencies: Sequence[PairwiseSum]
+    beside: float
     divergences: Sequence[PairwiseSum]
     error: DivergenceError
     curve: LossCurve
@@ -136,32 +141,34 @@ def fit_surrogate(
         storages: Of every setting the first one that runs the same kernels.
     """
     corrected, error = correct_divergence(divergences, observations)
-    moved = correct_latency(latencies, observations, storages)
-    return Surrogate(moved, corrected, error, fit_loss_curve(observations))
+    moved, beside = correct_latency(latencies, observations, storages)
+    return Surrogate(moved, beside, corrected, error, fit_loss_curve(observations))
 
 
 def correct_latency(
     tables: Sequence[PairwiseSum], observations: Sequence[Observation], storages: Sequence[int]
-) -> list[PairwiseSum]:
-    """The latency tables, one per setting, moved towards what was measured, milliseconds.
+) -> tuple[list[PairwiseSum], float]:
+    """The latency tables, one per setting, moved towards what was measured, milliseconds; and `Surrogate.beside`.
 
     A term is off by the same in every setting; all may be off by a factor, and those with the same kernels by another one.
     """
     if not observations:
-        return list(tables)
+        return list(tables), 0.0
     sizes, kinds = tables[0].sizes, list(dict.fromkeys(storages))
     rows = np.stack([one.assignment for one in observations])
     settings = np.array([one.setting for one in observations])
     measured = np.array([one.latency_ms for one in observations])
+    beside = np.array([one.beside_ms for one in observations])
     predicted = each_in(tables, rows, settings)
     kind = np.array([kinds.index(storage) for storage in storages])
-    design = np.column_stack([predicted, predicted[:, None] * np.eye(len(kinds))[kind[settings]], one_hot(rows, sizes)])
+    of_kinds = predicted[:, None] * np.eye(len(kinds))[kind[settings]]
+    design = np.column_stack([beside, predicted, of_kinds, one_hot(rows, sizes)])
     term = LATENCY_TERM * abs(predicted).mean() / max(len(sizes), 1)
-    deviations = np.array([LATENCY_SCALE, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
-    shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
+    deviations = np.array([LATENCY_BESIDE, LATENCY_SCALE, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
+    share, *shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
     terms = PairwiseSum(tuple(np.split(shift[1 + len(kinds) :], np.cumsum(sizes)[:-1])), {})
-    factors = 1.0 + shift[0] + shift[1 : 1 + len(kinds)]
-    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors[kind].tolist(), strict=True)]
+    factors = 1.0 + shift[0] + np.array(shift[1 : 1 + len(kinds)])
+    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors[kind].tolist(), strict=True)], float(share)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from qsearch.config import QuantConfig
 from qsearch.measure.measurement import Measurement
 from qsearch.report.table_notes import attach_tables
 from qsearch.search.anchors import enqueue
@@ -91,7 +90,7 @@ class PlannedTrials:
         mixed = self.request.settings.cost_table is not None
         parts: list[tuple[Callable[[], Tables], float]] = [
             (lambda: self._draft.tables(), drafted_trials(self.bound)),
-            (lambda: self.evaluator.tables(self.bound, mixed, self._tried()), math.inf),
+            (partial(self._tables, mixed), math.inf),
         ]
         for tables, trials in parts:
             enough = most <= trials
@@ -110,9 +109,10 @@ class PlannedTrials:
     def _constraints(self) -> Constraints:
         return Constraints.against(self.baseline, self.request.limits)
 
-    def _tried(self) -> list[QuantConfig]:
+    def _tables(self, mixed: bool) -> Tables:
         with self.handle.guard():
-            return tried_configs(self.handle.study)
+            tried = tried_configs(self.handle.study)
+        return self.evaluator.tables(self.bound, mixed, tried)
 
     def _measured(self) -> int:
         with self.handle.guard():

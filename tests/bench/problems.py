@@ -57,7 +57,7 @@ class TimedTables:
         first: What a planned study begins with.
         opening: What it goes on with.
         parts: What makes the tables that are planned over one after the other, given what was tried, and processor seconds that
-            each take after what is before, without what is told by that.
+            each take after what is before, without the times of what was tried.
         opening_s: Processor seconds that it takes to choose that where nothing is known yet.
     """
 
@@ -221,7 +221,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
     drafted = draft.tables()
     # They are there from now on, but for times of what was tried, which every run takes by itself.
     evaluator.tables(space, mixed=False)
-    parts = [lambda tried: drafted, lambda tried: evaluator.tables(space, mixed=False, tried=tried)]
+    parts = [lambda *_: drafted, lambda tried: evaluator.tables(space, mixed=False, tried=tried)]
     return TimedTables(uniform_anchors(space), opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 

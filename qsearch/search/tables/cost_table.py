@@ -114,15 +114,17 @@ def measure_uniform(
     Args:
         request: What it is made of.
         progress: As for `measure_costs`.
-        tried: Other programs, whose kernels there are already. With them all kernels are timed anew, in turns with those of the
-            uniform networks: times of one study are not those of another, whose trials were others.
+        tried: Other programs, whose kernels there are already. With them all kernels are timed anew, and the times are not kept:
+            another study's trials are others.
 
     Raises:
         BuildError: The reference does not build; another uniform network that does not is left out.
     """
     if tried and request.known is None:
-        clock, what = KernelClock(KernelTimes(None)), "networks, uniform and tried ones, to know what kernels cost in them"
-        _time(request, clock, [*uniform_programs(request), *tried], [], progress, what)
+        plans = _plans(request, [*uniform_programs(request), *tried])
+        progress(f"building and timing {len(plans)} networks, uniform and tried ones, to know what kernels cost in them")
+        clock = KernelClock(GivenTimes(_seconds(request, [one for one, _ in plans], progress).get))
+        _learn(clock, plans)
     else:
         clock, what = _clock(request, uniform=True), "uniform networks, to know what layers cost by themselves"
         _time(request, clock, uniform_programs(request), [request.reference], progress, what)
@@ -196,31 +198,44 @@ def _time(
     what: str = "mixed configurations for the cost table",
 ) -> None:
     """Let a clock know the kernels of some programs: those that have one without a time are run, beside known ones."""
-    linker = request.linker
-    # The reference is often one of the others too; the first of them stands for both.
-    plans: dict[tuple[str, ...], tuple[Program, Sequence[PlannedCall]]] = {}
-    for one in programs:
-        calls = linker.plan(one).calls
-        plans.setdefault(tuple(call.symbol for call in calls), (one, calls))
-    unknown = [one for one, calls in plans.values() if any(clock.times.get(call.symbol) is None for call in calls)]
+    plans = _plans(request, programs)
+    unknown = [one for one, calls in plans if any(clock.times.get(call.symbol) is None for call in calls)]
     if unknown and request.known is not None:
         progress(f"{len(unknown)} of {len(plans)} mixed configurations have kernels without a time, which the planner guesses")
     elif unknown:
         progress(f"building and timing {len(unknown)} {what}")
         beside = [one for one in known if all(one is not other for other in unknown)]
-        modules = _built(request, [*beside, *unknown], progress)
-        if modules:
-            on_gpu = linker.target.device == "cuda"
-            found = (
-                time_gpu_kernels(linker, [module.program for module in modules])
-                if on_gpu
-                else time_kernels(modules, request.image, linker.target.threads)
-            )
-            assert not isinstance(clock.times, GivenTimes)
-            clock.times.put(_new_times(found, clock.times))
-    for _, planned in plans.values():
-        for call in planned:
+        assert not isinstance(clock.times, GivenTimes)
+        clock.times.put(_new_times(_seconds(request, [*beside, *unknown], progress), clock.times))
+    _learn(clock, plans)
+
+
+_Plans = list[tuple[Program, Sequence[PlannedCall]]]
+
+
+def _plans(request: CostRequest, programs: Sequence[Program]) -> _Plans:
+    """Programs with their calls; of those with the same kernels the first, as the reference is often one of the others too."""
+    plans: dict[tuple[str, ...], tuple[Program, Sequence[PlannedCall]]] = {}
+    for one in programs:
+        calls = request.linker.plan(one).calls
+        plans.setdefault(tuple(call.symbol for call in calls), (one, calls))
+    return list(plans.values())
+
+
+def _learn(clock: KernelClock, plans: _Plans) -> None:
+    for _, calls in plans:
+        for call in calls:
             clock.learn(call)
+
+
+def _seconds(request: CostRequest, programs: Sequence[Program], progress: Callable[[str], None]) -> dict[str, float]:
+    """Kernel -> its seconds in the programs that can be built."""
+    linker, modules = request.linker, _built(request, programs, progress)
+    if not modules:
+        return {}
+    if linker.target.device == "cuda":
+        return time_gpu_kernels(linker, [module.program for module in modules])
+    return time_kernels(modules, request.image, linker.target.threads)
 
 
 def _built(request: CostRequest, programs: Sequence[Program], progress: Callable[[str], None]) -> list[CompiledModule]:
