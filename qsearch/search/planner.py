@@ -146,10 +146,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
         front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
         rows, settings, nats = self._candidates(model, observations)
-        tables = (self.tables.latencies, model.latencies, self.tables.weights)
-        told, corrected, weights = (each_in(one, rows, settings) for one in tables)
+        layers_ms, weights = (each_in(tables, rows, settings) for tables in (model.latencies, self.tables.weights))
         ms, held = self._beside(rows).T
-        rough = np.stack([corrected + model.beside * ms, weights + held, model.curve(nats)], 1)
+        rough = np.stack([layers_ms + model.beside * ms, weights + held, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
@@ -158,9 +157,8 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             values = self._values(rows[k], int(settings[k]))
             if self.space.config(values).content_hash() in known:
                 continue
-            cost = self._cost(rows[k], int(settings[k]))
-            latency_ms = corrected[k] + model.beside * (cost.latency_ms - told[k])
-            exact = np.array([[latency_ms, cost.peak_bytes, rough[k, 2]]]) / self.scale
+            cost, ms_beside = self._cost(rows[k], int(settings[k])), self._beside_ms(rows[k], int(settings[k]))
+            exact = np.array([[layers_ms[k] + model.beside * ms_beside, cost.peak_bytes, rough[k, 2]]]) / self.scale
             merit = tuple(self.wanted.merits(exact, loss_sd[k : k + 1], front)[0].tolist())
             if best is None or merit > best[0]:
                 best = merit, values
@@ -255,16 +253,12 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             self.costs[key] = found = self.tables.cost(self.space.config(self._values(row, setting)))
             # A row of its own: a view would keep all candidates of its proposal.
             self.planned.append(row.copy())
-            self.beside.append(
-                (
-                    float(found.latency_ms - self.tables.latencies[setting](row[None])[0]),
-                    float(found.peak_bytes - self.tables.weights[setting](row[None])[0]),
-                )
-            )
+            held = float(found.peak_bytes - self.tables.weights[setting](row[None])[0])
+            self.beside.append((self._beside_ms(row, setting), held))
         return self.costs[key]
 
     def _beside_ms(self, row: np.ndarray, setting: int) -> float:
-        """Milliseconds beside the sum over the layers."""
+        """What an assignment's kernels take beside the sum over its layers."""
         return float(self._cost(row, setting).latency_ms - self.tables.latencies[setting](row[None])[0])
 
     def _beside(self, rows: np.ndarray) -> np.ndarray:

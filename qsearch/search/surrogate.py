@@ -63,9 +63,9 @@ class Observation:
         assignment: int (layers,).
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
-        beside_ms: What its kernels take beside the sum over its layers, by the times of kernels.
         score: None if the trial was stopped early.
         estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
+        beside_ms: What its kernels take beside the sum over its layers, by the times of kernels.
     """
 
     assignment: np.ndarray
@@ -165,10 +165,11 @@ def correct_latency(
     design = np.column_stack([beside, predicted, of_kinds, one_hot(rows, sizes)])
     term = LATENCY_TERM * abs(predicted).mean() / max(len(sizes), 1)
     deviations = np.array([LATENCY_BESIDE, LATENCY_SCALE, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
-    share, *shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
-    terms = PairwiseSum(tuple(np.split(shift[1 + len(kinds) :], np.cumsum(sizes)[:-1])), {})
-    factors = 1.0 + shift[0] + np.array(shift[1 : 1 + len(kinds)])
-    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors[kind].tolist(), strict=True)], float(share)
+    shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
+    (share,), common, of_kind, of_terms = np.split(shift, [1, 2, 2 + len(kinds)])
+    terms = PairwiseSum(tuple(np.split(of_terms, np.cumsum(sizes)[:-1])), {})
+    factors = (1.0 + common + of_kind)[kind].tolist()
+    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors, strict=True)], float(share)
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _timed_tables(evaluator: ModelEvaluator, space: BoundSpace, path: Path) -> T
     drafted = draft.tables()
     # They are there from now on, but for times of what was tried, which every run takes by itself.
     evaluator.tables(space, mixed=False)
-    parts = [lambda *_: drafted, lambda tried: evaluator.tables(space, mixed=False, tried=tried)]
+    parts = [lambda tried: drafted, lambda tried: evaluator.tables(space, mixed=False, tried=tried)]
     return TimedTables(uniform_anchors(space), opening, list(zip(parts, seconds.pop("parts_s"), strict=True)), **seconds)
 
 

@@ -85,7 +85,7 @@ def problem(source, tmp_path):
     def tables():
         draft = source.draft(space, opening_setting(space))
         opening = choose_opening(space, draft.cost, source.baseline)
-        made = [lambda *_: draft.tables(), lambda tried: source.tables(space, mixed=False, tried=tried)]
+        made = [lambda tried: draft.tables(), lambda tried: source.tables(space, mixed=False, tried=tried)]
         parts = list(zip(made, PARTS_SECONDS, strict=True))
         return TimedTables(uniform_anchors(space), opening, parts, OPENING_SECONDS)
 
