@@ -96,7 +96,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         self.planned: list[np.ndarray] = []
         self.beside: list[tuple[float, float]] = []
         # What finished trials tell does not change: (number, content hash) -> it.
-        self.told: dict[tuple[int, str], Observation | None] = {}
+        self.told: dict[tuple[int, str], Observation] = {}
         sizes = np.array(tables.latency.sizes)
         for share in np.linspace(0.0, 1.0, MIXTURES):
             # From all layers in their first precision to all in their last.
@@ -111,10 +111,9 @@ class PlannerSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, Any]:
         """Values for all parameters."""
         known = {one.user_attrs["config_hash"] for one in study.get_trials(deepcopy=False) if "config_hash" in one.user_attrs}
-        front = np.array([one.values for one in _completed(study)], np.float64).reshape(-1, 3) / self.scale
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         pending = [self._placed(one) for one in running if one.number != trial.number and "config" in one.user_attrs]
-        values = self.propose(self.observations(study), front, known, pending)
+        values = self.propose(self.observations(study), known, pending)
         return {name: value for name, value in values.items() if name in search_space}
 
     def observations(self, study: optuna.Study) -> list[Observation]:
@@ -122,7 +121,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         stopped = [one for one in finished(study, TrialState.PRUNED) if "bound" in one.user_attrs]
         trials = {(one.number, one.user_attrs["config_hash"]): one for one in (*_completed(study), *stopped)}
         self.told |= {key: self._observe(one) for key, one in trials.items() if key not in self.told}
-        return [found for key in trials if (found := self.told[key]) is not None]
+        return [self.told[key] for key in trials]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -130,25 +129,21 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         """A parameter that the plan does not cover."""
         return self.fallback.sample_independent(study, trial, param_name, param_distribution)
 
-    def propose(
-        self, observations: Sequence[Observation], measured: np.ndarray, known: set[str], pending: Sequence[Placed] = ()
-    ) -> dict[str, Any]:
+    def propose(self, observations: Sequence[Observation], known: set[str], pending: Sequence[Placed] = ()) -> dict[str, Any]:
         """The candidate with the most expected hypervolume.
 
         Args:
             observations: Measured trials.
-            measured: The objectives of completed ones over the float module's, float64 (N, 3).
             known: Content hashes of configurations that need not be proposed again.
             pending: Those being measured. They are believed to bring what is predicted of them, so that a second proposal
                 looks elsewhere (Ginsbourger, Le Riche and Carraro 2010, "Kriging is well-suited to parallelize optimization").
         """
         model = fit_surrogate(self.tables.latencies, self.divergences, observations, self.storages)
-        front = np.clip(np.concatenate([measured, *(self._believed(model, one) for one in pending)]), 0.0, None)
-        front = front[(front < self.wanted.reference).all(1) & (front <= self.wanted.limits).all(1)]
+        front = self._front(model, observations, pending)
         rows, settings, nats = self._candidates(model, observations)
-        layers_ms, weights = (each_in(tables, rows, settings) for tables in (model.latencies, self.tables.weights))
         ms, held = self._beside(rows).T
-        rough = np.stack([layers_ms + model.beside * ms, weights + held, model.curve(nats)], 1)
+        weights = each_in(self.tables.weights, rows, settings)
+        rough = np.stack([model.latency_ms(rows, settings, ms), weights + held, model.curve(nats)], 1)
         loss_sd = model.curve.sd(nats, model.error(rows, settings)) / LOSS_BOUND_PP
         best: tuple[tuple[float, ...], dict[str, Any]] | None = None
         tried = 0
@@ -157,8 +152,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             values = self._values(rows[k], int(settings[k]))
             if self.space.config(values).content_hash() in known:
                 continue
-            cost, ms_beside = self._cost(rows[k], int(settings[k])), self._beside_ms(rows[k], int(settings[k]))
-            exact = np.array([[layers_ms[k] + model.beside * ms_beside, cost.peak_bytes, rough[k, 2]]]) / self.scale
+            exact = self._predicted(model, (rows[k], int(settings[k])), rough[k, 2])
             merit = tuple(self.wanted.merits(exact, loss_sd[k : k + 1], front)[0].tolist())
             if best is None or merit > best[0]:
                 best = merit, values
@@ -186,7 +180,7 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         weights = 10.0 ** self.rng.uniform(-REACH, REACH, (WEIGHTINGS, 2)) / self.scale[:2]
         weights = np.concatenate([weights, np.full((WEIGHTINGS, 1), 1.0 / worst)], 1)
         rows = [row for s in some for row in minimize([model.latencies[s], self.tables.weights[s], divergences[s]], weights)]
-        rows += self._changes(observations, sizes)
+        rows += self._changes(model, observations, sizes)
         unique = np.unique(np.stack(rows), axis=0)
         nats = np.stack([table(unique) for table in divergences])
         # What has been measured in its best setting may have more luck in the next.
@@ -199,15 +193,12 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         places = np.tile(np.arange(len(unique)), len(groups))
         return unique[places], chosen, nats[chosen, places]
 
-    def _changes(self, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
+    def _changes(self, model: Surrogate, observations: Sequence[Observation], sizes: np.ndarray) -> list[np.ndarray]:
         """Measured front members with one or two layers changed."""
-        scored = [(one, one.score) for one in observations if one.score is not None]
+        scored = [one for one in observations if one.score is not None]
         if not scored:
             return []
-        settings = np.array([one.setting for one, _ in scored])
-        weights = each_in(self.tables.weights, np.stack([one.assignment for one, _ in scored]), settings)
-        points = np.array([(one.latency_ms, held, score.loss_pp) for (one, score), held in zip(scored, weights, strict=True)])
-        members = [scored[int(i)][0].assignment for i in np.flatnonzero(moocore.is_nondominated(points))]
+        members = [scored[int(i)].assignment for i in np.flatnonzero(moocore.is_nondominated(_believed(model, scored)))]
         free = np.flatnonzero(sizes > 1)
         changed = []
         for _ in range(CHANGES if len(free) else 0):
@@ -217,11 +208,22 @@ class PlannerSampler(optuna.samplers.BaseSampler):
             changed.append(row)
         return changed
 
-    def _believed(self, model: Surrogate, pending: Placed) -> np.ndarray:
-        """Predicted objectives of one configuration, over the float module's, float64 (1, 3)."""
-        row, setting = pending
-        loss_pp = model.curve(model.divergences[setting](row[None]))[0]
-        latency_ms = model.latencies[setting](row[None])[0] + model.beside * self._beside_ms(row, setting)
+    def _front(self, model: Surrogate, observations: Sequence[Observation], pending: Sequence[Placed]) -> np.ndarray:
+        """What is measured and what will be, within limits and reference, over the float module's, float64 (N, 3)."""
+        scored = [(one, one.score) for one in observations if one.score is not None]
+        measured = np.array([(one.latency_ms, one.peak_bytes, score.loss_pp) for one, score in scored]).reshape(-1, 3)
+        within = (measured / self.scale <= self.wanted.limits).all(1)
+        front = _believed(model, [one for (one, _), keep in zip(scored, within, strict=True) if keep]) / self.scale
+        losses = [float(model.curve(model.divergences[setting](row[None]))[0]) for row, setting in pending]
+        awaited = [self._predicted(model, one, loss_pp) for one, loss_pp in zip(pending, losses, strict=True)]
+        awaited = [one for one in awaited if (one <= self.wanted.limits).all()]
+        front = np.clip(np.concatenate([front, *awaited]), 0.0, None)
+        return front[(front < self.wanted.reference).all(1)]
+
+    def _predicted(self, model: Surrogate, placed: Placed, loss_pp: float) -> np.ndarray:
+        """Objectives of one configuration at its exact cost, over the float module's, float64 (1, 3)."""
+        row, setting = placed
+        (latency_ms,) = model.latency_ms(row[None], np.array([setting]), np.array([self._beside_ms(row, setting)]))
         return np.array([[latency_ms, self._cost(row, setting).peak_bytes, loss_pp]]) / self.scale
 
     def _placed(self, trial: FrozenTrial) -> Placed:
@@ -229,21 +231,18 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         row = np.array([one.values.index(config.precision[one.name]) for one in self.space.layers])
         return row, min(range(len(self.settings)), key=lambda i: _distance(self.settings[i], trial.params))
 
-    def _observe(self, trial: FrozenTrial) -> Observation | None:
-        """A trial as an observation; None if the tables do not cover it."""
+    def _observe(self, trial: FrozenTrial) -> Observation:
         row, setting = self._placed(trial)
         beside_ms = self._beside_ms(row, setting)
         if trial.state == TrialState.PRUNED:
-            estimate = trial.user_attrs["bound"].get("divergence")
-            return Observation(row, setting, trial.user_attrs["latency_ms"], None, estimate, beside_ms)
+            attributes, estimate = trial.user_attrs, trial.user_attrs["bound"].get("divergence")
+            return Observation(row, setting, attributes["latency_ms"], attributes["peak_bytes"], None, estimate, beside_ms)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
-        if scored.divergence is None:
-            return None
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
         score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, score, beside_ms=beside_ms)
+        return Observation(row, setting, measured.latency.median_ms, measured.memory.peak_bytes, score, beside_ms=beside_ms)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:
         """Exact cost of an assignment, in one setting for all that hold weights alike."""
@@ -274,6 +273,21 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _values(self, row: np.ndarray, setting: int) -> dict[str, Any]:
         return assignment_values(self.space, self.settings[setting], row)
+
+
+def _believed(model: Surrogate, scored: Sequence[Observation]) -> np.ndarray:
+    """Objectives of trials that saw all images, float64 (N, 3): milliseconds, bytes, percentage points.
+
+    A latency is the mean of what was measured and what the model says. The least of many timings is a lucky one, and beside
+    it a better candidate would seem to add nothing (Forrester, Keane and Bressloff 2006, "Design and analysis of 'noisy'
+    computer experiments").
+    """
+    if not scored:
+        return np.zeros((0, 3))
+    found = np.array([(one.latency_ms, one.peak_bytes, one.score.loss_pp) for one in scored if one.score is not None])
+    rows, settings = np.stack([one.assignment for one in scored]), np.array([one.setting for one in scored])
+    found[:, 0] += model.latency_ms(rows, settings, np.array([one.beside_ms for one in scored]))
+    return found / (2.0, 1.0, 1.0)
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:

@@ -45,12 +45,12 @@ class Score:
     """What a trial that saw all images lost.
 
     Attributes:
-        divergence: Mean KL divergence from float, nats.
+        divergence: Mean KL divergence from float, nats; None in records of older versions.
         loss_pp: Top-1 loss.
         loss_sd_pp: Its standard error.
     """
 
-    divergence: float
+    divergence: float | None
     loss_pp: float
     loss_sd_pp: float
 
@@ -63,6 +63,7 @@ class Observation:
         assignment: int (layers,).
         setting: Which calibration, granularity and weight scale, as an index.
         latency_ms: Measured.
+        peak_bytes: Measured.
         score: None if the trial was stopped early.
         estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
         beside_ms: What its kernels take beside the sum over its layers, by the times of kernels.
@@ -71,6 +72,7 @@ class Observation:
     assignment: np.ndarray
     setting: int
     latency_ms: float
+    peak_bytes: int
     score: Score | None
     estimate: float | None = None
     beside_ms: float = 0.0
@@ -124,6 +126,10 @@ class Surrogate:
     divergences: Sequence[PairwiseSum]
     error: DivergenceError
     curve: LossCurve
+
+    def latency_ms(self, rows: np.ndarray, settings: np.ndarray, beside_ms: np.ndarray) -> np.ndarray:
+        """Milliseconds, float64 (N,), of assignments int (N, layers) in settings int (N,); beside_ms as of `Observation`."""
+        return each_in(self.latencies, rows, settings) + self.beside * beside_ms
 
 
 def fit_surrogate(
@@ -244,20 +250,16 @@ def _deviations(tables: Sequence[PairwiseSum]) -> np.ndarray:
 
 def _divergences(observations: Sequence[Observation]) -> list[tuple[float, float] | None]:
     """Each trial's divergence over all images, nats, and its relative standard deviation; None where nothing is known."""
-    return [
-        (one.score.divergence, DIVERGENCE_NOISE)
-        if one.score is not None
-        else (None if one.estimate is None else (one.estimate, PART_NOISE))
-        for one in observations
-    ]
+    told = [(one.estimate, PART_NOISE) if one.score is None else (one.score.divergence, DIVERGENCE_NOISE) for one in observations]
+    return [None if divergence is None else (divergence, noise) for divergence, noise in told]
 
 
 def fit_loss_curve(observations: Sequence[Observation]) -> LossCurve:
     """Fit the curve by weighted least squares; far losses count by their relative error."""
-    seen = [one.score for one in observations if one.score is not None and one.score.divergence > 0]
+    seen = [one.score for one in observations if one.score is not None and (one.score.divergence or 0.0) > 0.0]
     if not seen:
         return LossCurve()
-    divergence = np.array([one.divergence for one in seen])
+    divergence = np.array([one.divergence for one in seen], np.float64)
     loss = np.array([one.loss_pp for one in seen])
     weight = 1.0 / (np.array([max(one.loss_sd_pp, LEAST_SD_PP) for one in seen]) ** 2 + (0.2 * loss) ** 2)
     best, least = LossCurve(), np.inf

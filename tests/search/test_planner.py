@@ -169,8 +169,14 @@ def observations(problem, count, seed):
     for row in rng.integers(0, 2, (count, LAYERS)):
         nats = float(problem.nats(row[None])[0])
         score = Score(nats, 25 * nats, 0.2)
-        found.append(Observation(row, 0, float(problem.latency(row[None])[0]), score))
+        found.append(Observation(row, 0, float(problem.latency(row[None])[0]), 1000, score))
     return found
+
+
+def observed(problem, config, setting):
+    found = problem.measure(config)
+    score = Score(found.accuracy.divergence, found.accuracy.top1_loss_pp, 0.25)
+    return Observation(problem.row(config)[0], setting, found.latency.median_ms, found.memory.peak_bytes, score)
 
 
 def test_measured_trials_correct_the_tables():
@@ -192,7 +198,7 @@ def test_kernels_of_some_settings_may_be_told_too_fast_as_a_whole():
     rng = np.random.default_rng(0)
     rows, settings = rng.integers(0, 2, (60, LAYERS)), rng.integers(0, 3, 60)
     seen = [
-        Observation(row, int(setting), float(told[setting](row[None])[0]) * off[setting], None)
+        Observation(row, int(setting), float(told[setting](row[None])[0]) * off[setting], 1000, None)
         for row, setting in zip(rows, settings, strict=True)
     ]
     row = np.ones((1, LAYERS), np.int64)
@@ -224,7 +230,7 @@ def test_a_stopped_trial_moves_the_tables_less_than_one_that_was_seen_whole():
 
     def after(factor, whole=False):
         score = Score(factor * promised, 25 * factor * promised, 0.2) if whole else None
-        last = Observation(row, 0, 1.0, score, estimate=None if whole or factor is None else factor * promised)
+        last = Observation(row, 0, 1.0, 1000, score, estimate=None if whole or factor is None else factor * promised)
         return fit_surrogate([problem.table_latency], [problem.table_nats], [*seen, last], [0])
 
     def predicted(model):
@@ -266,7 +272,7 @@ def test_trials_that_were_stopped_early_are_learned_from():
     study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
     trial = study.ask(SPACE.distributions())
     config = SPACE.config(trial.params)
-    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0}
+    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0, "peak_bytes": 9000}
     for name, value in {"config": config.to_json(), "config_hash": config.content_hash(), **stopped}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -310,11 +316,41 @@ def test_what_was_stopped_before_its_first_image_is_no_front_member():
     problem = Problem(1)
     sampler = PlannerSampler(SPACE, problem.tables(), 0)
     # Faster than what was scored, and as far as it was seen without a loss.
-    stopped = Observation(np.ones(LAYERS, np.int64), 0, 0.01, None)
-    scored = Observation(np.zeros(LAYERS, np.int64), 0, 1.0, Score(0.0, 0.0, 0.1))
+    stopped = Observation(np.ones(LAYERS, np.int64), 0, 0.01, 1000, None)
+    scored = Observation(np.zeros(LAYERS, np.int64), 0, 1.0, 1000, Score(0.0, 0.0, 0.1))
     sizes = np.array(problem.table_latency.sizes)
-    assert sampler._changes([stopped], sizes) == []
-    assert max(int(row.sum()) for row in sampler._changes([scored, stopped], sizes)) <= 2
+
+    def model(seen):
+        return fit_surrogate(problem.tables().latencies, sampler.divergences, seen, sampler.storages)
+
+    assert sampler._changes(model([stopped]), [stopped], sizes) == []
+    assert max(int(row.sum()) for row in sampler._changes(model([scored, stopped]), [scored, stopped], sizes)) <= 2
+
+
+def test_a_lucky_timing_hides_less():
+    problem = Problem(3)
+    sampler = PlannerSampler(SPACE, problem.tables(), 0)
+    configs = [SPACE.config(values) for values in SPACE.all_values() if values["calibration"] == "mse"]
+    seen = [observed(problem, configs[i], 1) for i in np.random.default_rng(0).choice(len(configs), 40, replace=False)]
+    fastest = min(range(len(seen)), key=lambda i: seen[i].latency_ms)
+    lucky = [replace(one, latency_ms=0.94 * one.latency_ms) if i == fastest else one for i, one in enumerate(seen)]
+    model = fit_surrogate(problem.tables().latencies, sampler.divergences, lucky, sampler.storages)
+    true, timed = (one[fastest].latency_ms / problem.baseline.latency.median_ms for one in (seen, lucky))
+    believed = sampler._front(model, lucky, [])[:, 0].min()
+    assert 1.01 * timed < believed < true
+
+
+def test_what_was_timed_within_a_limit_counts_as_within():
+    problem = Problem(3)
+    one = observed(problem, SPACE.config({layer.name: "int8" for layer in SPACE.layers} | {"calibration": "mse"}), 1)
+    sampler = PlannerSampler(SPACE, problem.tables(), 0, Constraints({"latency_ms": 1.001 * one.latency_ms}))
+    plain = fit_surrogate(problem.tables().latencies, sampler.divergences, [], sampler.storages)
+    told = float(plain.latency_ms(one.assignment[None], np.array([1]), np.zeros(1))[0])
+    slower = replace(plain, latencies=[table.scaled(1.02 * one.latency_ms / told) for table in plain.latencies])
+    ((latency, *_),) = sampler._front(slower, [one], [])
+    assert latency == pytest.approx(1.01 * one.latency_ms / problem.baseline.latency.median_ms)
+    faster = replace(plain, latencies=[table.scaled(0.9 * one.latency_ms / told) for table in plain.latencies])
+    assert len(sampler._front(faster, [replace(one, latency_ms=1.01 * one.latency_ms)], [])) == 0
 
 
 def test_what_is_remembered_of_candidates_does_not_keep_their_whole_proposal():
@@ -332,10 +368,10 @@ def test_where_every_candidate_is_known_a_neighbour_is_proposed():
     rng = np.random.default_rng(0)
     for left in rng.choice(len(configs), 4, replace=False):
         known = {config.content_hash() for config in configs} - {configs[left].content_hash()}
-        values = PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), known)
+        values = PlannerSampler(SPACE, problem.tables(), 0).propose([], known)
         assert SPACE.config(values) == configs[left]
     everything = {config.content_hash() for config in configs}
-    assert SPACE.config(PlannerSampler(SPACE, problem.tables(), 0).propose([], np.zeros((0, 3)), everything)) in configs
+    assert SPACE.config(PlannerSampler(SPACE, problem.tables(), 0).propose([], everything)) in configs
 
 
 def test_what_was_measured_in_its_best_setting_is_a_candidate_in_the_next():
@@ -344,9 +380,7 @@ def test_what_was_measured_in_its_best_setting_is_a_candidate_in_the_next():
     measured = []
     for value in (0, 1):
         config = SPACE.config({one.name: one.values[value] for one in SPACE.layers} | {"calibration": "mse"})
-        accuracy = problem.measure(config).accuracy
-        score = Score(accuracy.divergence, accuracy.top1_loss_pp, 0.25)
-        measured.append(Observation(problem.row(config)[0], modes.index("mse"), problem.measure(config).latency.median_ms, score))
+        measured.append(observed(problem, config, modes.index("mse")))
     rows, settings, nats = sampler._candidates(
         fit_surrogate(problem.tables().latencies, sampler.divergences, measured, sampler.storages), measured
     )
@@ -399,11 +433,10 @@ def test_what_neighbours_cost_counts_once_when_trials_have_told_it(monkeypatch, 
     sampler = PlannerSampler(SPACE, problem.tables(), seed)
     configs = [SPACE.config(values) for values in SPACE.all_values() if values["calibration"] == "mse"]
     tried = [configs[i] for i in np.random.default_rng(seed).choice(len(configs), 50, replace=False)]
-    observed = []
-    for row, config in ((problem.row(one)[0], one) for one in tried):
-        beside_ms = float(problem.latency(row[None])[0] - problem.table_latency(row[None])[0])
-        score = Score(0.01, 0.2, 0.1)
-        observed.append(Observation(row, 0, problem.measure(config).latency.median_ms, score, beside_ms=beside_ms))
+    seen = []
+    for row, config in ((problem.row(one), one) for one in tried):
+        beside_ms = float(problem.latency(row)[0] - problem.table_latency(row)[0])
+        seen.append(replace(observed(problem, config, 0), beside_ms=beside_ms))
     weighed, merits = [], wanted.Wanted.merits
     monkeypatch.setattr(
         wanted.Wanted,
@@ -411,7 +444,7 @@ def test_what_neighbours_cost_counts_once_when_trials_have_told_it(monkeypatch, 
         lambda self, points, *more: weighed.append((points[0], merits(self, points, *more))) or weighed[-1][1],
     )
     known = {one.content_hash() for one in tried}
-    chosen = SPACE.config(sampler.propose(observed, np.zeros((0, 3)), known))
+    chosen = SPACE.config(sampler.propose(seen, known))
     told = max(weighed, key=lambda pair: tuple(pair[1][0]))[0][0] * problem.baseline.latency.median_ms
     assert told == pytest.approx(problem.measure(chosen).latency.median_ms, rel=0.05)
 
