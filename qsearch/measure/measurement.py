@@ -48,6 +48,11 @@ class Latency:
     noisy: bool = False
     source: Source = "measured"
 
+    @property
+    def slowdown(self) -> float:
+        """How much slower the machine was than when the reference was timed by itself; 1.0 where that is not known."""
+        return 1.0 if self.raw_ms is None or self.source != "measured" else self.raw_ms / self.median_ms
+
 
 @dataclass(frozen=True)
 class Memory:

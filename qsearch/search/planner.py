@@ -21,6 +21,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from qsearch.config import QuantConfig
+from qsearch.measure.measurement import Latency
 from qsearch.search.bound_space import PERCENTILE_TAIL, BoundSpace
 from qsearch.search.constraints import Constraints
 from qsearch.search.front import measurement_from_json
@@ -235,14 +236,16 @@ class PlannerSampler(optuna.samplers.BaseSampler):
         row, setting = self._placed(trial)
         beside_ms = self._beside_ms(row, setting)
         if trial.state == TrialState.PRUNED:
-            attributes, estimate = trial.user_attrs, trial.user_attrs["bound"].get("divergence")
-            return Observation(row, setting, attributes["latency_ms"], attributes["peak_bytes"], None, estimate, beside_ms)
+            bound, peak_bytes = trial.user_attrs["bound"], trial.user_attrs["peak_bytes"]
+            latency, estimate = Latency(**bound["latency"]), bound.get("divergence")
+            return Observation(row, setting, latency.median_ms, peak_bytes, None, estimate, beside_ms, latency.slowdown)
         measured = measurement_from_json(trial.user_attrs["measurement"])
         scored = measured.accuracy
         low, high = scored.top1_loss_ci_pp
         # The interval reaches two standard errors either way.
         score = Score(scored.divergence, scored.top1_loss_pp, (high - low) / 4)
-        return Observation(row, setting, measured.latency.median_ms, measured.memory.peak_bytes, score, beside_ms=beside_ms)
+        latency, peak_bytes = measured.latency, measured.memory.peak_bytes
+        return Observation(row, setting, latency.median_ms, peak_bytes, score, None, beside_ms, latency.slowdown)
 
     def _cost(self, row: np.ndarray, setting: int) -> Cost:
         """Exact cost of an assignment, in one setting for all that hold weights alike."""
@@ -276,18 +279,11 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
 
 def _believed(model: Surrogate, scored: Sequence[Observation]) -> np.ndarray:
-    """Objectives of trials that saw all images, float64 (N, 3): milliseconds, bytes, percentage points.
-
-    A latency is the mean of what was measured and what the model says. The least of many timings is a lucky one, and beside
-    it a better candidate would seem to add nothing (Forrester, Keane and Bressloff 2006, "Design and analysis of 'noisy'
-    computer experiments").
-    """
+    """Objectives of trials that saw all images, float64 (N, 3): milliseconds, as `Surrogate.believed_ms`, bytes, points."""
     if not scored:
         return np.zeros((0, 3))
-    found = np.array([(one.latency_ms, one.peak_bytes, one.score.loss_pp) for one in scored if one.score is not None])
-    rows, settings = np.stack([one.assignment for one in scored]), np.array([one.setting for one in scored])
-    found[:, 0] += model.latency_ms(rows, settings, np.array([one.beside_ms for one in scored]))
-    return found / (2.0, 1.0, 1.0)
+    held, lost = zip(*[(one.peak_bytes, one.score.loss_pp) for one in scored if one.score is not None], strict=True)
+    return np.stack([model.believed_ms(scored), np.array(held, np.float64), np.array(lost)], 1)
 
 
 def _completed(study: optuna.Study) -> list[FrozenTrial]:

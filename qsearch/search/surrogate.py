@@ -32,6 +32,8 @@ __all__ = [
 # beside that, of what is beside them, which counts for nothing before trials show it, of a measurement, of one that is told from
 # some of the images.
 LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_BESIDE, LATENCY_NOISE = 0.1, 0.3, 0.05, 1.0, 0.02
+# Standard deviation of the power with which a ratio to float's time goes when the machine becomes slower, float more than others.
+LATENCY_SLOWDOWN = 0.1
 DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35
 # Candidates for the exponent of the loss, and before any trial: percentage points at one nat, with what they are worth.
 EXPONENTS = (0.5, 0.7, 0.85, 1.0, 1.2)
@@ -67,6 +69,7 @@ class Observation:
         score: None if the trial was stopped early.
         estimate: Of a trial that was stopped early: its divergence as the images that it saw tell it, nats, if they do.
         beside_ms: What its kernels take beside the sum over its layers, by the times of kernels.
+        slowdown: How much slower the machine was while it was timed, see `Latency.slowdown`.
     """
 
     assignment: np.ndarray
@@ -76,6 +79,7 @@ class Observation:
     score: Score | None
     estimate: float | None = None
     beside_ms: float = 0.0
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Surrogate:
     Attributes:
         latencies: Milliseconds, one table per setting.
         beside: What share of what is beside those sums by the times of kernels, as of conversions, shows in trials.
+        slowdown: With what power of the machine's slowdown a latency goes, told on float's clock.
         divergences: Nats, one table per setting.
         error: How far they may be off.
         curve: From nats to percentage points.
@@ -123,6 +128,7 @@ class Surrogate:
 
     latencies: Sequence[PairwiseSum]
     beside: float
+    slowdown: float
     divergences: Sequence[PairwiseSum]
     error: DivergenceError
     curve: LossCurve
@@ -130,6 +136,17 @@ class Surrogate:
     def latency_ms(self, rows: np.ndarray, settings: np.ndarray, beside_ms: np.ndarray) -> np.ndarray:
         """Milliseconds, float64 (N,), of assignments int (N, layers) in settings int (N,); beside_ms as of `Observation`."""
         return each_in(self.latencies, rows, settings) + self.beside * beside_ms
+
+    def believed_ms(self, trials: Sequence[Observation]) -> np.ndarray:
+        """Latencies of one trial or more, float64 (N,): the mean of what was measured and what is predicted.
+
+        The least of many timings is a lucky one, and beside it a better candidate would seem to add nothing (Forrester, Keane
+        and Bressloff 2006, "Design and analysis of 'noisy' computer experiments").
+        """
+        rows, settings = np.stack([one.assignment for one in trials]), np.array([one.setting for one in trials])
+        predicted = self.latency_ms(rows, settings, np.array([one.beside_ms for one in trials]))
+        measured = np.array([one.latency_ms / one.slowdown**self.slowdown for one in trials])
+        return (measured + predicted) / 2
 
 
 def fit_surrogate(
@@ -147,19 +164,19 @@ def fit_surrogate(
         storages: Of every setting the first one that runs the same kernels.
     """
     corrected, error = correct_divergence(divergences, observations)
-    moved, beside = correct_latency(latencies, observations, storages)
-    return Surrogate(moved, beside, corrected, error, fit_loss_curve(observations))
+    moved, beside, slowdown = correct_latency(latencies, observations, storages)
+    return Surrogate(moved, beside, slowdown, corrected, error, fit_loss_curve(observations))
 
 
 def correct_latency(
     tables: Sequence[PairwiseSum], observations: Sequence[Observation], storages: Sequence[int]
-) -> tuple[list[PairwiseSum], float]:
-    """The latency tables, one per setting, moved towards what was measured, milliseconds; and `Surrogate.beside`.
+) -> tuple[list[PairwiseSum], float, float]:
+    """The latency tables, one per setting, moved towards what was measured, milliseconds; `Surrogate.beside`; and its `slowdown`.
 
     A term is off by the same in every setting; all may be off by a factor, and those with the same kernels by another one.
     """
     if not observations:
-        return list(tables), 0.0
+        return list(tables), 0.0, 0.0
     sizes, kinds = tables[0].sizes, list(dict.fromkeys(storages))
     rows = np.stack([one.assignment for one in observations])
     settings = np.array([one.setting for one in observations])
@@ -168,14 +185,17 @@ def correct_latency(
     predicted = each_in(tables, rows, settings)
     kind = np.array([kinds.index(storage) for storage in storages])
     of_kinds = predicted[:, None] * np.eye(len(kinds))[kind[settings]]
-    design = np.column_stack([beside, predicted, of_kinds, one_hot(rows, sizes)])
+    slower = predicted * np.log([one.slowdown for one in observations])
+    design = np.column_stack([beside, slower, predicted, of_kinds, one_hot(rows, sizes)])
     term = LATENCY_TERM * abs(predicted).mean() / max(len(sizes), 1)
-    deviations = np.array([LATENCY_BESIDE, LATENCY_SCALE, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
+    common = [LATENCY_BESIDE, LATENCY_SLOWDOWN, LATENCY_SCALE]
+    deviations = np.array([*common, *[LATENCY_SETTING] * len(kinds), *[term] * sum(sizes)])
     shift = _posterior(design, measured - predicted, deviations, LATENCY_NOISE * measured)
-    (share,), common, of_kind, of_terms = np.split(shift, [1, 2, 2 + len(kinds)])
+    (share, power, whole), of_kind, of_terms = np.split(shift, [3, 3 + len(kinds)])
     terms = PairwiseSum(tuple(np.split(of_terms, np.cumsum(sizes)[:-1])), {})
-    factors = (1.0 + common + of_kind)[kind].tolist()
-    return [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors, strict=True)], float(share)
+    factors = (1.0 + whole + of_kind)[kind].tolist()
+    moved = [table.scaled(factor).plus(terms) for table, factor in zip(tables, factors, strict=True)]
+    return moved, float(share), float(power)
 
 
 @dataclass(frozen=True)

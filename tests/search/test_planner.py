@@ -208,9 +208,26 @@ def test_kernels_of_some_settings_may_be_told_too_fast_as_a_whole():
         assert predicted == pytest.approx(factor * table(row)[0], rel=0.02)
 
 
+def test_what_a_slow_machine_does_to_ratios_is_no_property_of_layers():
+    problem = Problem(6)
+    rng = np.random.default_rng(1)
+    # The later the slower, by up to a half, and the later the more int8.
+    slow = np.linspace(1.0, 1.5, 60)
+    rows = (rng.random((60, LAYERS)) < np.linspace(0.1, 0.9, 60)[:, None]).astype(int)
+    true = problem.latency(rows)
+    told = [float(ms * factor**-0.08) for ms, factor in zip(true, slow, strict=True)]
+    seen = [Observation(row, 0, ms, 1000, None, slowdown=one) for row, ms, one in zip(rows, told, slow, strict=True)]
+    *_, power = correct_latency([problem.latency], seen, [0])
+    assert power == pytest.approx(-0.08, abs=0.02)
+    model = fit_surrogate([problem.latency], [problem.nats], seen, [0])
+    np.testing.assert_allclose(model.believed_ms(seen), true, rtol=0.01)
+    blind = [replace(one, slowdown=1.0) for one in seen]
+    assert abs(fit_surrogate([problem.latency], [problem.nats], blind, [0]).believed_ms(blind) / true - 1).max() > 0.02
+
+
 def test_nothing_is_corrected_without_trials():
     problem = Problem(0)
-    assert correct_latency([problem.table_latency] * 2, [], [0, 0]) == ([problem.table_latency] * 2, 0.0)
+    assert correct_latency([problem.table_latency] * 2, [], [0, 0]) == ([problem.table_latency] * 2, 0.0, 0.0)
     assert correct_divergence([problem.table_nats], [])[0] == [problem.table_nats]
     assert fit_loss_curve([]) == LossCurve()
 
@@ -272,12 +289,14 @@ def test_trials_that_were_stopped_early_are_learned_from():
     study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
     trial = study.ask(SPACE.distributions())
     config = SPACE.config(trial.params)
-    stopped = {"bound": {"divergence": 0.25}, "latency_ms": 7.0, "peak_bytes": 9000}
+    # On a machine a quarter slower.
+    latency = vars(Latency(7.0, 0.1, 21, 3, ratio=0.5, raw_ms=8.75))
+    stopped = {"bound": {"divergence": 0.25, "latency": latency}, "peak_bytes": 9000}
     for name, value in {"config": config.to_json(), "config_hash": config.content_hash(), **stopped}.items():
         trial.set_user_attr(name, value)
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     (seen,) = sampler.observations(study)
-    assert (seen.score, seen.latency_ms, seen.estimate) == (None, 7.0, 0.25)
+    assert (seen.score, seen.latency_ms, seen.estimate, seen.slowdown) == (None, 7.0, 0.25, 1.25)
     assert SPACE.config(study.ask(SPACE.distributions()).params) != config
 
 
