@@ -28,7 +28,7 @@ from qsearch.search.proposals import unseen_values
 from qsearch.search.samplers import PLANNER, SAMPLERS, derived_seed, make_sampler
 from qsearch.search.study import StudyHandle
 
-__all__ = ["PLAIN", "Run", "anchored", "fill", "kept_run", "made_study", "measure_all", "search", "settle"]
+__all__ = ["PLAIN", "Run", "anchored", "fill", "front_of", "kept_run", "made_study", "measure_all", "search", "settle"]
 
 # Appended to a sampler's name: without the starting points that `search` gives the usual samplers.
 PLAIN = "-plain"
@@ -165,7 +165,7 @@ def fill(problem: Problem, count: int) -> None:
         while len(known) < count:
             near = _random_values(problem.space, rng)
             if known and rng.random() < 0.5:
-                near = _values_of(problem.space, known[rng.choice(_front(problem, known))].config)
+                near = _values_of(problem.space, known[rng.choice(front_of(problem, known))].config)
             values = unseen_values(problem.space, near, known, rng)
             if values is None:
                 return
@@ -201,7 +201,7 @@ def settle(problem: Problem, at_least: int = 1) -> None:
 def _near_front(problem: Problem) -> list[str]:
     """The known configurations that would be on the front if their timings were as unlucky as they may be."""
     known = problem.measured.known
-    front = np.array([known[digest].objectives for digest in _front(problem, known)])
+    front = np.array([known[digest].objectives for digest in front_of(problem, known)])
 
     def behind(digest: str) -> bool:
         slack = (1.0 - NEAR / problem.measured.timings(digest) ** 0.5, 1.0, 1.0)
@@ -217,12 +217,12 @@ def _fronts_of_runs(problem: Problem) -> list[str]:
         for path in (problem.folder / "runs").glob(f"{sampler}-{_version(sampler)}-{AGAIN}-*.json"):
             digests = json.loads(path.read_text(encoding="utf-8"))["digests"]
             # Another process may have measured what this one has not read yet.
-            found += _front(problem, [digest for digest in digests if digest in problem.measured.known])
+            found += front_of(problem, [digest for digest in digests if digest in problem.measured.known])
     return found
 
 
-def _front(problem: Problem, digests: Iterable[str]) -> list[str]:
-    """Those known configurations that no other one of them dominates."""
+def front_of(problem: Problem, digests: Iterable[str]) -> list[str]:
+    """Those of known configurations that no other one of them dominates."""
     among = list(digests)
     points = np.array([problem.measured.known[digest].objectives for digest in among]).reshape(-1, 3)
     return [digest for digest, keep in zip(among, moocore.is_nondominated(points), strict=True) if keep] if among else []

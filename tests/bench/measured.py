@@ -161,11 +161,6 @@ class MeasuredFolder:
         """How often a known configuration, or another that runs the same instructions, was timed."""
         return sum(len(self._timings[twin]) for twin in self._alike(digest))
 
-    def quiet_ms(self, digest: str) -> list[float]:
-        """The timings of which the middle one counts, milliseconds."""
-        timings = [one for twin in self._alike(digest) for one in self._timings[twin]]
-        return [one.median_ms for one in timings if not one.noisy] or [one.median_ms for one in timings]
-
     def instructions(self, digest: str) -> tuple[str, int]:
         """What configurations that share their timings have in common."""
         found = self.known[digest].measurement
@@ -184,7 +179,7 @@ class MeasuredFolder:
             return
         found = None if "again" in line else Measured.from_json(line)
         digest = line["again"] if found is None else found.config.content_hash()
-        timing = self._on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
+        timing = self.on_clock(Latency(**line["latency"]) if found is None else found.measurement.latency)
         self._timings.setdefault(digest, []).append(timing)
         if found is None:
             # Older lines lack it.
@@ -209,7 +204,8 @@ class MeasuredFolder:
         if digest in self.known and digest in self._answers:
             self.known[digest] = replace(self.known[digest], answers=self._answers[digest])
 
-    def _on_clock(self, timing: Latency) -> Latency:
+    def on_clock(self, timing: Latency) -> Latency:
+        """A timing as of the machine that timed the float module."""
         if timing.ratio is None:
             return timing
         median_ms = timing.ratio * self.float_ms

@@ -11,12 +11,13 @@ Measurements are kept in FOLDER by configuration and shared by all runs, as are 
 adds only what is missing. --enumerate, --fill and --settle only measure; they may be killed at any moment, and several may
 run at once. --settle belongs before the runs and after them: it times what is near the front of all that is known, and what
 is on a run's own, eleven times, since the best of thousands of single timings is mostly luck; the middle one counts. On a busy
-machine the rest deserves more than one as well: --settle 3.
+machine the rest deserves more than one as well: --settle 3. --time-fronts N comes last, with the samplers and seeds of the runs:
+it times their fronts and the reference's in N rounds, which only value what the other timings have picked.
 
 results            Hypervolume in percent of the reference's, over seeds; the reference is everything measured: for `small`
                    the whole space, once enumerated, for the others the union of all runs, those of earlier versions and other
-                   samplers included, and of --fill. `of_runs`: of the union of the runs that are compared here. `split`: both
-                   fronts picked by one half of every module's timings and valued by the other, see `split_timings.py`.
+                   samplers included, and of --fill. `of_runs`: of the union of the runs that are compared here. `fresh`: both
+                   fronts valued by the rounds of --time-fronts, see `fresh_timings.py`.
 seconds            Processor seconds: what each trial took when it was measured, and what sampler and loop took; the
                    planner's with its opening and its tables, measured with an empty kernel cache. Trials find most of their
                    kernels compiled, which these had to compile: that is counted against the planner. The pauses within a
@@ -39,12 +40,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TVM_NUM_THREADS", "1")
 
 from campaign import PLAIN, Run, fill, kept_run, measure_all, settle
+from fresh_timings import fresh_results, time_fronts
 from problems import Problem, add_options, open_problem
-from split_timings import split_results
 from verdicts import Curves, curves_of, reference_hypervolume, results, verdicts
 
 from qsearch.errors import QSearchError
 from qsearch.search.samplers import PLANNER, SAMPLERS
+
+
+def made_runs(problem: Problem, samplers: list[str], seeds: int, trials: int) -> dict[str, list[Run]]:
+    """Sampler -> its runs, those that there are and new ones."""
+    runs: dict[str, list[Run]] = {sampler: [] for sampler in samplers}
+    for seed in range(seeds):
+        # Seed by seed: what there is of a campaign that was ended early is then of all samplers alike.
+        for sampler in samplers:
+            runs[sampler].append(kept_run(problem, sampler, seed, trials))
+            print(f"{problem.name}: {sampler}, seed {seed}", file=sys.stderr, flush=True)
+    return runs
 
 
 def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> tuple[dict[str, Any], dict[str, Curves]]:
@@ -59,13 +71,8 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
     Returns:
         The document, and sampler -> its curves.
     """
-    runs: dict[str, list[Run]] = {sampler: [] for sampler in samplers}
-    for seed in range(seeds):
-        # Seed by seed: what there is of a campaign that was ended early is then of all samplers alike.
-        for sampler in samplers:
-            runs[sampler].append(kept_run(problem, sampler, seed, trials))
-            print(f"{problem.name}: {sampler}, seed {seed}", file=sys.stderr, flush=True)
-    curves, split = {sampler: curves_of(problem, found) for sampler, found in runs.items()}, split_results(problem, runs)
+    runs = made_runs(problem, samplers, seeds, trials)
+    curves, fresh = {sampler: curves_of(problem, found) for sampler, found in runs.items()}, fresh_results(problem, runs)
     reference = reference_hypervolume(problem)
     compared = {digest for found in runs.values() for run in found for digest in run.digests}
     of_runs = reference_hypervolume(problem, compared)
@@ -78,7 +85,7 @@ def compare(problem: Problem, samplers: list[str], seeds: int, trials: int) -> t
             "hypervolume": reference,
             "of_runs": {"configurations": len(compared), "hypervolume": of_runs},
         },
-        "results": [row | split[row["sampler"], row["trials"]] for row in results(curves, reference / of_runs)],
+        "results": [row | fresh[row["sampler"], row["trials"]] for row in results(curves, reference / of_runs)],
         "verdicts": verdicts(curves),
     }
     if PLANNER in curves:
@@ -95,12 +102,18 @@ def table(document: dict[str, Any]) -> str:
     rows = [
         f"{row['sampler']:<14} {row['trials']:>4} {row['hypervolume_pct_mean']:7.2f} +- {row['hypervolume_pct_std']:5.2f} % "
         f"(of runs {row['hypervolume_pct_of_runs_mean']:7.2f} +- {row['hypervolume_pct_of_runs_std']:5.2f}, "
-        f"split {row['hypervolume_pct_split_mean']:7.2f} +- {row['hypervolume_pct_split_std']:5.2f}) {row['seconds']:8.1f} s"
+        f"{_fresh(row)}) {row['seconds']:8.1f} s"
         for row in document["results"]
     ]
     known, compared = (one["configurations"] for one in (document["reference"], document["reference"]["of_runs"]))
     head = f"{document['problem']}: {document['seeds']} seeds, {known} configurations known, {compared} of them from these runs"
     return "\n".join([head, *rows])
+
+
+def _fresh(row: dict[str, Any]) -> str:
+    if not row["fresh_rounds"]:
+        return "fresh: not timed"
+    return f"fresh {row['hypervolume_pct_fresh_mean']:7.2f} +- {row['hypervolume_pct_fresh_std']:5.2f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -119,6 +132,9 @@ def arguments() -> argparse.Namespace:
         const=1,
         metavar="N",
         help="only measure: time the fronts of what is known and of the runs again, and the rest N times in all",
+    )
+    parser.add_argument(
+        "--time-fronts", type=int, metavar="N", help="only measure: fronts of the runs, N rounds that only value them"
     )
     parser.add_argument("--plot", type=Path, help="write the curves to this PNG file")
     parser.add_argument("--json", action="store_true", help="print the document instead of a table")
@@ -146,6 +162,9 @@ def main() -> None:
     if options.settle:
         settle(problem, options.settle)
     if options.enumerate or options.fill or options.settle:
+        return
+    if options.time_fronts:
+        time_fronts(problem, made_runs(problem, options.samplers, options.seeds, options.trials), options.time_fronts)
         return
     document, curves = compare(problem, options.samplers, options.seeds, options.trials)
     if options.plot:

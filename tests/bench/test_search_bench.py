@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import verdicts as verdicts_of
 from analytic import AnalyticEvaluator, plain_settings
-from campaign import NEAR, TIMINGS, Run, fill, kept_run, measure_all, settle
+from campaign import NEAR, TIMINGS, Run, fill, front_of, kept_run, measure_all, settle
 from curves_plot import draw_curves
+from fresh_timings import fresh_results, time_fronts
 from measured import Answers, MeasuredFolder
 from problems import FloatRun, Problem, TimedTables
-from search import compare
-from split_timings import split_results
+from search import compare, made_runs
 from stopping import compare_one, summary
 from verdicts import Curves, curves_of, reference_hypervolume, verdicts
 
@@ -283,15 +283,30 @@ def test_what_a_run_has_on_its_front_is_settled_however_far_behind(problem, monk
     assert {digest for digest in problem.measured.known if problem.measured.timings(digest) >= TIMINGS} == front
 
 
-def test_one_timing_has_no_halves(problem):
+def test_only_rounds_that_timed_all_value_a_front(problem, source, monkeypatch):
     measure_all(problem)
-    document, _ = compare(problem, ["random", "random-plain"], seeds=2, trials=25)
-    for row in document["results"]:
-        assert row["hypervolume_pct_split_mean"] == pytest.approx(row["hypervolume_pct_mean"])
-        assert row["hypervolume_pct_split_std"] == pytest.approx(row["hypervolume_pct_std"])
+    document, _ = compare(problem, ["random"], seeds=2, trials=25)
+    assert all(row["fresh_rounds"] == 0 and "hypervolume_pct_fresh_mean" not in row for row in document["results"])
+    runs = {"random": made_runs(problem, ["random"], 1, 25)["random"]}
+    time_fronts(problem, runs, 2)
+    (file,) = (problem.folder / "fresh").iterdir()
+    # One is killed in the middle of a round, another in the middle of a line.
+    monkeypatch.setattr(source, "time", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        time_fronts(problem, runs, 9)
+    with file.open("a") as stream:
+        stream.write(file.read_text()[:40])
+    fresh = fresh_results(problem, runs)
+    assert {key: row["fresh_rounds"] for key, row in fresh.items()} == {("random", count): 2 for count in (10, 20, 25)}
+    plain = curves_of(problem, runs["random"])
+    for (_, count), row in fresh.items():
+        assert row["hypervolume_pct_fresh_mean"] == pytest.approx(plain.at_trial(count).mean()), "here timings never differ"
+    behind = [digest for digest in problem.measured.known if digest not in front_of(problem, problem.measured.known)]
+    other = {"other": [Run("other", 0, behind[:10], [0.0] * 10)]}
+    assert fresh_results(problem, runs | other) == fresh | {("other", 10): {"fresh_rounds": 0}}
 
 
-def test_halves_of_the_timings_take_the_luck_out(problem, source, monkeypatch):
+def test_timings_that_picked_nothing_take_the_luck_out(problem, source, monkeypatch):
     """All configurations are worth the same, whatever their timings say."""
     rng, float_ms = np.random.default_rng(0), problem.baseline.latency.median_ms
     one, answers = source.measure(problem.space.config({}))
@@ -312,8 +327,10 @@ def test_halves_of_the_timings_take_the_luck_out(problem, source, monkeypatch):
     known = list(problem.measured.known)
     runs = [Run("some", seed, rng.permutation(known)[:10].tolist(), [0.0] * 10) for seed in range(20)]
     plain = curves_of(problem, runs).at_trial(10)
-    ((_, split),) = split_results(problem, {"some": runs}, draws=64).items()
-    assert plain.mean() < 99 < split["hypervolume_pct_split_mean"] < 101
+    time_fronts(problem, {"some": runs}, 400)
+    ((_, fresh),) = fresh_results(problem, {"some": runs}).items()
+    assert fresh["fresh_rounds"] == 400
+    assert plain.mean() < 99 < fresh["hypervolume_pct_fresh_mean"] < 101
 
 
 def test_filling_measures_new_configurations_only(problem, source):
