@@ -26,15 +26,19 @@ __all__ = ["KernelTimes", "time_kernels"]
 # Files of times beside a kernel's others.
 MIXED, UNIFORM = "time.json", "uniform_time.json"
 # Raised whenever the same kernels would be given other times.
-METHOD = 4
+METHOD = 5
 ROUNDS = 25
 WARM_UP = 3
-# The lower quartile over rounds: other processes only ever add time.
-QUANTILE = 0.25
+# Rounds that are left out at either end of what a call takes of its module.
+TRIMMED = 3
+# Passes of the median polish; after a few nothing moves any more.
+PASSES = 20
 # Of one module at a time: short ones are run several times, as trials are.
 TURN_S = 5e-3
 # No kernel is taken to be faster than this share of its time with the instrument.
 LEAST_SHARE = 0.1
+# What a clock can tell, seconds.
+LEAST_S = 1e-9
 
 
 class KernelTimes:
@@ -95,9 +99,10 @@ def time_kernels(
         progress: Called with (rounds done, rounds in all).
 
     Returns:
-        Symbol -> seconds per call: over rounds the lower quartile, over the places where it is called the mean; less
-        what the instrument takes, which is what the calls of a module last longer than the module does without it. What
-        is left is scaled module by module: together its calls last as long as the module.
+        Symbol -> seconds per call, over the places where it is called the mean: its share of all calls of the module, less what
+        the instrument takes, which is what the calls of a module last longer than the module does without it; times the
+        seconds of the module. Neither depends on how fast the machine was just then, which varies by half within seconds: a
+        share is taken within a turn, and modules are compared within rounds.
     """
     runs = [_Instrumented(module, image, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
     times: list[list[np.ndarray]] = [[] for _ in runs]
@@ -108,21 +113,36 @@ def time_kernels(
             if i >= WARM_UP:
                 seen.append(found)
     progress(WARM_UP + ROUNDS, WARM_UP + ROUNDS)
-    excess = _excess(times)
-    quartiles = [np.quantile(np.array(seen), QUANTILE, axis=0) for seen in times]
-    places: dict[str, list[float]] = {}
-    for run, found in zip(runs, quartiles, strict=True):
-        calls = np.maximum(found[1:] - excess, LEAST_SHARE * found[1:])
-        # The instrument takes more between the calls of one module than between those of another.
-        for symbol, seconds in zip(run.symbols, calls * (found[0] / (calls.sum() or 1.0)), strict=True):
-            places.setdefault(symbol, []).append(float(seconds))
+    if not runs:
+        return {}
+    excess, places = _excess(times), dict[str, list[float]]()
+    for run, seen, whole in zip(runs, times, _wholes(times), strict=True):
+        calls = np.array(seen)[:, 1:]
+        calls = np.maximum(calls - excess, LEAST_SHARE * calls)
+        shares = np.sort(calls / np.maximum(calls.sum(axis=1, keepdims=True), LEAST_S), axis=0)[TRIMMED:-TRIMMED].mean(axis=0)
+        for symbol, share in zip(run.symbols, shares / shares.sum(), strict=True):
+            places.setdefault(symbol, []).append(float(whole * share))
     return {symbol: float(np.mean(found)) for symbol, found in places.items()}
+
+
+def _wholes(times: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Seconds of one inference of every module without the instrument, float64 (modules,).
+
+    By median polish (Tukey 1977, "Exploratory data analysis", chapter 11): a factor for every module and one for every round, in
+    which all modules find the machine about as fast.
+    """
+    logs = np.log(np.maximum([[turn[0] for turn in seen] for seen in times], LEAST_S))
+    modules, rounds = np.zeros((len(logs), 1)), np.zeros((1, logs.shape[1]))
+    for _ in range(PASSES):
+        rounds = np.median(logs - modules, axis=0, keepdims=True)
+        modules = np.median(logs - rounds, axis=1, keepdims=True)
+    return np.exp(modules[:, 0] + np.median(rounds))
 
 
 def _excess(times: Sequence[Sequence[np.ndarray]]) -> float:
     """Seconds that the instrument adds to a call: the median over all turns, in which both ways are disturbed alike."""
     found = [(turn[1:].sum() - turn[0]) / max(len(turn) - 1, 1) for seen in times for turn in seen]
-    return max(float(np.median(found)), 0.0) if found else 0.0
+    return max(float(np.median(found)), 0.0)
 
 
 class _Instrumented:

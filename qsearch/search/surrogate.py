@@ -31,7 +31,7 @@ __all__ = [
 # Relative standard deviations: of a table's term, of what all terms have in common, of what those of a setting have in common
 # beside that, of what is beside them, which counts for nothing before trials show it, of a measurement, of one that is told from
 # some of the images.
-LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_BESIDE, LATENCY_NOISE = 0.1, 0.3, 0.05, 1.0, 0.02
+LATENCY_TERM, LATENCY_SCALE, LATENCY_SETTING, LATENCY_BESIDE, LATENCY_NOISE = 0.05, 0.3, 0.05, 1.0, 0.02
 # Standard deviation of the power with which a ratio to float's time goes when the machine becomes slower, float more than others.
 LATENCY_SLOWDOWN = 0.1
 DIVERGENCE_TERM, DIVERGENCE_SCALE, DIVERGENCE_NOISE, PART_NOISE = 0.5, 0.5, 0.15, 0.35

@@ -16,6 +16,20 @@ SECONDS = {"conv": 50e-6, "depthwise": 20e-6, "convert": 4e-6}
 EXCESS = 3e-6
 
 
+class Clock(SimpleNamespace):
+    """Runs ahead by a factor of what it is put forward by."""
+
+    factor, elapsed = 1.0, 0.0
+
+    @property
+    def now(self):
+        return self.elapsed
+
+    @now.setter
+    def now(self, value):
+        self.elapsed += self.factor * (value - self.elapsed)
+
+
 class Machine:
     """A virtual machine that calls kernels in order; only its own clock moves."""
 
@@ -74,6 +88,25 @@ def test_kernels_last_as_long_as_their_modules_wherever_the_instrument_takes_lon
     modules = [module(clock, *one, excess=EXCESS * (1 + i)) for i, one in enumerate(calls)]
     found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32))
     assert found == {name: pytest.approx(SECONDS[name], rel=1e-6) for name in ("conv", "depthwise", "convert")}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_how_fast_the_machine_is_just_then_does_not_count(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """It is nearly twice as slow some of the time, for seconds each, and now and then something interrupts it."""
+    clock, rng, slow = Clock(), np.random.default_rng(seed), [1.0]
+
+    def sleep(seconds):
+        # Twice in every turn.
+        if rng.random() < 0.03:
+            slow[0] = float(rng.choice([1.0, 1.8]))
+        clock.factor = slow[0] * float(np.exp(rng.normal(0, 0.02))) * (3.0 if rng.random() < 0.05 else 1.0)
+
+    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(thread_time=lambda: clock.now, sleep=sleep))
+    calls = ["conv", "depthwise", "conv"], ["depthwise", "convert"], ["convert", "conv", "depthwise"]
+    modules = [module(clock, *one, excess=0.0) for one in calls for _ in range(4)]
+    found = time_kernels(modules, np.zeros((1, 3, 4, 4), np.float32))
+    for name, seconds in SECONDS.items():
+        assert found[name] / found["conv"] == pytest.approx(seconds / SECONDS["conv"], rel=0.025)
 
 
 def test_times_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
