@@ -37,7 +37,7 @@ PASSES = 20
 TURN_S = 5e-3
 # No kernel is taken to be faster than this share of its time with the instrument.
 LEAST_SHARE = 0.1
-# What a clock can tell, seconds.
+# What a clock can tell, seconds; a coarse one says 0.
 LEAST_S = 1e-9
 
 
@@ -101,7 +101,7 @@ def time_kernels(
     Returns:
         Symbol -> seconds per call, over the places where it is called the mean: its share of all calls of the module, less what
         the instrument takes, which is what the calls of a module last longer than the module does without it; times the
-        seconds of the module. Neither depends on how fast the machine was just then, which varies by half within seconds: a
+        seconds of the module. Neither depends on how fast the machine was just then, which may double within seconds: a
         share is taken within a turn, and modules are compared within rounds.
     """
     runs = [_Instrumented(module, image, time.thread_time if threads == 1 else time.perf_counter) for module in modules]
@@ -118,8 +118,8 @@ def time_kernels(
     excess, places = _excess(times), dict[str, list[float]]()
     for run, seen, whole in zip(runs, times, _wholes(times), strict=True):
         calls = np.array(seen)[:, 1:]
-        calls = np.maximum(calls - excess, LEAST_SHARE * calls)
-        shares = np.sort(calls / np.maximum(calls.sum(axis=1, keepdims=True), LEAST_S), axis=0)[TRIMMED:-TRIMMED].mean(axis=0)
+        calls = np.maximum(calls - excess, np.maximum(LEAST_SHARE * calls, LEAST_S))
+        shares = np.sort(calls / calls.sum(axis=1, keepdims=True), axis=0)[TRIMMED:-TRIMMED].mean(axis=0)
         for symbol, share in zip(run.symbols, shares / shares.sum(), strict=True):
             places.setdefault(symbol, []).append(float(whole * share))
     return {symbol: float(np.mean(found)) for symbol, found in places.items()}
@@ -132,11 +132,11 @@ def _wholes(times: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     which all modules find the machine about as fast.
     """
     logs = np.log(np.maximum([[turn[0] for turn in seen] for seen in times], LEAST_S))
-    modules, rounds = np.zeros((len(logs), 1)), np.zeros((1, logs.shape[1]))
+    modules = np.zeros((len(logs), 1))
     for _ in range(PASSES):
         rounds = np.median(logs - modules, axis=0, keepdims=True)
         modules = np.median(logs - rounds, axis=1, keepdims=True)
-    return np.exp(modules[:, 0] + np.median(rounds))
+    return np.exp(modules[:, 0] + np.median(logs - modules))
 
 
 def _excess(times: Sequence[Sequence[np.ndarray]]) -> float:

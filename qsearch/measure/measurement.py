@@ -51,7 +51,7 @@ class Latency:
     @property
     def slowdown(self) -> float:
         """How much slower the machine was than when the reference was timed by itself; 1.0 where that is not known."""
-        return 1.0 if self.raw_ms is None or self.source != "measured" else self.raw_ms / self.median_ms
+        return 1.0 if self.raw_ms is None else self.raw_ms / self.median_ms
 
 
 @dataclass(frozen=True)

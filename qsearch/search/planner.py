@@ -211,10 +211,12 @@ class PlannerSampler(optuna.samplers.BaseSampler):
 
     def _front(self, model: Surrogate, observations: Sequence[Observation], pending: Sequence[Placed]) -> np.ndarray:
         """What is measured and what will be, within limits and reference, over the float module's, float64 (N, 3)."""
-        scored = [(one, one.score) for one in observations if one.score is not None]
-        measured = np.array([(one.latency_ms, one.peak_bytes, score.loss_pp) for one, score in scored]).reshape(-1, 3)
-        within = (measured / self.scale <= self.wanted.limits).all(1)
-        front = _believed(model, [one for (one, _), keep in zip(scored, within, strict=True) if keep]) / self.scale
+        scored = [one for one in observations if one.score is not None]
+        front = _believed(model, scored) / self.scale
+        # A limit is kept by what was measured.
+        timed = front.copy()
+        timed[:, 0] = [one.latency_ms / self.scale[0] for one in scored]
+        front = front[(timed <= self.wanted.limits).all(1)]
         losses = [float(model.curve(model.divergences[setting](row[None]))[0]) for row, setting in pending]
         awaited = [self._predicted(model, one, loss_pp) for one, loss_pp in zip(pending, losses, strict=True)]
         awaited = [one for one in awaited if (one <= self.wanted.limits).all()]

@@ -109,6 +109,13 @@ def test_how_fast_the_machine_is_just_then_does_not_count(monkeypatch: pytest.Mo
         assert found[name] / found["conv"] == pytest.approx(seconds / SECONDS["conv"], rel=0.025)
 
 
+def test_a_clock_too_coarse_for_kernels_tells_finite_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_times, "time", SimpleNamespace(thread_time=lambda: 0.0, sleep=lambda seconds: None))
+    found = time_kernels([module(SimpleNamespace(now=0.0), "conv", "convert")], np.zeros((1, 3, 4, 4), np.float32))
+    assert set(found) == {"conv", "convert"}
+    assert all(0 <= seconds < 1e-8 for seconds in found.values())
+
+
 def test_times_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KernelTimes(tmp_path).put({"a": 1e-5, "b": 2e-5})
     assert KernelTimes(tmp_path).get("a") == 1e-5

@@ -208,6 +208,20 @@ def test_kernels_of_some_settings_may_be_told_too_fast_as_a_whole():
         assert predicted == pytest.approx(factor * table(row)[0], rel=0.02)
 
 
+def test_a_record_without_a_divergence_tells_of_latency_alone():
+    problem = Problem(4)
+    seen, (old,) = observations(problem, 20, 0), observations(problem, 1, 1)
+    told = [*seen, replace(old, score=replace(old.score, divergence=None))]
+    assert fit_loss_curve(told) == fit_loss_curve(seen)
+    rows = np.stack([one.assignment for one in seen])
+    for some, all_ in zip(
+        correct_divergence([problem.table_nats], seen)[0], correct_divergence([problem.table_nats], told)[0], strict=True
+    ):
+        np.testing.assert_array_equal(some(rows), all_(rows))
+    before, after = (fit_surrogate([problem.table_latency], [problem.table_nats], one, [0]).latencies[0] for one in (seen, told))
+    assert not np.array_equal(before(rows), after(rows))
+
+
 def test_what_a_slow_machine_does_to_ratios_is_no_property_of_layers():
     problem = Problem(6)
     rng = np.random.default_rng(1)
